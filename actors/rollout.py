@@ -1,0 +1,254 @@
+"""A rollout actor: answers prompts with the frozen LLM and the agent, scores the answers, logs the episodes.
+
+    prompts ──► Engine (frozen LLM + agent) ──► finished answers ──► reward heads ──► Episode ──► EpisodeSink
+                              ▲
+                      WeightSource, looked at between two decoding steps
+
+The actor waits for nobody: weights are taken when there are newer ones, episodes are handed to a sink. If
+the store is away longer than its retries last, :class:`mara.common.contracts.ReplayUnavailable` ends it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
+from mara.actors.decoding.engine import Engine, Generation, Request
+from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.heads import RewardHead, load_head
+from mara.actors.llm import LLM, load_llm
+from mara.actors.prompts import Prompt, endless
+from mara.common.agent import Agent
+from mara.common.config import AgentConfig
+from mara.common.contracts import EpisodeSink, UserError, WeightSource
+from mara.common.episode import Episode
+from mara.common.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_WAIT_S = 0.05
+
+
+class RolloutWorker:
+    """Samples episodes until it is told to stop. Constructing it loads the LLM.
+
+    Args:
+        rewards: folder of each reward head, by the name its score gets in the episode.
+        prompts: answered in random order, again and again.
+        actor_id: recorded in every episode; with ``seed`` it fixes the actor's random streams.
+
+    Raises:
+        UserError: the LLM, a head or a prompt does not fit.
+    """
+
+    def __init__(
+        self,
+        llm_config: LLMConfig,
+        decoding: DecodingConfig,
+        rollout: RolloutConfig,
+        agent_config: AgentConfig,
+        rewards: Mapping[str, Path],
+        prompts: Sequence[Prompt],
+        sink: EpisodeSink,
+        weights: WeightSource,
+        actor_id: str,
+        seed: int,
+    ) -> None:
+        self.actor_id = actor_id
+        self._rollout = rollout
+        self._sink = sink
+        self._weights = weights
+        self._seed = derive_seed(seed, "rollout", actor_id)
+        self._llm = load_llm(llm_config)
+        self._heads = {name: load_head(path, self._llm.hidden_size) for name, path in rewards.items()}
+        self._prompt_ids = render_prompts(self._llm, prompts, rollout.max_prompt_tokens)
+        self._prompts = prompts
+        # In training mode a module refuses nothing, but the agent is only ever read here.
+        self._policy = AgentPolicy(
+            Agent(self._llm.hidden_size, agent_config).eval(), threshold=None, version=-1
+        )
+        self._policy.agent.to(self._llm.device).requires_grad_(False)
+        self._engine = Engine(
+            self._llm.model,
+            self._llm.eos_ids,
+            decoding,
+            self._policy,
+            num_rows=rollout.rows,
+            max_prompt_tokens=max(map(len, self._prompt_ids.values())),
+        )
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(("tokens", "episodes", "decisions", "scores_failed"), 0)
+        self._waiting_s = 0.0
+        self._busy_s = 0.0
+        self._publish_to_applied_s = 0.0
+        self._looked_for_weights_at = -1e9
+
+    def run(self, should_stop: threading.Event) -> None:
+        """Decode, score and log until ``should_stop`` is set. Blocks."""
+        numbers = itertools.count()
+        requests = (
+            Request(self._prompt_ids[prompt.id], seed=derive_seed(self._seed, number), tag=(prompt, number))
+            for number, prompt in zip(numbers, endless(self._prompts, self._seed), strict=False)
+        )
+        self._wait_for_first_weights(should_stop)
+        while not should_stop.is_set():
+            started = time.monotonic()
+            self._take_newer_weights()
+            # Prompts enter a few at a time: one prefill of several costs little more than one of one.
+            if self._engine.num_free >= max(1, self._rollout.rows // 8):
+                self._engine.admit(list(itertools.islice(requests, self._engine.num_free)))
+            finished = self._engine.step()
+            decoded = time.monotonic()
+            if finished:
+                self._sink.append(self._score(finished))
+            with self._lock:
+                self._busy_s += time.monotonic() - started
+                # Handing an episode over is the only thing that can hold an actor up.
+                self._waiting_s += time.monotonic() - decoded if finished else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start. May be called from another thread at any time."""
+        with self._lock:
+            total_s = max(self._busy_s, 1e-9)
+            return {
+                "rollout/tokens_total": self._counts["tokens"],
+                "rollout/episodes_total": self._counts["episodes"],
+                "rollout/decisions_total": self._counts["decisions"],
+                "rollout/scores_failed": self._counts["scores_failed"],
+                "rollout/passes_total": self._engine.num_passes,
+                "rollout/rows_active": self._engine.num_active,
+                "rollout/idle_ratio": self._waiting_s / total_s,
+                "rollout/policy_version": self._policy.version,
+                "rollout/cache_bytes": self._engine.cache_nbytes,
+                "weights/publish_to_applied_s": self._publish_to_applied_s,
+            }
+
+    def _wait_for_first_weights(self, should_stop: threading.Event) -> None:
+        """Nothing is decoded by an agent nobody published. This wait is part of the start, and counted."""
+        started = time.monotonic()
+        while self._policy.version < 0 and not should_stop.wait(WEIGHTS_WAIT_S):
+            self._take_newer_weights()
+        with self._lock:
+            self._waiting_s += time.monotonic() - started
+            self._busy_s += time.monotonic() - started
+
+    def _take_newer_weights(self) -> None:
+        """Swap in newer weights, also in the middle of an episode; each decision names its version."""
+        now = time.monotonic()
+        if now - self._looked_for_weights_at < self._rollout.weights_poll_s and self._policy.version >= 0:
+            return
+        self._looked_for_weights_at = now
+        newer = self._weights.fetch_newer(self._policy.version)
+        if newer is None:
+            return
+        try:
+            self._policy.agent.load_state_dict(newer.tensors)
+        except RuntimeError as error:
+            raise UserError(
+                f"agent: the published weights (version {newer.version}) do not fit this actor's agent; "
+                "use the same llm and agent settings for all actors and the learner"
+            ) from error
+        self._policy.version = newer.version
+        with self._lock:
+            self._publish_to_applied_s = time.time() - newer.published_at_s
+
+    def _score(self, generations: list[Generation]) -> list[Episode]:
+        """Episodes of the answers, with the raw scores of each reward head; unscorable ones are counted."""
+        episodes = []
+        for generation in generations:
+            prefix_scores = score_prefixes(self._heads, generation, self._llm.eos_ids)
+            if not all(np.isfinite(scores_N).all() for scores_N in prefix_scores.values()):
+                with self._lock:
+                    self._counts["scores_failed"] += 1
+                logger.warning("dropped an episode: not all of its scores are finite")
+                continue
+            prompt, number = generation.request.tag
+            uid = f"{self.actor_id}-{self._seed:016x}-{number}"
+            episodes.append(to_episode(generation, uid, prompt.id, self.actor_id, prefix_scores))
+        with self._lock:
+            self._counts["episodes"] += len(episodes)
+            self._counts["tokens"] += sum(episode.num_tokens for episode in episodes)
+            self._counts["decisions"] += sum(episode.num_decisions for episode in episodes)
+        return episodes
+
+
+def render_prompts(llm: LLM, prompts: Sequence[Prompt], max_prompt_tokens: int) -> dict[str, list[int]]:
+    """Token ids of every prompt, templated, by the prompt's id.
+
+    Raises:
+        UserError: a prompt is longer than ``max_prompt_tokens``.
+    """
+    rendered = {prompt.id: llm.render(prompt.prompt) for prompt in prompts}
+    for name, ids in rendered.items():
+        if len(ids) > max_prompt_tokens:
+            raise UserError(
+                f"prompts: {name} has {len(ids)} tokens with its template, rollout.max_prompt_tokens is "
+                f"{max_prompt_tokens}; shorten the prompt or raise the limit"
+            )
+    return rendered
+
+
+def score_prefixes(
+    heads: Mapping[str, RewardHead], generation: Generation, eos_ids: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Raw scores of each head for the answer's first n tokens, float32 [N], the last of the whole answer.
+
+    They come from the hidden states that decoding left behind. The end-of-sequence token is no part of the
+    text: the answer with it scores as without it, an answer of nothing else as an empty one.
+    """
+    num_words = len(generation.response_ids) - (generation.response_ids[-1] in eos_ids)
+    scores = {}
+    for name, head in heads.items():
+        if num_words == 0:
+            scores[name] = head.score_states([torch.stack(generation.token_states)[:0]]).numpy()
+            continue
+        scores_N = head.score_prefixes(torch.stack(generation.token_states[:num_words])).numpy()
+        scores[name] = np.append(scores_N, scores_N[num_words - 1 : len(generation.response_ids) - 1])
+    return scores
+
+
+def to_episode(
+    generation: Generation, uid: str, prompt_id: str, actor_id: str, prefix_scores: dict[str, np.ndarray]
+) -> Episode:
+    """The record of a finished answer."""
+    decisions = generation.decisions
+
+    def column(pick: Callable[[Any], Any], dtype: Any) -> np.ndarray:
+        return np.array([pick(decision) for decision in decisions], dtype=dtype)
+
+    states = [decision.state_D for decision in decisions]
+    hidden_size = generation.token_states[0].shape[-1]
+    states_TD = torch.stack(states) if states else torch.empty(0, hidden_size, dtype=torch.bfloat16)
+    if states_TD.dtype not in (torch.bfloat16, torch.float16):
+        states_TD = states_TD.to(torch.bfloat16)
+    return Episode(
+        uid=uid,
+        prompt_id=prompt_id,
+        actor_id=actor_id,
+        prompt_ids_P=np.array(generation.request.prompt_ids, np.int32),
+        response_ids_N=np.array(generation.response_ids, np.int32),
+        states_TD=states_TD.cpu(),
+        actions_T=column(lambda d: d.action, np.uint8),
+        ranks_T=column(lambda d: d.rank, np.int16),
+        num_candidates_T=column(lambda d: d.num_candidates, np.int16),
+        positions_T=column(lambda d: d.position, np.int32),
+        forced_T=column(lambda d: d.forced, bool),
+        reference_logprobs_T=column(lambda d: d.reference_logprob, np.float32),
+        accept_logprobs_T=column(lambda d: d.accept_logprob, np.float32),
+        reject_logprobs_T=column(lambda d: d.reject_logprob, np.float32),
+        policy_versions_T=column(lambda d: d.policy_version, np.int64),
+        finish_reason=generation.finish_reason,
+        started_at_s=generation.started_at_s,
+        finished_at_s=generation.finished_at_s,
+        scores={name: float(scores_N[-1]) for name, scores_N in prefix_scores.items()},
+        prefix_scores=prefix_scores,
+    )

@@ -1,0 +1,1 @@
+"""The global replay buffer and the weight channel, on Redis and in memory."""

@@ -1,0 +1,98 @@
+"""Opening a connection to the store, and turning what can be wrong with its address into one line."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from mara.buffer import keys
+from mara.common.contracts import UserError
+
+SCHEMES = ("redis", "rediss", "unix")
+OLDEST_VERSION = (6, 2)  # XTRIM MINID
+
+
+def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
+    """Return a client of the server at ``url`` that has been seen to accept writes.
+
+    ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS) or
+    ``unix://[user:password@]/path[?db=0]``. The client is thread-safe, returns bytes, and does not
+    retry by itself: its users do, because they know how long they can wait.
+
+    Raises:
+        UserError: the address is wrong, nothing answers there, it refuses the password or the database,
+            or it cannot be written to. The message shows the address without its password.
+    """
+    _check_address(url)
+    try:
+        client = redis.Redis.from_url(
+            url,
+            protocol=2,
+            decode_responses=False,
+            socket_connect_timeout=connect_timeout_s,
+            socket_timeout=connect_timeout_s,
+            health_check_interval=15,
+            retry=Retry(NoBackoff(), 0),
+        )
+        version = str(client.info("server")["redis_version"])
+        client.set(keys.PROBE, b"1", px=1000)
+    except redis.AuthenticationError as error:
+        raise _error(url, "refuses the user name or password", "correct them") from error
+    except redis.exceptions.NoPermissionError as error:
+        raise _error(url, f"refuses a command ({_line(error)})", "allow the user +@all ~mara:*") from error
+    except redis.ReadOnlyError as error:
+        raise _error(url, "is a read-only replica", "give the address of the primary") from error
+    except redis.OutOfMemoryError as error:
+        raise _error(url, "is full", "raise its maxmemory or delete old runs") from error
+    except redis.TimeoutError as error:
+        raise _error(
+            url, f"did not answer within {connect_timeout_s:g} s", "check host, port and network"
+        ) from error
+    except (TypeError, ValueError) as error:  # what redis-py says to an option that it does not know
+        raise _error(url, "has an option after '?' that cannot be used", "remove it") from error
+    except (redis.ConnectionError, redis.ResponseError) as error:
+        if re.search(r"DB index|invalid database", str(error), re.IGNORECASE):
+            raise _error(url, "has no such database", "give one that it has, usually 0") from error
+        raise _error(
+            url, f"cannot be used ({_line(error)})", "start the server or correct the address"
+        ) from error
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_VERSION:
+        raise _error(url, f"is Redis {version}", "use Redis 6.2 or newer, or Valkey")
+    return client
+
+
+def masked(url: str) -> str:
+    """The address without user name, password and options: what logs and messages may show."""
+    return re.sub(r"^([a-z+]*://)?.*@", r"\1***@", url, flags=re.DOTALL).split("?")[0]
+
+
+def _check_address(url: str) -> None:
+    scheme = url.partition("://")[0]
+    if "://" not in url or scheme not in SCHEMES:
+        raise _error(url, "is not a server address", "write redis://, rediss:// or unix:// before it")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = None, None
+    # A '/', '?' or '#' in the password ends the host part early; then the '@' is found after it.
+    if parts is None or port == 0 or "@" in parts.path + parts.query + parts.fragment:
+        raise _error(
+            url, "cannot be read", "check the port, and write special characters of the password as %XX"
+        )
+    if scheme == "unix" and not parts.path:
+        raise _error(url, "names no socket", "write unix:///path/of/the/socket")
+    if scheme != "unix" and not re.fullmatch(r"/?\d*", parts.path):
+        raise _error(url, f"has {parts.path!r} where the database number belongs", "end it with /0")
+
+
+def _error(url: str, what: str, remedy: str) -> UserError:
+    return UserError(f"replay.redis_url: {masked(url)} {what}; {remedy}")
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

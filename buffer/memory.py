@@ -1,0 +1,114 @@
+"""The replay log and the weight channel in the memory of one process.
+
+They are the single-process mode, the fake for tests and the specification: the implementations on Redis pass
+the same contract suite. Safe to share between threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mara.buffer.config import ReplayConfig
+from mara.common.contracts import VersionedWeights
+from mara.common.episode import Episode
+
+
+class MemoryEpisodeLog:
+    """An :class:`~mara.common.contracts.EpisodeSink` bounded in bytes; the oldest episodes go first."""
+
+    def __init__(self, config: ReplayConfig | None = None) -> None:
+        self._max_bytes = (config or ReplayConfig()).log_max_bytes
+        self._changed = threading.Condition()
+        self._records: deque[tuple[int, Episode]] = deque()
+        self._uids: set[str] = set()
+        self._nbytes = 0
+        self._last_id = 0
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        """Store the episodes whose uid is not stored yet."""
+        with self._changed:
+            for episode in episodes:
+                if episode.uid not in self._uids:
+                    self._last_id += 1
+                    self._records.append((self._last_id, episode))
+                    self._uids.add(episode.uid)
+                    self._nbytes += episode.nbytes
+                    self._trim()
+            self._changed.notify_all()
+
+    def reader(self, cursor: str = "0") -> MemoryEpisodeReader:
+        """A reader that starts after ``cursor``; the default is the oldest episode."""
+        return MemoryEpisodeReader(self, cursor)
+
+    def _trim(self) -> None:
+        while self._nbytes > self._max_bytes and len(self._records) > 1:
+            _, oldest = self._records.popleft()
+            self._uids.remove(oldest.uid)
+            self._nbytes -= oldest.nbytes
+
+    def wait_after(self, last_id: int, max_episodes: int, timeout_s: float) -> list[tuple[int, Episode]]:
+        """Up to ``max_episodes`` records after ``last_id``; waits for the first one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._last_id > last_id, timeout_s)
+            return [record for record in self._records if record[0] > last_id][:max_episodes]
+
+
+class MemoryEpisodeReader:
+    """An :class:`~mara.common.contracts.EpisodeSource` on a :class:`MemoryEpisodeLog`."""
+
+    def __init__(self, log: MemoryEpisodeLog, cursor: str = "0") -> None:
+        self._log = log
+        self._last_id = int(cursor)
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        """Return up to ``max_episodes`` episodes after the cursor; waits at most ``timeout_s``."""
+        records = self._log.wait_after(self._last_id, max_episodes, timeout_s)
+        if records:
+            self._last_id = records[-1][0]
+        return [episode for _, episode in records]
+
+    @property
+    def cursor(self) -> str:
+        """Where the reader stands; give it to a new reader to go on from there."""
+        return str(self._last_id)
+
+    @property
+    def num_malformed(self) -> int:
+        """Always 0: nothing is encoded."""
+        return 0
+
+
+class MemoryWeightChannel:
+    """A weight sink and source in one. Tensors are copied on both ways, so nobody shares them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latest: VersionedWeights | None = None
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make ``tensors`` the latest weights; ValueError if ``version`` is not higher than the last."""
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        with self._lock:
+            if self._latest is not None and version <= self._latest.version:
+                raise ValueError(
+                    f"version {version} is not above the published {self._latest.version}; versions must grow"
+                )
+            self._latest = VersionedWeights(version, time.time(), copies)
+
+    def fetch_newer(self, than: int) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than``."""
+        with self._lock:
+            latest = self._latest
+        if latest is None or latest.version <= than:
+            return None
+        return latest._replace(tensors={name: tensor.clone() for name, tensor in latest.tensors.items()})
+
+    def latest_version(self) -> int | None:
+        """Version of the latest weights; None before the first publication."""
+        with self._lock:
+            return None if self._latest is None else self._latest.version

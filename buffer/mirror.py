@@ -1,0 +1,241 @@
+"""The learner's own copy of the newest transitions: a preallocated ring that is sampled uniformly.
+
+Legend: C capacity, B rows of a batch, T decisions of an episode, D hidden size of the LLM.
+
+::
+
+    slot   0 … ………… tail ─────────────── head … C-1        (both wrap round)
+               free │ episode │ episode │ episode │ free
+
+An episode lies in consecutive slots, so the next state of a transition is the state of the following slot
+and states are stored once. Whole episodes leave at the tail before a new one is written at the head: what
+lies between is valid throughout, no transition ever points into a half-overwritten episode, and a uniform
+sample is a random offset from the tail.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.shaping import ScoreNormaliser, shape_episode
+from mara.common.agent import ACCEPT
+from mara.common.contracts import TransitionBatch, UserError
+from mara.common.episode import Episode
+
+
+class Mirror:
+    """Holds up to C transitions on one device. Not thread-safe.
+
+    The ring takes C × (2 D + 22) bytes of address space at the first episode. On the CPU, Linux gives it
+    real memory only as it fills; on a GPU all of it is taken at once.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        replay: ReplayConfig,
+        shaping: ShapingConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._hidden_size = hidden_size
+        self._capacity = replay.capacity_transitions
+        self._shaping = shaping
+        self._device = torch.device(device)
+        self._normaliser = ScoreNormaliser(shaping)
+        self._states_CD: torch.Tensor | None = None  # made by the first episode, whose dtype it takes
+        self._actions_C = self._column(torch.uint8)
+        self._rewards_C = self._column(torch.float32)
+        self._discounts_C = self._column(torch.float32)
+        self._forced_C = self._column(torch.bool)
+        self._behaviour_logprobs_C = self._column(torch.float32)
+        self._policy_versions_C = self._column(torch.int64)
+        self._tail = 0
+        self._size = 0
+        self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
+        self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._total_transitions = 0
+        self._total_episodes = 0
+        self._num_without_decisions = 0
+
+    def add(self, episodes: Sequence[Episode]) -> None:
+        """Shape the episodes and write their transitions, the oldest episodes making room.
+
+        An episode without decisions teaches nothing: it is counted and skipped.
+
+        Raises:
+            UserError: an episode does not fit: other hidden size or dtype, more decisions than the
+                capacity, a score is missing.
+        """
+        for episode in episodes:
+            self._check(episode)
+            score = self._normaliser.score(episode)
+            self._total_episodes += 1
+            if episode.num_decisions == 0:
+                self._num_without_decisions += 1
+            else:
+                self._write(episode, score)
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
+        """Return ``batch_size`` transitions drawn uniformly, with replacement, on the mirror's device.
+
+        The two state tensors are overwritten by the next sample of the same size: clone them to keep them
+        (fresh memory for every batch would cost several times the copy itself). The next state of a last
+        decision is its own state: finite, and worth nothing by its discount.
+
+        Raises:
+            ValueError: there are no transitions yet.
+        """
+        if self._size == 0 or self._states_CD is None:
+            raise ValueError("the mirror is empty; add episodes before sampling")
+        draws_on = self._device if generator is None else generator.device
+        offsets_B = torch.randint(self._size, (batch_size,), generator=generator, device=draws_on)
+        slots_B = (offsets_B.to(self._device) + self._tail) % self._capacity
+        discounts_B = self._discounts_C[slots_B]
+        next_slots_B = torch.where(discounts_B > 0, (slots_B + 1) % self._capacity, slots_B)
+        states_BD, next_states_BD = self._batch_buffers(batch_size, self._states_CD)
+        torch.index_select(self._states_CD, 0, slots_B, out=states_BD)
+        torch.index_select(self._states_CD, 0, next_slots_B, out=next_states_BD)
+        return TransitionBatch(
+            states_BD=states_BD,
+            next_states_BD=next_states_BD,
+            actions_B=self._actions_C[slots_B].long(),
+            rewards_B=self._rewards_C[slots_B],
+            discounts_B=discounts_B,
+            forced_B=self._forced_C[slots_B],
+            next_forced_B=self._forced_C[next_slots_B],
+            behaviour_logprobs_B=self._behaviour_logprobs_C[slots_B],
+            policy_versions_B=self._policy_versions_C[slots_B],
+        )
+
+    @property
+    def num_transitions(self) -> int:
+        """Transitions held now."""
+        return self._size
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes held now."""
+        return len(self._held)
+
+    @property
+    def total_transitions(self) -> int:
+        """Transitions ever added."""
+        return self._total_transitions
+
+    @property
+    def total_episodes(self) -> int:
+        """Episodes ever added, with those that had no decisions."""
+        return self._total_episodes
+
+    @property
+    def num_without_decisions(self) -> int:
+        """Episodes skipped because the LLM left nothing to decide."""
+        return self._num_without_decisions
+
+    @property
+    def mean_score(self) -> float:
+        """Mean of r(x, y), as shaping saw it, over the episodes held; 0 where there are none."""
+        return sum(score for _, score in self._held) / max(1, len(self._held))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the transitions held."""
+        return self._size * (2 * self._hidden_size + sum(c.element_size() for c in self._columns()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the memory of the score normaliser, in plain types; not the transitions."""
+        return {
+            "normaliser": self._normaliser.state_dict(),
+            "total_transitions": self._total_transitions,
+            "total_episodes": self._total_episodes,
+            "num_without_decisions": self._num_without_decisions,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; the ring keeps what it holds."""
+        self._normaliser.load_state_dict(state["normaliser"])
+        self._total_transitions = state["total_transitions"]
+        self._total_episodes = state["total_episodes"]
+        self._num_without_decisions = state["num_without_decisions"]
+
+    def _write(self, episode: Episode, score: float) -> None:
+        num_decisions = episode.num_decisions
+        while self._capacity - self._size < num_decisions:
+            evicted, _ = self._held.popleft()
+            self._tail = (self._tail + evicted) % self._capacity
+            self._size -= evicted
+        if self._states_CD is None:
+            self._states_CD = torch.empty(
+                (self._capacity, self._hidden_size), dtype=episode.states_TD.dtype, device=self._device
+            )
+        needs_prefixes = self._shaping.terminal == "progress"
+        prefix_scores_N = self._normaliser.prefix_scores(episode) if needs_prefixes else None
+        shaped = shape_episode(episode, self._shaping, score, prefix_scores_N)
+        behaviour_T = np.where(
+            episode.actions_T == ACCEPT, episode.accept_logprobs_T, episode.reject_logprobs_T
+        )
+        head = (self._tail + self._size) % self._capacity
+        self._put(self._states_CD, head, episode.states_TD)
+        self._put(self._actions_C, head, _tensor(episode.actions_T))
+        self._put(self._rewards_C, head, _tensor(shaped.rewards_T))
+        self._put(self._discounts_C, head, _tensor(shaped.discounts_T))
+        self._put(self._forced_C, head, _tensor(episode.forced_T))
+        self._put(self._behaviour_logprobs_C, head, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
+        self._put(self._policy_versions_C, head, _tensor(episode.policy_versions_T))
+        self._held.append((num_decisions, score))
+        self._size += num_decisions
+        self._total_transitions += num_decisions
+
+    def _put(self, ring: torch.Tensor, head: int, rows: torch.Tensor) -> None:
+        """Copy ``rows`` into consecutive slots from ``head`` on, wrapping round once."""
+        before_end = min(len(rows), self._capacity - head)
+        ring[head : head + before_end].copy_(rows[:before_end])
+        ring[: len(rows) - before_end].copy_(rows[before_end:])
+
+    def _check(self, episode: Episode) -> None:
+        states = episode.states_TD
+        if states.shape[-1] != self._hidden_size:
+            raise UserError(
+                f"replay: episode {episode.uid} has hidden size {states.shape[-1]}, the run's LLM has "
+                f"{self._hidden_size}; do not mix LLMs in one run"
+            )
+        if self._states_CD is not None and states.dtype != self._states_CD.dtype:
+            raise UserError(
+                f"replay: episode {episode.uid} has {states.dtype} states, earlier ones "
+                f"{self._states_CD.dtype}; give every rollout actor the same llm.dtype"
+            )
+        if episode.num_decisions > self._capacity:
+            raise UserError(
+                f"replay.capacity_transitions is {self._capacity}, less than the {episode.num_decisions} "
+                f"decisions of one episode; raise it"
+            )
+
+    def _batch_buffers(self, batch_size: int, states_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if batch_size not in self._batch_states:
+            shape = (batch_size, self._hidden_size)
+            self._batch_states[batch_size] = (states_CD.new_empty(shape), states_CD.new_empty(shape))
+        return self._batch_states[batch_size]
+
+    def _column(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(self._capacity, dtype=dtype, device=self._device)
+
+    def _columns(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self._actions_C,
+            self._rewards_C,
+            self._discounts_C,
+            self._forced_C,
+            self._behaviour_logprobs_C,
+            self._policy_versions_C,
+        )
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor with a copy of the array, which may be read-only."""
+    return torch.tensor(array)

@@ -1,0 +1,100 @@
+"""The weight channel on Redis: one hash with the latest agent, replaced in one command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import cast
+
+import redis
+import torch
+from safetensors.torch import load, save
+
+from mara.buffer.config import ReplayConfig
+from mara.buffer.keys import keys_of
+from mara.buffer.outage import AWAY, Outage
+from mara.common.contracts import VersionedWeights
+
+# Returns the version that stands in the way, or nothing.
+_PUBLISH = """
+local current = redis.call('HGET', KEYS[1], 'version')
+if current and tonumber(current) >= tonumber(ARGV[1]) then return current end
+redis.call('HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'tensors', ARGV[3])
+return false
+"""
+
+
+class RedisWeightChannel:
+    """A weight sink and source in one; make one for each thread.
+
+    Nobody waits for the store. While it is away a publication is dropped, since the next one replaces it
+    anyway, and a reader is told that there is nothing newer. Once that has lasted ``max_outage_s``, both
+    raise :class:`~mara.common.contracts.ReplayUnavailable`.
+    """
+
+    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig | None = None) -> None:
+        self._client = client
+        self._key = keys_of(run_id).weights
+        self._outage = Outage(config or ReplayConfig())
+        self._num_dropped = 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Publications dropped because the store was away."""
+        return self._num_dropped
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make ``tensors`` the latest weights.
+
+        Raises:
+            ValueError: ``version`` is not above the published one.
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        if self._outage.pause_s > 0:
+            self._num_dropped += 1
+            return
+        try:
+            current = self._client.eval(_PUBLISH, 1, self._key, str(version), repr(time.time()), content)
+        except AWAY as error:
+            self._num_dropped += 1
+            self._outage.failed(error)
+            return
+        self._outage.ended()
+        if current is not None:
+            raise ValueError(
+                f"version {version} is not above the published {int(current)}; versions must grow"
+            )
+
+    def fetch_newer(self, than: int) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than``; one tiny request if not.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        latest = self.latest_version()
+        if latest is None or latest <= than:
+            return None
+        try:
+            version, published_at_s, content = cast(
+                tuple[bytes | None, bytes, bytes],
+                self._client.hmget(self._key, ["version", "published_at_s", "tensors"]),
+            )
+        except AWAY as error:
+            self._outage.failed(error)
+            return None
+        if version is None:  # deleted in between
+            return None
+        return VersionedWeights(int(version), float(published_at_s), load(content))
+
+    def latest_version(self) -> int | None:
+        """Version of the latest weights; None before the first publication or while the store is away."""
+        if self._outage.pause_s > 0:
+            return None
+        try:
+            version = cast(bytes | None, self._client.hget(self._key, "version"))
+        except AWAY as error:
+            self._outage.failed(error)
+            return None
+        self._outage.ended()
+        return None if version is None else int(version)

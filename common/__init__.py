@@ -1,0 +1,1 @@
+"""The vocabulary every part shares. Imports nothing else of ours."""

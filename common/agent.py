@@ -1,0 +1,102 @@
+"""The agent: the small network that accepts or rejects a candidate token, and its files.
+
+Legend: B rows, D hidden size of the LLM.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mara.common.config import AgentConfig
+from mara.common.contracts import UserError
+
+ACCEPT = 1
+REJECT = 0
+
+WEIGHTS_FILE = "agent.safetensors"
+CARD_FILE = "agent.json"
+
+
+class Agent(nn.Module):
+    """Maps the LLM's hidden state at a candidate to the odds of accepting it (section 3.2).
+
+    The layer names are those of the released networks. 4.47 M parameters at D = 4096.
+    """
+
+    def __init__(self, hidden_size: int, config: AgentConfig) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.config = config
+        first, second = config.widths
+        self.ln = nn.LayerNorm(hidden_size)
+        self.linear1 = nn.Linear(hidden_size, first)
+        self.linear2 = nn.Linear(first, second)
+        self.output_linear = nn.Linear(second, 2)
+        # Small last layer: the initial policy is what accept_bias says, not a draw of the seed.
+        with torch.no_grad():
+            self.output_linear.weight.mul_(0.01)
+            self.output_linear.bias[REJECT] = -config.accept_bias / 2
+            self.output_linear.bias[ACCEPT] = config.accept_bias / 2
+
+    def forward(self, states_BD: torch.Tensor) -> torch.Tensor:
+        """Return float32 [B, 2] log-probabilities; column 0 rejects, column 1 accepts.
+
+        ``states_BD`` may have any float dtype; the arithmetic is in that of the weights.
+        """
+        x_BD = self.ln(states_BD.to(self.ln.weight.dtype))
+        x = torch.relu(self.linear2(torch.relu(self.linear1(x_BD))))
+        logits_B2 = self.output_linear(x).float()
+        if (bound := self.config.max_log_odds) is not None:
+            log_odds_B = logits_B2[:, ACCEPT] - logits_B2[:, REJECT]
+            half_B = bound * torch.tanh(log_odds_B / bound) / 2
+            logits_B2 = torch.stack((-half_B, half_B), dim=-1)
+        return torch.log_softmax(logits_B2, dim=-1)
+
+
+def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
+    """Write ``agent.safetensors`` and ``agent.json`` into ``folder``, which is made if missing.
+
+    ``card`` is kept beside the shape of the network: the LLM, truncation, rewards and training that the
+    agent belongs to. Each file appears whole or not at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in agent.state_dict().items()}
+    save_file(tensors, partial := folder / (WEIGHTS_FILE + ".partial"))
+    partial.replace(folder / WEIGHTS_FILE)
+    content = {"hidden_size": agent.hidden_size, "agent": agent.config.model_dump(mode="json"), **card}
+    partial = folder / (CARD_FILE + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(folder / CARD_FILE)
+
+
+def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dict[str, Any]]:
+    """Return the agent saved in ``folder`` and its card.
+
+    Raises:
+        UserError: a file is missing or damaged, or the agent was trained for an LLM of another hidden
+            size than ``hidden_size``.
+    """
+    for name in (WEIGHTS_FILE, CARD_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"agent: {folder / name} is missing; give a folder that `mara train` saved")
+    try:
+        card = json.loads((folder / CARD_FILE).read_text())
+        config = AgentConfig.model_validate(card["agent"])
+        if hidden_size is not None and card["hidden_size"] != hidden_size:
+            raise UserError(
+                f"agent: {folder} was trained for hidden size {card['hidden_size']}, the LLM has "
+                f"{hidden_size}; use the LLM it was trained for ({card.get('llm', 'not recorded')})"
+            )
+        agent = Agent(card["hidden_size"], config)
+        agent.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"agent: {folder} cannot be read ({reason}); save it again") from error
+    return agent.eval(), card

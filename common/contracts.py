@@ -1,0 +1,153 @@
+"""The contracts between the parts of the system.
+
+::
+
+    prompts ──► rollout actor (xN) ── Episode ──► EpisodeSink        EpisodeSource ──► mirror
+                frozen LLM                          │    replay log    ▲                 │
+                decoding engine                     └──────────────────┘          TransitionBatch
+                agent ◄── WeightSource                                                   │
+                              ▲               weight channel                             ▼
+                              └──────────────────────────────────── WeightSink ◄── learner (x1)
+
+Every arrow is one protocol below. Nobody on the left waits for anybody on the right: a sink accepts
+or drops, a source returns what there is, a weight source answers "nothing newer".
+
+Each protocol has two implementations in :mod:`mara.buffer`: one on Redis and one in the memory of the
+process. The second is the fake for tests, the single-process mode and the specification; one contract
+suite runs against both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from mara.common.episode import Episode
+
+
+class UserError(Exception):
+    """A mistake the user can fix: one line naming what, where and the remedy.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """
+
+
+class ReplayUnavailable(Exception):
+    """The replay store did not answer within the time allowed; retrying later may work."""
+
+
+class EpisodeSink(Protocol):
+    """Where a rollout actor puts finished episodes. Called from one thread."""
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        """Store the episodes in order, or raise :class:`ReplayUnavailable` having stored a prefix.
+
+        Appending an episode whose ``uid`` is already stored changes nothing, so a caller that lost
+        the reply may simply append again. Blocks for one round trip, never for the learner.
+        """
+        ...
+
+
+class EpisodeSource(Protocol):
+    """Where the learner reads the replay log. Called from one thread; each reader has its own cursor."""
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        """Return up to ``max_episodes`` (>= 1) episodes after the cursor, oldest first.
+
+        Waits at most ``timeout_s`` (>= 0) for the first one; an empty list means nothing came.
+        Records that cannot be decoded are skipped and counted in :attr:`num_malformed`.
+        """
+        ...
+
+    @property
+    def num_malformed(self) -> int:
+        """Records set aside so far because they could not be decoded."""
+        ...
+
+
+class VersionedWeights(NamedTuple):
+    """One published set of agent weights."""
+
+    version: int
+    """The learner's gradient step at publication; grows strictly."""
+    published_at_s: float
+    """Unix time of publication, for the publish-to-applied latency."""
+    tensors: dict[str, torch.Tensor]
+    """A ``state_dict`` on the CPU."""
+
+
+class WeightSink(Protocol):
+    """Where the learner publishes. Called from one thread."""
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make ``tensors`` the latest weights. ``version`` must exceed every earlier one.
+
+        A reader sees either the previous version whole or this one whole.
+        """
+        ...
+
+
+class WeightSource(Protocol):
+    """Where a rollout actor looks for newer weights between two decoding steps."""
+
+    def fetch_newer(self, than: int) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than``, else ``None``. Never waits."""
+        ...
+
+
+class Conversation(NamedTuple):
+    """What a reward model judges."""
+
+    prompt: str
+    response: str
+
+
+class RewardModel(Protocol):
+    """Scores whole answers. Higher is better; a cost is turned round by a negative weight."""
+
+    def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """Return float32 [B], one finite score for each conversation."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionBatch:
+    """B transitions, gathered for one gradient step. Shapes: B transitions, D hidden size.
+
+    A transition is one accept-or-reject decision. Its next state is the candidate of the following
+    decision of the same episode (the next candidate at this position after a rejection, the first
+    candidate of the next undecided position after an acceptance, Eq. 5).
+    """
+
+    states_BD: torch.Tensor
+    """The LLM's last hidden state at the candidate, 16-bit float."""
+    next_states_BD: torch.Tensor
+    """The same for the next decision; unspecified values where ``discounts_B`` is 0."""
+    actions_B: torch.Tensor
+    """int64; 1 accepts, 0 rejects."""
+    rewards_B: torch.Tensor
+    """float32; Eq. 8 with Eq. 13 as configured when the learner read the episode."""
+    discounts_B: torch.Tensor
+    """float32 in [0, 1]; what the value of the next state counts: 0 at the end of an episode."""
+    forced_B: torch.Tensor
+    """bool; the last candidate, which cannot be rejected: no decision to learn from."""
+    next_forced_B: torch.Tensor
+    """bool; the same for the next decision."""
+    behaviour_logprobs_B: torch.Tensor
+    """float32; log-probability of the action under the policy that took it (0 where forced)."""
+    policy_versions_B: torch.Tensor
+    """int64; the version of the weights that decided."""
+
+    def __len__(self) -> int:
+        return int(self.actions_B.shape[0])
+
+    def to(self, device: torch.device | str) -> TransitionBatch:
+        """The same batch on ``device``; returns itself if it is there already."""
+        if self.states_BD.device == torch.device(device):
+            return self
+        return TransitionBatch(
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        )

@@ -1,0 +1,112 @@
+"""The ``mara`` command. Heavy imports wait until a command needs them: ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mara.deploy import exit as exits
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Align a frozen language model: a small agent accepts or rejects its tokens.",
+)
+reward_app = typer.Typer(no_args_is_help=True, help="Reward models fitted on human preferences.")
+app.add_typer(reward_app, name="reward")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as rollout.num_actors=4."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart.")
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
+) -> None:
+    """Train an agent, then compare it with the LLM it steers.
+
+    Ctrl-C saves the agent and ends.
+    """
+    with _reported_errors():
+        from mara.deploy.config_file import dump_config, find_config, load_config
+
+        settings = load_config(find_config(config), overrides or [])
+        if dry_run:
+            sys.stdout.write(dump_config(settings))
+            return
+        from mara.deploy.train import train as run
+
+        run(settings)
+
+
+@app.command("eval")
+def evaluate(run: RunFolder, overrides: Overrides = None) -> None:
+    """Compare the agent of a run with the LLM alone, on held-out prompts."""
+    with _reported_errors():
+        from mara.deploy.run_folder import load_run
+
+        settings = load_run(run, overrides or [])
+        from mara.deploy.evaluation import run_evaluation
+
+        run_evaluation(run, settings)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    overrides: Overrides = None,
+) -> None:
+    """Answer a prompt with the LLM alone and with the agent of a run."""
+    with _reported_errors():
+        from mara.deploy.run_folder import load_run
+
+        settings = load_run(run, overrides or [])
+        from mara.deploy.evaluation import generate as answer
+
+        answer(run, settings, prompt)
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line for each mistake, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        raise typer.Exit(exits.INTERRUPTED) from None
+    except exits.RunFailed as error:
+        _complain(str(error))
+        raise typer.Exit(exits.FAILED) from error
+    except Exception as error:
+        if not exits.is_user_error(error):
+            raise
+        _complain(str(error))
+        raise typer.Exit(exits.USER_ERROR) from error
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines():
+        sys.stderr.write(f"mara: error: {line}\n")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

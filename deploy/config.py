@@ -1,0 +1,175 @@
+"""Settings of a whole run: those of the parts, and what only a run has. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
+from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.common.config import AgentConfig, Config
+from mara.learner.config import LearnerConfig
+
+SHIPPED_PREFIX = "mara:"
+SHIPPED_DIR = Path(__file__).parent
+
+
+def resolve_data_path(value: Any, folder: Path) -> Any:
+    """``mara:data/x`` is a file that the project ships; ``~`` is the home; the rest is under ``folder``.
+
+    Values that are not text are returned as they are, for the type check that follows.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.startswith(SHIPPED_PREFIX):
+        return str(SHIPPED_DIR / value.removeprefix(SHIPPED_PREFIX))
+    return os.path.normpath(folder.absolute() / Path(value).expanduser())
+
+
+def _resolve(value: Any, info: ValidationInfo) -> Any:
+    folder = (info.context or {}).get("folder", Path.cwd())
+    return resolve_data_path(str(value) if isinstance(value, Path) else value, folder)
+
+
+class _IsDataPath:
+    """Marks the settings whose relative values depend on where they were written."""
+
+
+DATA_PATH = _IsDataPath()
+DataPath = Annotated[Path, BeforeValidator(_resolve), DATA_PATH]
+"""A file to read. Relative to the folder of the configuration file it is written in, or to the current
+folder when given on the command line. ``mara:data/NAME`` and ``mara:heads/NAME`` are shipped."""
+
+
+class PromptsConfig(Config):
+    """Prompt files: JSON lines with ``prompt``, ``id`` and ``category`` if wanted; or text, one a line."""
+
+    train: DataPath
+    """Prompts the agent is trained on; taken again from the start when all were used."""
+    evaluation: DataPath | None = None
+    """Other prompts, for the comparison with the base LLM after training. None: no evaluation."""
+
+
+class RewardHeadConfig(Config):
+    """A reward model: a small head on the frozen LLM's hidden states (Eq. 3)."""
+
+    path: DataPath
+    """Folder that ``mara reward fit`` wrote, or a shipped one: ``mara:heads/NAME``."""
+    weight: float
+    """What one unit of its score counts in the reward (Eq. 13). Negative for a cost. Usual range -2–2."""
+
+
+class EvaluationConfig(Config):
+    """The comparison of the trained agent with the base LLM on held-out prompts (Eq. 12)."""
+
+    after_training: bool = True
+    """Evaluate at the end of ``mara train``. ``mara eval RUN`` does it later as well."""
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Use only the first so many evaluation prompts. None: all."""
+    rows: int = Field(default=64, ge=1)
+    """Prompts answered at the same time. Usual range 16–128."""
+    num_samples: int = Field(default=4, ge=0)
+    """Answers of base and agent printed side by side. Usual range 2–10."""
+
+
+class WandbConfig(Config):
+    """Weights & Biases. One run for each training; never asks anything."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """``auto``: online where a login is found (``WANDB_API_KEY`` or ``~/.netrc``), else offline, which keeps
+    the run in the run folder for ``wandb sync``."""
+    project: str = Field(default="mara", min_length=1)
+    """Name of the W&B project."""
+    entity: str | None = None
+    """W&B user or team. None: the login's own."""
+
+
+class RayConfig(Config):
+    """Where the processes run, and what is done when one dies."""
+
+    address: str | None = None
+    """``auto`` or ``HOST:PORT`` joins a running cluster. None starts Ray on this machine, for this run only,
+    listening on the loopback interface."""
+    start_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for the cluster to have room for the learner and for each rollout actor, seconds."""
+    max_actor_restarts: int = Field(default=20, ge=0)
+    """Rollout actors that may die and be replaced in one run before the run is given up."""
+
+
+class RunFolderConfig(Config):
+    """The run's folder, name and seed."""
+
+    dir: Path = Path("runs")
+    """Where run folders are made. Relative to the current folder."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """First part of the folder's name; the time follows. None: the name of the configuration file."""
+    seed: int = Field(default=0, ge=0)
+    """Every random stream of the run derives from it. How actors interleave still differs between runs."""
+    stop_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for the learner to save when the run is stopped, seconds."""
+
+
+class RunConfig(Config):
+    """Everything ``mara train`` needs to know."""
+
+    llm: LLMConfig
+    """The frozen LLM."""
+    prompts: PromptsConfig
+    """What it is asked."""
+    rewards: dict[str, RewardHeadConfig]
+    """Reward models by name. The evaluation calls a positive weight better when higher, a negative one
+    better when lower."""
+    decoding: DecodingConfig = DecodingConfig()
+    """How answers are generated, in training and in evaluation."""
+    agent: AgentConfig = AgentConfig()
+    """The accept-reject network."""
+    rollout: RolloutConfig = RolloutConfig()
+    """The rollout actors."""
+    shaping: ShapingConfig = ShapingConfig()
+    """How scores and penalties become rewards."""
+    replay: ReplayConfig = ReplayConfig()
+    """The replay log and its mirror in the learner."""
+    learner: LearnerConfig = LearnerConfig()
+    """The learner and its algorithm."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The comparison with the base LLM."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    ray: RayConfig = RayConfig()
+    """Processes and supervision."""
+    run: RunFolderConfig = RunFolderConfig()
+    """Folder, name and seed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one reward head with its path and weight")
+        if all(head.weight == 0 for head in self.rewards.values()):
+            raise ValueError("rewards: every weight is 0; give at least one another value")
+        if self.shaping.score_weights:
+            raise ValueError(
+                f"shaping.score_weights={self.shaping.score_weights} is not set here; "
+                "give each weight as rewards.NAME.weight"
+            )
+        if self.rollout.num_actors < 1:
+            raise ValueError(
+                f"rollout.num_actors={self.rollout.num_actors} leaves nobody to make episodes; use at least 1"
+            )
+        if self.ray.address is not None and self.replay.redis_url is None:
+            raise ValueError(
+                f"ray.address={self.ray.address} needs a server that all nodes reach; set replay.redis_url"
+            )
+        return self
+
+    @property
+    def score_weights(self) -> dict[str, float]:
+        """Weight of each reward model by name."""
+        return {name: head.weight for name, head in self.rewards.items()}
+
+    @property
+    def weighted_shaping(self) -> ShapingConfig:
+        """``shaping`` with the weights that ``rewards`` gives."""
+        return self.shaping.model_copy(update={"score_weights": self.score_weights})

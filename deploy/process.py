@@ -1,0 +1,73 @@
+"""What every process of a run has: what it is told, what it reports, and its log.
+
+The processes are plain classes (:mod:`mara.deploy.rollout_host`, :mod:`mara.deploy.learner_host`). Ray makes
+an actor of each (:mod:`mara.deploy.topology`): ``run`` blocks in one thread while ``report`` and ``stop`` are
+answered in others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import redis
+
+from mara.buffer.connection import connect
+from mara.deploy.config import RunConfig
+
+STARTING = "starting"
+LOADING = "loading the LLM"
+RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """What a process has to know about its run."""
+
+    name: str
+    """Unique in the run, also after restarts: ``learner``, ``actor-0``, ``actor-0-1``, …"""
+    config: RunConfig
+    """The run's settings, with the address of the server in ``replay.redis_url``."""
+    run_id: str
+    folder: Path
+    """The run folder. Another machine may not have it."""
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "logs" / f"{self.name}.log"
+
+    def connect(self) -> redis.Redis:
+        """A client of the run's server."""
+        replay = self.config.replay
+        assert replay.redis_url is not None, "the run fills in the address of the server it started"
+        return connect(replay.redis_url, replay.connect_timeout_s)
+
+
+class Report(NamedTuple):
+    """What a process says about itself when asked."""
+
+    phase: str
+    pid: int
+    metrics: dict[str, float]
+    """The latest values."""
+    rows: list[dict[str, float]]
+    """Rows of the record since the last report, oldest first: the learner's."""
+
+
+def log_to(path: Path) -> None:
+    """Send this process's output to ``path``, where its folder exists: native crashes are told there too."""
+    if not path.parent.is_dir():
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True, format="%(asctime)s %(message)s")
+    faulthandler.enable()

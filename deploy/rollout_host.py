@@ -1,0 +1,57 @@
+"""The process of one rollout actor."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+from mara.actors.prompts import Prompt
+from mara.actors.rollout import RolloutWorker
+from mara.buffer.log import RedisEpisodeLog
+from mara.buffer.weights import RedisWeightChannel
+from mara.deploy.process import LOADING, RUNNING, STARTING, HostSpec, Report, log_to
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSpec(HostSpec):
+    prompts: tuple[Prompt, ...]
+
+
+class RolloutHost:
+    """One rollout actor: its own frozen LLM, decoding until it is stopped."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        self._spec = spec
+        self._stop = threading.Event()
+        self._worker: RolloutWorker | None = None
+        self._phase = STARTING
+
+    def run(self) -> None:
+        """Make episodes until :meth:`stop`. Blocks."""
+        log_to(self._spec.log_file)
+        self._phase = LOADING
+        config = self._spec.config
+        client = self._spec.connect()
+        self._worker = RolloutWorker(
+            config.llm,
+            config.decoding,
+            config.rollout,
+            config.agent,
+            {name: head.path for name, head in config.rewards.items()},
+            self._spec.prompts,
+            RedisEpisodeLog(client, self._spec.run_id, config.replay),
+            RedisWeightChannel(client, self._spec.run_id, config.replay),
+            self._spec.name,
+            config.run.seed,
+        )
+        self._phase = RUNNING
+        self._worker.run(self._stop)
+
+    def stop(self) -> None:
+        """End :meth:`run` after the current decoding step. Returns at once."""
+        self._stop.set()
+
+    def report(self) -> Report:
+        """Phase and metrics now. Returns at once."""
+        return Report(self._phase, os.getpid(), self._worker.metrics() if self._worker else {}, [])

@@ -1,0 +1,60 @@
+"""The folder of one run: made at its start, found again by ``mara eval`` and ``mara generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config, load_config
+from mara.deploy.exit import user_error
+
+CONFIG_FILE = "config.yaml"
+LOGS = "logs"
+LATEST = "latest"
+
+
+def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
+    """Make ``DIR/NAME-YYYYmmdd-HHMMSS`` with the resolved configuration, and point ``DIR/latest`` to it.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    assert config.run.name is not None, "load_config gives a name"
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_s))
+    try:
+        folder = _unused(config.run.dir / f"{config.run.name}-{stamp}")
+        (folder / LOGS).mkdir()
+        (folder / CONFIG_FILE).write_text(dump_config(config))
+        link = config.run.dir / f".{LATEST}.{folder.name}"
+        link.symlink_to(folder.name)
+        link.replace(config.run.dir / LATEST)
+    except OSError as error:
+        raise user_error(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
+    return folder
+
+
+def _unused(wanted: Path) -> Path:
+    """Make the folder ``wanted``, or one with a number after it where another run took that second."""
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not wanted.parent.is_dir():
+                raise
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings of the run in ``folder``, with ``key=value`` overrides.
+
+    Raises:
+        UserError: it is not a run folder.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise user_error(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
+    return load_config(folder / CONFIG_FILE, overrides)

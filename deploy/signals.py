@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: the first asks the run to end and save, the second ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """Catches SIGINT and SIGTERM while it is entered. Enter it in the main thread."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._interrupts = False
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._requested
+
+    def interrupt_from_here(self) -> None:
+        """From now on the first signal interrupts too: there is nothing left that must be saved.
+
+        Raises:
+            KeyboardInterrupt: here and now, if a signal has come already; later, when one comes.
+        """
+        self._interrupts = True
+        if self._requested:
+            raise KeyboardInterrupt
+
+    def install(self) -> None:
+        """Take the signals again. A library that is started in between may have put itself in our place."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        # Only sets a flag: a handler runs between any two instructions of the main thread, locks held.
+        interrupts = self._interrupts or self._requested
+        self._requested = True
+        if interrupts:
+            raise KeyboardInterrupt

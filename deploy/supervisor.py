@@ -1,0 +1,212 @@
+"""Keeps the processes of a run going: places them, replaces rollout actors that die, says when it is over.
+
+What a death means is decided here and nowhere else. A rollout actor is replaced and its episodes in progress
+are lost. The learner is not: its death ends the run, which keeps its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from mara.deploy.exit import RunFailed, is_user_error
+from mara.deploy.fleet import Rates, fleet_metrics
+from mara.deploy.learner_host import LearnerSpec
+from mara.deploy.process import RUNNING
+from mara.deploy.rollout_host import RolloutSpec
+from mara.learner.loop import LearnerSummary
+
+if TYPE_CHECKING:
+    from mara.deploy.topology import Ended, Handle
+
+SILENT_AFTER_S = 30.0
+
+
+class Places(Protocol):
+    """Where processes are started: the cluster."""
+
+    def place_learner(self, spec: LearnerSpec) -> Handle: ...
+    def place_rollout(self, spec: RolloutSpec) -> Handle: ...
+    def resources(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The run as a whole, now."""
+
+    rows: list[dict[str, float]]
+    """New rows of the learner's record."""
+    metrics: dict[str, float]
+    """The rollout actors together, and how many there are."""
+    phases: dict[str, str]
+    """What each process is doing, by name."""
+    summary: LearnerSummary | None
+    """What the learner returned, once it is done."""
+
+
+class _Member:
+    """A process that should be there, through all its replacements."""
+
+    def __init__(self, spec: LearnerSpec | RolloutSpec, handle: Handle) -> None:
+        self.spec = spec
+        self.handle = handle
+        self.num_restarts = 0
+        self.placed_at = self.heard_at = time.monotonic()
+        self.warned = False
+
+    def replaced_by(self, spec: RolloutSpec, handle: Handle) -> None:
+        self.spec, self.handle = spec, handle
+        self.num_restarts += 1
+        self.placed_at = self.heard_at = time.monotonic()
+        self.warned = False
+
+    @property
+    def was_running(self) -> bool:
+        report = self.handle.report
+        return report is not None and report.phase == RUNNING
+
+
+class Supervisor:
+    """Owns the learner and the rollout actors. Called from one thread; no call waits for a process."""
+
+    def __init__(
+        self,
+        places: Places,
+        learner: LearnerSpec,
+        rollouts: Sequence[RolloutSpec],
+        say: Callable[[str], None],
+    ) -> None:
+        self._places = places
+        self._config = learner.config
+        self._say = say
+        self._base_names = [spec.name for spec in rollouts]
+        self._learner = _Member(learner, places.place_learner(learner))
+        self._rollouts = [_Member(spec, places.place_rollout(spec)) for spec in rollouts]
+        self._retired: list[dict[str, float]] = []
+        self._stopping = False
+        self._rates = Rates()
+
+    @property
+    def num_restarts(self) -> int:
+        return sum(member.num_restarts for member in self._rollouts)
+
+    def poll(self) -> Status:
+        """Hear every process, replace what died, and say how things stand.
+
+        Raises:
+            UserError: a process found a mistake in the settings.
+            RunFailed: the learner died, or too many rollout actors did, or there is no room for a process.
+        """
+        summary = self._poll_learner()
+        for index, member in enumerate(self._rollouts):
+            ended = member.handle.poll()
+            if ended is not None and not self._stopping:
+                self._replace(index, member, ended)
+            self._check_silence(member)
+        return Status(
+            rows=self._learner.handle.take_rows(),
+            metrics=self._fleet(),
+            phases={
+                m.handle.name: m.handle.report.phase if m.handle.report else "waiting for a process"
+                for m in (self._learner, *self._rollouts)
+            },
+            summary=summary,
+        )
+
+    def request_stop(self, *, learner: bool) -> None:
+        """Ask the rollout actors, and the learner too if ``learner``, to end. Deaths no longer matter."""
+        self._stopping = True
+        if learner:
+            self._learner.handle.request_stop()
+        for member in self._rollouts:
+            member.handle.request_stop()
+
+    def last_rows(self, timeout_s: float) -> list[dict[str, float]]:
+        """The rows the learner wrote at its very end, waited for."""
+        for _ in range(2):  # The report on its way may be from before the end, the one after it is not.
+            self._learner.handle.wait_for_report(timeout_s)
+        return self._learner.handle.take_rows()
+
+    def agent_files(self, timeout_s: float) -> dict[str, bytes]:
+        """Content of the saved agent's files, from the learner's machine."""
+        return self._learner.handle.call("agent_files", timeout_s) or {}
+
+    def kill(self) -> None:
+        """End every process at once."""
+        for member in (self._learner, *self._rollouts):
+            member.handle.kill()
+
+    def _poll_learner(self) -> LearnerSummary | None:
+        member = self._learner
+        ended = member.handle.poll()
+        self._check_silence(member)
+        if ended is None:
+            return None
+        if ended.error is None and not ended.died:
+            assert isinstance(ended.result, LearnerSummary)
+            return ended.result
+        raise self._failure(member, ended, "the run ends; its last checkpoint stays")
+
+    def _replace(self, index: int, member: _Member, ended: Ended) -> None:
+        """Put a new rollout actor in the place of one that ended."""
+        limit = self._config.ray.max_actor_restarts
+        if ended.error is not None and (is_user_error(ended.error) or not member.was_running):
+            raise self._failure(member, ended, "it never ran")
+        if self.num_restarts >= limit:
+            raise self._failure(
+                member, ended, f"{limit} rollout actors were replaced already (ray.max_actor_restarts)"
+            )
+        why = self._why(member, ended)
+        if member.handle.report is not None:
+            self._retired.append(member.handle.report.metrics)
+        member.handle.kill()
+        assert isinstance(member.spec, RolloutSpec)
+        spec = replace(member.spec, name=f"{self._base_names[index]}-{member.num_restarts + 1}")
+        member.replaced_by(spec, self._places.place_rollout(spec))
+        self._say(f"{why}; {spec.name} takes its place")
+
+    def _failure(self, member: _Member, ended: Ended, consequence: str) -> BaseException:
+        if ended.error is not None and is_user_error(ended.error):
+            return ended.error
+        return RunFailed(f"{self._why(member, ended)}; {consequence}; see {member.spec.log_file}")
+
+    def _why(self, member: _Member, ended: Ended) -> str:
+        """First line of what happened; the traceback goes into the process's log."""
+        if ended.error is None:
+            return f"{member.handle.name} {'died' if ended.died else 'ended by itself'}"
+        with member.spec.log_file.open("a") as log:
+            log.write(ended.trace.rstrip() + "\n")
+        first_line = (str(ended.error).strip() or "no message").splitlines()[0]
+        return f"{member.handle.name} failed: {type(ended.error).__name__}: {first_line}"
+
+    def _check_silence(self, member: _Member) -> None:
+        """Warn once of a process that does not answer; give up on one that never got a place."""
+        now = time.monotonic()
+        if member.handle.heard:
+            member.heard_at, member.warned = now, False
+            return
+        if member.handle.report is None and now - member.placed_at > self._config.ray.start_timeout_s:
+            raise RunFailed(
+                f"{member.handle.name} found no place in {self._config.ray.start_timeout_s:g} s "
+                f"(ray.start_timeout_s); the cluster has {_amounts(self._places.resources())}"
+            )
+        if member.handle.report is not None and now - member.heard_at > SILENT_AFTER_S and not member.warned:
+            member.warned = True
+            self._say(
+                f"{member.handle.name} has not answered for {SILENT_AFTER_S:g} s; see {member.spec.log_file}"
+            )
+
+    def _fleet(self) -> dict[str, float]:
+        reports = [m.handle.report for m in self._rollouts]
+        live = [report.metrics for report in reports if report is not None and report.metrics]
+        metrics = fleet_metrics(live, self._retired)
+        metrics |= self._rates.update(metrics, ("rollout/tokens", "rollout/episodes", "rollout/passes"))
+        metrics["actors/alive"] = float(sum(report is not None for report in reports))
+        metrics["actors/restarted"] = float(self.num_restarts)
+        return metrics
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

@@ -1,0 +1,197 @@
+"""Where the processes of a run are: the Ray cluster, and a handle on each actor in it.
+
+Thin on purpose. Episodes and weights travel through Redis; Ray places processes, says when one died and
+carries one small report a second. No call here waits for a process that hangs.
+
+Importing this imports Ray, which then reads its environment: :mod:`mara.deploy.ray_head` sets that first.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from mara.deploy.config import RunConfig
+from mara.deploy.exit import user_error
+from mara.deploy.learner_host import LearnerHost, LearnerSpec
+from mara.deploy.process import Report
+from mara.deploy.rollout_host import RolloutHost, RolloutSpec
+
+NAMESPACE = "mara"
+# run, report and stop must not wait for one another.
+THREADS_PER_HOST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How the process of a handle ended."""
+
+    result: Any = None
+    """What ``run`` returned, if it did."""
+    error: BaseException | None = None
+    """What ``run`` raised; None if it returned or the process died."""
+    trace: str = ""
+    """The traceback of ``error`` in its process."""
+    died: bool = False
+    """The process is gone."""
+
+
+class Handle:
+    """One placed process: its ``run`` in progress, and its last report."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.report: Report | None = None
+        """The last one that came."""
+        self.heard = False
+        """Whether the last :meth:`poll` found a new report."""
+        self._actor = actor
+        self._run = actor.run.remote()
+        self._pending = actor.report.remote()
+        self._rows: list[dict[str, float]] = []
+
+    def poll(self) -> Ended | None:
+        """Take over a report that has come and ask for the next one; say how ``run`` ended, if it did.
+
+        Returns at once.
+        """
+        self.heard = _is_ready(self._pending)
+        if self.heard:
+            try:
+                self.report = ray.get(self._pending)
+            except RayActorError:
+                pass  # The run has ended the same way; seen below.
+            else:
+                self._rows += self.report.rows
+                self._pending = self._actor.report.remote()
+        return _outcome(self._run) if _is_ready(self._run) else None
+
+    def take_rows(self) -> list[dict[str, float]]:
+        """Rows of the reports that came since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def wait_for_report(self, timeout_s: float) -> None:
+        """Wait up to ``timeout_s`` for the report that was asked for last, and ask for another."""
+        ray.wait([self._pending], timeout=timeout_s)
+        self.poll()
+
+    def call(self, method: str, timeout_s: float) -> Any:
+        """What ``method`` of the host returns, or None when it does not answer in time."""
+        try:
+            return ray.get(getattr(self._actor, method).remote(), timeout=timeout_s)
+        except RayError:
+            return None
+
+    def request_stop(self) -> None:
+        """Ask ``run`` to end. Returns at once."""
+        self._actor.stop.remote()
+
+    def kill(self) -> None:
+        """End the process without saving. Returns at once."""
+        ray.kill(self._actor, no_restart=True)
+
+
+def _is_ready(ref: Any) -> bool:
+    ready, _ = ray.wait([ref], timeout=0)
+    return bool(ready)
+
+
+def _outcome(run: Any) -> Ended:
+    try:
+        return Ended(result=ray.get(run))
+    except RayActorError:
+        return Ended(died=True)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        return Ended(error=cause, trace=error.traceback_str)
+    except RayError as error:
+        return Ended(error=error, trace=traceback.format_exc())
+
+
+class Cluster:
+    """The Ray cluster at an address, joined for a run."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def open(self) -> None:
+        """Join the cluster. Takes seconds and blocks; does not have to happen in the main thread.
+
+        Raises:
+            UserError: there is no cluster at the address.
+        """
+        try:
+            ray.init(
+                address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise user_error(
+                f"ray.address: no cluster answers at {self._address!r} ({reason}); start one with "
+                "`ray start --head` or leave ray.address out"
+            ) from error
+
+    def close(self) -> None:
+        """Leave the cluster. Does nothing twice."""
+        ray.shutdown()
+
+    def resources(self) -> dict[str, float]:
+        """What the cluster has in all, by Ray's names."""
+        return dict(ray.cluster_resources())
+
+    def place_learner(self, spec: LearnerSpec) -> Handle:
+        """Start the learner, on a GPU if it wants one and the cluster has one to spare."""
+        config = spec.config
+        options = {
+            "num_cpus": 1,
+            "num_gpus": learner_gpus(config, self.resources().get("GPU", 0)),
+            "runtime_env": _environment(config.learner.num_threads),
+        }
+        return self._place(LearnerHost, spec, options)
+
+    def place_rollout(self, spec: RolloutSpec) -> Handle:
+        """Start a rollout actor with the resources of ``rollout``."""
+        rollout = spec.config.rollout
+        options = {
+            "num_cpus": rollout.num_cpus,
+            "num_gpus": rollout.num_gpus,
+            "runtime_env": _environment(rollout.num_threads),
+        }
+        return self._place(RolloutHost, spec, options)
+
+    def _place(
+        self, host: Callable[..., Any], spec: LearnerSpec | RolloutSpec, options: dict[str, Any]
+    ) -> Handle:
+        # Restarts are decided by the supervisor, which counts them and gives each a name and a log.
+        remote = ray.remote(host).options(max_concurrency=THREADS_PER_HOST, max_restarts=0, **options)
+        return Handle(spec.name, remote.remote(spec))
+
+
+def learner_gpus(config: RunConfig, in_cluster: float) -> float:
+    """GPUs, or a fraction of one, for the learner: what the rollout actors leave, at most one.
+
+    Raises:
+        UserError: the learner must have a GPU and none is left.
+    """
+    if config.learner.device == "cpu":
+        return 0.0
+    left = in_cluster - config.rollout.num_actors * config.rollout.num_gpus
+    if left <= 0 and config.learner.device.startswith("cuda"):
+        raise user_error(
+            f"learner.device={config.learner.device}: the cluster has {in_cluster:g} GPUs and the rollout "
+            f"actors take {in_cluster - left:g}; lower rollout.num_gpus or use learner.device=cpu"
+        )
+    return min(1.0, max(0.0, round(left, 4)))
+
+
+def _environment(num_threads: int) -> dict[str, Any]:
+    """Numeric libraries read these when they are loaded: too late to set them inside the process."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {"env_vars": {**dict.fromkeys(names, str(num_threads)), "TOKENIZERS_PARALLELISM": "false"}}

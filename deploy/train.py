@@ -1,0 +1,308 @@
+"""``mara train``: from a configuration to a saved agent, with nothing left running.
+
+::
+
+    checks ─► run folder ─► server ─► Ray ─► learner, rollout actors ─► saved agent ─► evaluation
+                                                      │
+                                                reports once a second ──► display, recorder
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mara.buffer.server import EmbeddedServer
+from mara.deploy.config import RunConfig
+from mara.deploy.console import Display, View, open_display, say
+from mara.deploy.exit import RunFailed
+from mara.deploy.learner_host import LearnerSpec
+from mara.deploy.plots import draw_plots
+from mara.deploy.preflight import Checked, preflight
+from mara.deploy.process import RUNNING
+from mara.deploy.ray_head import RayHead
+from mara.deploy.recorder import METRICS_FILE, Recorder
+from mara.deploy.rollout_host import RolloutSpec
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, make_run_folder
+from mara.deploy.signals import StopSignal
+from mara.deploy.supervisor import Status, Supervisor
+from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
+
+if TYPE_CHECKING:
+    from mara.deploy.topology import Cluster
+
+POLL_S = 1.0
+TICK_S = 0.05
+LAST_REPORT_S = 10.0
+WANDB_START_S = 70.0
+
+
+class _StoppedEarly(Exception):
+    """A signal came before there was anything to save."""
+
+
+def train(config: RunConfig) -> None:
+    """Train an agent and, if configured, evaluate it. Returns when all is saved and every process is gone.
+
+    Ctrl-C or SIGTERM ends it early, with the agent as it is then.
+
+    Raises:
+        UserError: the settings are wrong.
+        RunFailed: the run could not go on.
+        KeyboardInterrupt: a second signal came.
+    """
+    view = View(title=f"mara · {config.run.name}", num_episodes=config.learner.num_episodes)
+    with StopSignal() as stop, ExitStack() as exits:
+        with open_display(view) as display:
+            show = _Show(view, display, stop)
+            try:
+                checked = preflight(config, show.state)
+                folder = make_run_folder(config)
+                recorder = Recorder(folder, config, display.say)
+                exits.callback(recorder.close)
+                display.say(f"run folder: {folder}")
+                summary = _Training(config, checked, folder, recorder, show).run()
+            except _StoppedEarly:
+                display.say("stopped before training began; there is no agent to save")
+                return
+        say(_closing_line(summary))
+        draw_plots(folder)
+        try:
+            _evaluate(config, folder, recorder, stop)
+        except KeyboardInterrupt:
+            say(f"no evaluation; `mara eval {folder}` does it later")
+        finally:
+            _print_places(folder, recorder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Show:
+    """The display together with the wish to stop: both matter whenever something is waited for."""
+
+    view: View
+    display: Display
+    stop: StopSignal
+
+    def state(self, state: str) -> None:
+        """Say what is done next.
+
+        Raises:
+            _StoppedEarly: a signal has come.
+        """
+        self.view.state = state
+        self.display.refresh()
+        if self.stop.requested:
+            raise _StoppedEarly
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but no longer than to the first signal."""
+        until = time.monotonic() + seconds
+        while not self.stop.requested and time.monotonic() < until:
+            time.sleep(TICK_S)
+
+    def wait_for(self, work: Callable[[], None]) -> None:
+        """Do ``work`` in another thread, with the display alive and signals heard; raise what it raises."""
+        errors: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self.display.refresh()
+            thread.join(TICK_S)
+        if errors:
+            raise errors[0]
+
+
+class _Training:
+    """One training, from the server to the saved agent."""
+
+    def __init__(
+        self, config: RunConfig, checked: Checked, folder: Path, recorder: Recorder, show: _Show
+    ) -> None:
+        self._config = config
+        self._checked = checked
+        self._folder = folder
+        self._recorder = recorder
+        self._show = show
+
+    def run(self) -> LearnerSummary:
+        """Start everything, train, save; end everything, whatever happens."""
+        with ExitStack() as exits:
+            config = self._with_server(exits)
+            cluster = self._with_cluster(exits)
+            self._show.state("placing the processes")
+            supervisor = self._place(config, cluster)
+            exits.callback(supervisor.kill)
+            self._start_wandb(exits)
+            summary = self._train(supervisor)
+            self._keep_agent(supervisor)
+            self._show.view.state = "ending the processes"
+            self._show.display.refresh()
+        return summary
+
+    def _with_server(self, exits: ExitStack) -> RunConfig:
+        """The settings with the address of a server, which is started if none was given."""
+        config = self._config
+        if config.replay.redis_url is not None:
+            return config
+        self._show.state("starting the server")
+        server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes))
+        replay = config.replay.model_copy(update={"redis_url": server.url})
+        return config.model_copy(update={"replay": replay})
+
+    def _with_cluster(self, exits: ExitStack) -> Cluster:
+        """The cluster at ``ray.address``, or one of the run's own on this machine."""
+        address = self._config.ray.address
+        if address is None:
+            self._show.state("starting Ray")
+            rollout = self._config.rollout
+            num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus)
+            head = RayHead(num_cpus, self._folder / LOGS / "ray.log")
+            exits.callback(head.stop)
+            self._show.wait_for(head.start)
+            address = head.address
+        self._show.state("joining the Ray cluster")
+        from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
+
+        cluster = Cluster(address)
+        exits.callback(cluster.close)
+        self._show.wait_for(cluster.open)
+        # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.
+        self._show.stop.install()
+        return cluster
+
+    def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
+        run_id = f"{self._folder.name}-{secrets.token_hex(4)}"
+        learner = LearnerSpec("learner", config, run_id, self._folder, self._checked.hidden_size)
+        rollouts = [
+            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts)
+            for number in range(config.rollout.num_actors)
+        ]
+        return Supervisor(cluster, learner, rollouts, self._show.display.say)
+
+    def _start_wandb(self, exits: ExitStack) -> None:
+        """Start W&B beside the loading of the LLM: both take seconds."""
+        thread = threading.Thread(target=self._recorder.start_wandb, daemon=True)
+        thread.start()
+        exits.callback(thread.join, WANDB_START_S)
+
+    def _train(self, supervisor: Supervisor) -> LearnerSummary:
+        """Watch until the learner is done, or was asked to stop and has saved."""
+        deadline_s: float | None = None
+        while True:
+            status = supervisor.poll()
+            self._take(status)
+            if status.summary is not None:
+                supervisor.request_stop(learner=False)
+                self._record(supervisor.last_rows(LAST_REPORT_S), status.metrics)
+                return status.summary
+            if deadline_s is None:
+                self._show.pause(POLL_S)
+                if self._show.stop.requested:
+                    self._show.view.state = "stopping: the learner saves the agent"
+                    supervisor.request_stop(learner=True)
+                    deadline_s = time.monotonic() + self._config.run.stop_timeout_s
+            elif time.monotonic() > deadline_s:
+                raise RunFailed(
+                    f"the learner did not save within {self._config.run.stop_timeout_s:g} s "
+                    f"(run.stop_timeout_s); see {self._folder / LOGS / 'learner.log'}"
+                )
+            else:
+                time.sleep(TICK_S)
+
+    def _take(self, status: Status) -> None:
+        """Show and record what is new."""
+        view = self._show.view
+        view.update(status.metrics)
+        self._record(status.rows, status.metrics)
+        if not self._show.stop.requested:
+            view.state = describe(status, view)
+        self._show.display.refresh()
+
+    def _record(self, rows: list[dict[str, float]], fleet: dict[str, float]) -> None:
+        for row in rows:
+            row["replay/fill"] = row.get("replay/transitions", 0.0) / self._config.replay.capacity_transitions
+            self._recorder.record({**fleet, **row})
+            self._show.view.update(row)
+            self._show.view.remember(row)
+
+    def _keep_agent(self, supervisor: Supervisor) -> None:
+        """Fetch the agent from the learner's machine, if that is not this one.
+
+        Raises:
+            RunFailed: there is no agent.
+        """
+        folder = self._folder / AGENT_FOLDER
+        if folder.is_dir():
+            return
+        files = supervisor.agent_files(self._config.run.stop_timeout_s)
+        if not files:
+            raise RunFailed(f"the learner's machine did not hand over the agent; it may be in {folder} there")
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def describe(status: Status, view: View) -> str:
+    """What the run is doing, in a few words."""
+    waiting: dict[str, int] = {}
+    for phase in status.phases.values():
+        if phase != RUNNING:
+            waiting[phase] = waiting.get(phase, 0) + 1
+    if waiting:
+        return ", ".join(f"{phase} ({count})" for phase, count in waiting.items())
+    if view.metrics.get("learner/gradient_step", 0) < 1:
+        return "collecting the first episodes"
+    return "training"
+
+
+def _closing_line(summary: LearnerSummary) -> str:
+    return (
+        f"{'stopped' if summary.stopped else 'trained'}: {summary.num_episodes} episodes, "
+        f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
+        f"the learner was idle {summary.idle_ratio:.0%} of the time"
+    )
+
+
+def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal) -> None:
+    """Compare the agent with the base LLM, if so configured.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped, or is now: the agent is saved, the comparison can wait.
+    """
+    if not config.evaluation.after_training or config.prompts.evaluation is None:
+        return
+    stop.interrupt_from_here()
+    from mara.deploy.evaluation import run_evaluation
+
+    recorder.summarise(run_evaluation(folder, config))
+
+
+def _print_places(folder: Path, recorder: Recorder) -> None:
+    places = [
+        ("agent", folder / AGENT_FOLDER),
+        ("checkpoints", folder / CHECKPOINT_FOLDER),
+        ("settings", folder / CONFIG_FILE),
+        ("metrics", folder / METRICS_FILE),
+        ("W&B offline run", recorder.wandb_folder),
+        *(("plot", path) for path in sorted(folder.glob("*.png"))),
+        *(("evaluation", path) for path in sorted(folder.glob("report.json"))),
+        ("logs", folder / LOGS),
+    ]
+    say("saved:")
+    for what, path in places:
+        if path is not None and path.exists():
+            say(f"  {what:<16} {path}")

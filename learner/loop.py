@@ -1,0 +1,328 @@
+"""The learner: read episodes, train, publish weights, report; never wait for anybody while there is work.
+
+::
+
+    log ── read ──► mirror ── sample ──► SAC.update ──► weights (latest wins)
+            │                               │
+            └ earns gradient steps          └ metrics, checkpoints
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.mirror import Mirror
+from mara.common.agent import save_agent
+from mara.common.config import AgentConfig
+from mara.common.contracts import EpisodeSource, UserError, WeightSink
+from mara.common.episode import Episode
+from mara.common.seeding import generator
+from mara.learner.budget import StepBudget
+from mara.learner.checkpoint import save_checkpoint
+from mara.learner.config import LearnerConfig
+from mara.learner.meters import Clock, Window
+from mara.learner.sac import SAC
+from mara.learner.statistics import episode_statistics
+
+READ_EPISODES = 64
+"""Most episodes read between two gradient steps."""
+WAIT_S = 0.1
+"""How long one wait for episodes lasts; a stop request is seen within it."""
+
+CHECKPOINT_FOLDER = "checkpoints"
+AGENT_FOLDER = "agent"
+
+
+class LogReader(EpisodeSource, Protocol):
+    """A source that can say where it stands, so that a checkpoint can."""
+
+    @property
+    def cursor(self) -> str:
+        """Where a new reader has to start to go on from here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSummary:
+    """What a run of the learner came to."""
+
+    gradient_steps: int
+    num_episodes: int
+    num_tokens: int
+    num_transitions: int
+    steps_dropped: float
+    """Gradient steps that the replay ratio allowed and the learner was too slow for."""
+    idle_ratio: float
+    """Share of the time spent waiting for episodes."""
+    seconds: float
+    stopped: bool
+    """Whether :meth:`Learner.stop` ended it, rather than the last episode."""
+
+
+class Learner:
+    """Trains one agent from one log. Plain and single-threaded; only :meth:`stop` may be called from outside.
+
+    Args:
+        config: what and how much to train.
+        agent_config: the accept-reject network.
+        replay: size of the mirror.
+        shaping: how scores become rewards.
+        hidden_size: of the LLM, D.
+        source: the log, at the position to start from.
+        weights: where the agent's weights go. Version n is the agent after n gradient steps.
+        seed: of the networks and the sampling.
+        on_metrics: called with one row of numbers by name, every ``log_period_s`` and at the end.
+        run_folder: where ``checkpoints/`` and ``agent/`` are kept up to date. None: nothing is written.
+        agent_card: what is written beside the agent: its LLM, truncation and rewards.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        agent_config: AgentConfig,
+        replay: ReplayConfig,
+        shaping: ShapingConfig,
+        *,
+        hidden_size: int,
+        source: LogReader,
+        weights: WeightSink,
+        seed: int = 0,
+        on_metrics: Callable[[dict[str, float]], None] = lambda row: None,
+        run_folder: Path | None = None,
+        agent_card: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_start(config, replay)
+        device = learner_device(config.device)
+        self.config = config
+        self.sac = SAC(hidden_size, agent_config, config.sac, device, seed)
+        self.mirror = Mirror(hidden_size, replay, shaping, device)
+        self._reward_weights = shaping.score_weights
+        self._source = source
+        self._weights = weights
+        self._on_metrics = on_metrics
+        self._run_folder = run_folder
+        self._agent_card = dict(agent_card or {})
+        self._generator = generator(seed, "sampling")
+        self._budget = StepBudget(config.gradient_steps_per_episode, config.max_backlog_episodes)
+        self._stop = threading.Event()
+        self._started = False
+        self._num_episodes = 0
+        self._num_tokens = 0
+        self._num_sampled = 0
+        self._published_version: int | None = None
+        self._published_at = self._saved_at = 0.0
+        self._window = Window()
+        self._clock = self._new_clock()
+        self._whole_run = self._new_clock()
+
+    @property
+    def gradient_step(self) -> int:
+        """Gradient steps done."""
+        return self.sac.step
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes read."""
+        return self._num_episodes
+
+    def stop(self) -> None:
+        """End :meth:`run` after the gradient step it is at; it still publishes, saves and reports."""
+        self._stop.set()
+
+    def run(self) -> LearnerSummary:
+        """Train until ``num_episodes`` were read and their gradient steps done, or until :meth:`stop`.
+
+        Publishes the agent at once, so that the rollouts can begin. Sets the number of threads of this
+        process's arithmetic.
+
+        Raises:
+            UserError: all episodes came and were too few to begin training, or do not fit the settings.
+            FloatingPointError: a loss is not finite.
+        """
+        torch.set_num_threads(self.config.num_threads)
+        self._clock, self._whole_run = self._new_clock(), self._new_clock()
+        self._saved_at = time.monotonic()
+        self._publish()
+        while not self._stop.is_set():
+            self._read()
+            if self._budget.allows_step:
+                self._train()
+            elif self._num_episodes >= self.config.num_episodes:
+                break
+            self._do_what_is_due()
+        stopped = self._stop.is_set()
+        self._publish()
+        self._save()
+        self._report()
+        if not stopped and not self._started:
+            raise UserError(
+                f"learner.start_batches: training starts at {self.config.start_transitions} transitions "
+                f"(start_batches {self.config.start_batches} × batch_size {self.config.batch_size}), but the "
+                f"{self._num_episodes} episodes held {self.mirror.total_transitions}; lower it or raise "
+                f"learner.num_episodes"
+            )
+        return LearnerSummary(
+            gradient_steps=self.sac.step,
+            num_episodes=self._num_episodes,
+            num_tokens=self._num_tokens,
+            num_transitions=self.mirror.total_transitions,
+            steps_dropped=self._budget.num_dropped,
+            idle_ratio=self._whole_run.idle_ratio,
+            seconds=self._whole_run.seconds,
+            stopped=stopped,
+        )
+
+    def _read(self) -> None:
+        """Take in what the log has. Waits only when there is nothing to train on."""
+        wanted = min(READ_EPISODES, self.config.num_episodes - self._num_episodes)
+        if wanted <= 0:
+            return
+        timeout_s = 0.0 if self._budget.allows_step else WAIT_S
+        began = time.monotonic()
+        episodes = self._source.read(wanted, timeout_s)
+        if timeout_s > 0:
+            waited_s = time.monotonic() - began
+            self._clock.idle_s += waited_s
+            self._whole_run.idle_s += waited_s
+        for episode in episodes:
+            self._take_in(episode)
+
+    def _take_in(self, episode: Episode) -> None:
+        self.mirror.add([episode])
+        self._num_episodes += 1
+        self._num_tokens += episode.num_tokens
+        self._started |= self.mirror.num_transitions >= self.config.start_transitions
+        if self._started:
+            self._budget.earn(1)
+        self._window.average(episode_statistics(episode, self._reward_weights), prefix="episode/")
+        if episode.num_decisions:
+            lags_T = self.sac.step - episode.policy_versions_T
+            self._window.average({"policy/lag_mean": float(lags_T.mean())})
+            self._window.peak("policy/lag_max", float(lags_T.max()))
+
+    def _train(self) -> None:
+        batch = self.mirror.sample(self.config.batch_size, self._generator)
+        step = self.sac.step
+        metrics = self.sac.update(batch)
+        self._budget.spend()
+        self._num_sampled += len(batch)
+        self._window.average(asdict(metrics), prefix="sac/")
+        self._window.average(
+            {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
+        )
+
+    def _do_what_is_due(self) -> None:
+        now = time.monotonic()
+        if now - self._published_at >= self.config.publish_period_s:
+            self._publish()
+        if now - self._saved_at >= self.config.checkpoint_period_s:
+            self._save()
+        if self._clock.seconds >= self.config.log_period_s:
+            self._report()
+
+    def _publish(self) -> None:
+        """Publish the agent unless this version is out already."""
+        if self._published_version == self.sac.step:
+            return
+        tensors = {name: t.detach().cpu() for name, t in self.sac.agent.state_dict().items()}
+        self._weights.publish(self.sac.step, tensors)
+        self._published_version = self.sac.step
+        self._published_at = time.monotonic()
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self._run_folder is None:
+            return
+        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self)
+        trained = {"gradient_steps": self.sac.step, "episodes": self._num_episodes}
+        save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
+
+    def _report(self) -> None:
+        """Hand over one row: means since the last one, rates over that time, and totals."""
+        clock, seconds = self._clock, max(self._clock.seconds, 1e-9)
+        inserted, sampled = self.mirror.total_transitions, self._num_sampled
+        row = self._window.take() | {
+            "sac/target_entropy": self.config.sac.target_entropy,
+            "replay/transitions": self.mirror.num_transitions,
+            "replay/bytes": self.mirror.nbytes,
+            "replay/insert_rate": (inserted - clock.inserted) / seconds,
+            "replay/sample_rate": (sampled - clock.sampled) / seconds,
+            "replay/samples_per_insert": sampled / max(inserted, 1),
+            "replay/malformed": self._source.num_malformed,
+            "replay/without_decisions": self.mirror.num_without_decisions,
+            "learner/gradient_step": self.sac.step,
+            "learner/gradient_steps_per_s": (self.sac.step - clock.gradient_steps) / seconds,
+            "learner/idle_ratio": clock.idle_ratio,
+            "learner/steps_owed": self._budget.owed,
+            "learner/steps_dropped": self._budget.num_dropped,
+            "episodes/total": self._num_episodes,
+            "tokens/total": self._num_tokens,
+        }
+        self._clock = self._new_clock()
+        self._on_metrics({name: float(value) for name, value in row.items()})
+
+    def _new_clock(self) -> Clock:
+        return Clock(self.sac.step, self.mirror.total_transitions, self._num_sampled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; the ring is refilled from the log. Tensors are live, not copies."""
+        return {
+            "sac": self.sac.state_dict(),
+            "mirror": self.mirror.state_dict(),
+            "budget": self._budget.state_dict(),
+            "sampling": self._generator.get_state(),
+            "cursor": self._source.cursor,
+            "started": self._started,
+            "num_episodes": self._num_episodes,
+            "num_tokens": self._num_tokens,
+            "num_sampled": self._num_sampled,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. The source stays where it is: make it with ``state["cursor"]``."""
+        self.sac.load_state_dict(state["sac"])
+        self.mirror.load_state_dict(state["mirror"])
+        self._budget.load_state_dict(state["budget"])
+        self._generator.set_state(state["sampling"])
+        self._started = state["started"]
+        self._num_episodes = state["num_episodes"]
+        self._num_tokens = state["num_tokens"]
+        self._num_sampled = state["num_sampled"]
+
+
+def check_start(config: LearnerConfig, replay: ReplayConfig) -> None:
+    """Refuse settings with which training could never start.
+
+    Raises:
+        UserError: the mirror is smaller than what training waits for.
+    """
+    if config.start_transitions > replay.capacity_transitions:
+        raise UserError(
+            f"learner.start_batches: training starts at {config.start_transitions} transitions "
+            f"(start_batches {config.start_batches} × batch_size {config.batch_size}), more than "
+            f"replay.capacity_transitions {replay.capacity_transitions}; lower it or raise the capacity"
+        )
+
+
+def learner_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"learner.device: {name!r} is not at hand here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from error

@@ -1,0 +1,55 @@
+"""Metrics gathered between two rows of the record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+
+class Window:
+    """Means and peaks of what was put in since it was last emptied. A name never put in does not appear."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._peaks: dict[str, float] = {}
+
+    def average(self, values: Mapping[str, float], prefix: str = "") -> None:
+        """Count each value into the mean of its name; names get ``prefix``."""
+        for name, value in values.items():
+            name = prefix + name
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def peak(self, name: str, value: float) -> None:
+        """Keep the largest value under ``name``."""
+        self._peaks[name] = max(value, self._peaks.get(name, value))
+
+    def take(self) -> dict[str, float]:
+        """Return the means and peaks by name, and begin anew."""
+        row = {name: total / self._counts[name] for name, total in self._sums.items()} | self._peaks
+        for kept in (self._sums, self._counts, self._peaks):
+            kept.clear()
+        return row
+
+
+class Clock:
+    """Time since it was made, how much of that was idle, and what the learner's counters were then."""
+
+    def __init__(self, gradient_steps: int, inserted: int, sampled: int) -> None:
+        self.gradient_steps = gradient_steps
+        self.inserted = inserted
+        """Transitions read by then."""
+        self.sampled = sampled
+        """Transitions sampled by then."""
+        self.idle_s = 0.0
+        """Seconds spent waiting since then; its owner adds to it."""
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def idle_ratio(self) -> float:
+        return self.idle_s / max(self.seconds, 1e-9)

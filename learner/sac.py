@@ -1,0 +1,207 @@
+"""Discrete soft actor-critic: the networks, their optimisers and one gradient step.
+
+Legend: B transitions, D hidden size of the LLM, H the two critic heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from mara.common.agent import ACCEPT, REJECT, Agent
+from mara.common.config import AgentConfig
+from mara.common.contracts import TransitionBatch
+from mara.common.seeding import derive_seed
+from mara.learner import losses
+from mara.learner.config import SACConfig
+from mara.learner.critic import TwinCritic
+
+
+@dataclass(frozen=True, slots=True)
+class SACMetrics:
+    """What one gradient step saw, before the networks moved. Means over the batch."""
+
+    critic_loss: float
+    """Squared error of the critic's heads."""
+    policy_loss: float
+    """Eq. 9 over the free decisions."""
+    temperature_loss: float
+    """Eq. 11 over the free decisions."""
+    temperature: float
+    """α."""
+    entropy: float
+    """Entropy of the policy at the free decisions, nats; at most ln 2."""
+    accept_probability: float
+    """Probability of accepting at the free decisions."""
+    q_mean: float
+    """Mean action value over heads, rows and actions."""
+    q_gap: float
+    """Smaller Q of accepting minus smaller Q of rejecting, at the free decisions."""
+    target_mean: float
+    """The critic's target."""
+    critic_gradient_norm: float
+    """Length of the critic's gradient before it was shortened."""
+    policy_gradient_norm: float
+    """The same of the agent; 0 while only the critic learns."""
+
+
+class SAC:
+    """The agent, its critic and target critic, the temperature, and how one batch changes them.
+
+    The paper's algorithm (Eq. 9–11). One process, one device, 32-bit arithmetic. The same seed and the
+    same batches give the same weights, bit for bit, on one machine's CPU at one number of threads.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        agent_config: AgentConfig,
+        config: SACConfig,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.step = 0
+        """Gradient steps done."""
+        # Made on the CPU, so that a seed gives the same networks on every device.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "sac"))
+            self.agent = Agent(hidden_size, agent_config).to(self.device)
+            self.critic = TwinCritic(hidden_size, config.critic_widths).to(self.device)
+            self.target = TwinCritic(hidden_size, config.critic_widths).to(self.device)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.target.requires_grad_(False)
+        log_alpha = math.log(config.initial_temperature)
+        self.log_alpha = nn.Parameter(torch.tensor(log_alpha, device=self.device))
+        self.critic_optimiser = _adam(list(self.critic.parameters()), config.critic_learning_rate)
+        self.policy_optimiser = _adam(list(self.agent.parameters()), config.policy_learning_rate)
+        self.temperature_optimiser = _adam([self.log_alpha], config.temperature_learning_rate)
+
+    def update(self, batch: TransitionBatch) -> SACMetrics:
+        """Do one gradient step on ``batch``, which is on the device of the networks.
+
+        One forward pass of the critic serves its own loss and the policy's, so the policy follows the
+        critic as it was before this step.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite; the networks are left as they were.
+        """
+        states_BD = batch.states_BD.float()
+        alpha = self.log_alpha.detach().exp()
+        policy_learns = self.step >= self.config.critic_only_steps
+
+        targets_B = self._targets(batch, alpha)
+        q_HB2 = self.critic(states_BD)
+        with torch.set_grad_enabled(policy_learns):
+            logprobs_B2 = self.agent(states_BD)
+        critic_loss = losses.critic_loss(q_HB2, batch.actions_B, targets_B)
+        policy_loss = losses.policy_loss(logprobs_B2, q_HB2, alpha, batch.forced_B)
+        temperature_loss = losses.temperature_loss(
+            self.log_alpha, logprobs_B2, batch.forced_B, self.config.target_entropy
+        )
+
+        critic_norm = self._backward(critic_loss, self.critic_optimiser)
+        policy_norm = torch.zeros_like(critic_norm)
+        if policy_learns:
+            policy_norm = self._backward(policy_loss, self.policy_optimiser)
+        with torch.no_grad():
+            min_q_B2 = q_HB2.amin(dim=0)
+            gap_B = min_q_B2[:, ACCEPT] - min_q_B2[:, REJECT]
+            metrics = _on_the_host(
+                critic_loss=critic_loss,
+                policy_loss=policy_loss,
+                temperature_loss=temperature_loss,
+                temperature=alpha,
+                entropy=losses.free_mean(losses.entropy(logprobs_B2), batch.forced_B),
+                accept_probability=losses.free_mean(logprobs_B2[:, ACCEPT].exp(), batch.forced_B),
+                q_mean=q_HB2.mean(),
+                q_gap=losses.free_mean(gap_B, batch.forced_B),
+                target_mean=targets_B.mean(),
+                critic_gradient_norm=critic_norm,
+                policy_gradient_norm=policy_norm,
+            )
+        self._check_finite(metrics)
+
+        self.critic_optimiser.step()
+        if policy_learns:
+            self.policy_optimiser.step()
+            if self.config.learn_temperature:
+                self.temperature_optimiser.zero_grad(set_to_none=True)
+                torch.autograd.backward(temperature_loss)
+                self.temperature_optimiser.step()
+        self.step += 1
+        if self.step % self.config.target_update_period == 0:
+            losses.polyak_update(self.target.parameters(), self.critic.parameters(), self.config.polyak)
+        return metrics
+
+    @torch.no_grad()
+    def _targets(self, batch: TransitionBatch, alpha: torch.Tensor) -> torch.Tensor:
+        """The critic's targets [B], from the target network and the present policy at the next states."""
+        next_states_BD = batch.next_states_BD.float()
+        next_values_B = losses.soft_value(
+            self.target(next_states_BD), self.agent(next_states_BD), alpha, batch.next_forced_B
+        )
+        return losses.td_target(batch.rewards_B, batch.discounts_B, next_values_B)
+
+    def _backward(self, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> torch.Tensor:
+        """Fill the optimiser's gradients from ``loss``, shorten them, return their length before that."""
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        (group,) = optimiser.param_groups
+        return nn.utils.clip_grad_norm_(group["params"], self.config.max_gradient_norm)
+
+    def _check_finite(self, metrics: SACMetrics) -> None:
+        for field in fields(metrics):
+            value = getattr(metrics, field.name)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"sac: {field.name} is {value} at gradient step {self.step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step: networks, target, temperature, optimisers, counter.
+
+        The tensors are the live ones, not copies.
+        """
+        return {
+            "step": self.step,
+            "log_alpha": self.log_alpha.detach(),
+            "agent": self.agent.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "critic_optimiser": _optimiser_state(self.critic_optimiser),
+            "policy_optimiser": _optimiser_state(self.policy_optimiser),
+            "temperature_optimiser": _optimiser_state(self.temperature_optimiser),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a :meth:`state_dict`. Learning rates stay those of the configuration."""
+        self.step = state["step"]
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        self.agent.load_state_dict(state["agent"])
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        for name in ("critic_optimiser", "policy_optimiser", "temperature_optimiser"):
+            optimiser: torch.optim.Optimizer = getattr(self, name)
+            groups = optimiser.state_dict()["param_groups"]
+            by_parameter = {int(index): values for index, values in state[name].items()}
+            optimiser.load_state_dict({"state": by_parameter, "param_groups": groups})
+
+
+def _adam(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+
+
+def _optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """The moments of each parameter, by its number as text."""
+    return {str(index): values for index, values in optimiser.state_dict()["state"].items()}
+
+
+def _on_the_host(**values: torch.Tensor) -> SACMetrics:
+    """Bring all values over at once: one wait for the device in each step."""
+    numbers = torch.stack(list(values.values())).tolist()
+    return SACMetrics(**dict(zip(values, numbers, strict=True)))

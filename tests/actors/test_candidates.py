@@ -1,0 +1,50 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from mara.actors.config import TruncationConfig
+from mara.actors.decoding.candidates import truncate
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    top_k=st.integers(1, 45),
+    top_p=st.floats(0.05, 1.0),
+    temperature=st.floats(0.2, 3.0),
+)
+def test_the_set_is_that_of_chained_samplers_sorted_by_probability(seed, top_k, top_p, temperature):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) * 3
+    found = truncate(logits, TruncationConfig(top_k=top_k, top_p=top_p, temperature=temperature))
+    chain = LogitsProcessorList(
+        [TopKLogitsWarper(top_k), TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature)]
+    )
+    expected = torch.log_softmax(chain(torch.zeros(3, 1, dtype=torch.long), logits), dim=-1)
+    for row in range(3):
+        num = int(found.num_B[row])
+        ids = found.ids_BK[row, :num]
+        assert set(ids.tolist()) == set(torch.isfinite(expected[row]).nonzero()[:, 0].tolist())
+        torch.testing.assert_close(found.reference_logprobs_BK[row, :num], expected[row, ids])
+        assert (logits[row, ids].diff() <= 0).all()
+        assert torch.isneginf(found.reference_logprobs_BK[row, num:]).all()
+
+
+def test_the_example_in_the_documentation_holds():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    found = truncate(logits, TruncationConfig(top_k=3, top_p=0.8, temperature=1.0))
+    assert found.ids_BK[0, : int(found.num_B[0])].tolist() == [0, 1]
+    torch.testing.assert_close(found.reference_logprobs_BK[0, :2].exp(), torch.tensor([0.625, 0.375]))
+    torch.testing.assert_close(found.full_logprobs_BK[0].exp(), torch.tensor([0.5, 0.3, 0.15]))
+
+
+def test_equal_logits_are_ordered_by_token_id():
+    found = truncate(torch.zeros(1, 6), TruncationConfig(top_k=6, top_p=1.0))
+    assert found.ids_BK[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_one_certain_token_is_the_only_candidate():
+    logits = torch.full((1, 8), -50.0)
+    logits[0, 5] = 50.0
+    found = truncate(logits, TruncationConfig(top_k=8, top_p=0.95))
+    assert int(found.num_B[0]) == 1 and int(found.ids_BK[0, 0]) == 5

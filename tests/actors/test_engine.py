@@ -1,0 +1,254 @@
+"""The engine against a plain sequential loop written from section 3.2 of the paper."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.decoding.candidates import truncate
+from mara.actors.decoding.engine import Engine, Request
+from mara.actors.decoding.policies import AgentPolicy, Decisions
+from mara.common.agent import Agent
+from mara.common.config import AgentConfig
+from mara.common.contracts import UserError
+
+EOS = 2
+
+
+class Coin:
+    """Accepts with a probability that depends on the state; 1 always, 0 never."""
+
+    def __init__(self, bias: float) -> None:
+        self.bias = bias
+
+    def probability(self, states_BD: torch.Tensor) -> torch.Tensor:
+        if self.bias in (0.0, 1.0):
+            return torch.full((len(states_BD),), self.bias)
+        return torch.sigmoid(states_BD.sum(-1).float() + self.bias)
+
+    def decide(self, states_BD: torch.Tensor, uniforms_B: torch.Tensor) -> Decisions:
+        accept_B = self.probability(states_BD)
+        return Decisions(accept_B > uniforms_B, accept_B.log(), (1 - accept_B).log(), 7)
+
+
+def sequential(model, config, policy, request):
+    """Steps 1 to 4 of section 3.2: batch 1, no cache, the whole sequence anew for every candidate.
+
+    Returns tokens, finish reason and (action, rank, candidates, position, forced, reference, state) rows.
+    """
+    rng = np.random.default_rng(request.seed)
+    tokens, rows = [], []
+
+    def run(ids):
+        out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+        return out.logits[0, -1:], out.hidden_states[-1][0, -1]
+
+    while len(tokens) < config.max_new_tokens:
+        logits, _ = run(request.prompt_ids + tokens)
+        found = truncate(logits, config.truncation)
+        ids = found.ids_BK[0, : int(found.num_B[0])].tolist()
+        chosen = 0
+        if len(ids) > 1:
+            for rank, token in enumerate(ids):
+                _, state = run(request.prompt_ids + tokens + [token])
+                forced = config.fallback == "last" and rank == len(ids) - 1
+                uniform = torch.tensor([rng.random(dtype=np.float32)])
+                accept = bool(policy.decide(state[None], uniform).accept_B[0]) or forced
+                rows.append(
+                    (
+                        int(accept),
+                        rank,
+                        len(ids),
+                        len(tokens),
+                        forced,
+                        float(found.reference_logprobs_BK[0, rank]),
+                        state,
+                    )
+                )
+                if accept:
+                    chosen = rank
+                    break
+        tokens.append(ids[chosen])
+        if tokens[-1] == EOS:
+            return tokens, "eos", rows
+    return tokens, "length", rows
+
+
+def make_requests(seed, lengths):
+    rng = np.random.default_rng(seed)
+    return [
+        Request(rng.integers(3, 61, size=length).tolist(), seed=seed * 1000 + index, tag=index)
+        for index, length in enumerate(lengths)
+    ]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    rows=st.integers(1, 5),
+    top_k=st.integers(1, 6),
+    top_p=st.sampled_from([0.5, 0.9, 1.0]),
+    limit=st.integers(1, 9),
+    bias=st.sampled_from([0.0, 1.0, 0.5, -1.0]),
+    fallback=st.sampled_from(["last", "first"]),
+)
+def test_the_engine_equals_the_sequential_procedure(
+    llama, seed, lengths, rows, top_k, top_p, limit, bias, fallback
+):
+    config = DecodingConfig(
+        truncation=TruncationConfig(top_k=top_k, top_p=top_p), max_new_tokens=limit, fallback=fallback
+    )
+    requests = make_requests(seed, lengths)
+    engine = Engine(llama, [EOS], config, Coin(bias), rows, max(lengths))
+    answers = {generation.request.tag: generation for generation in engine.generate(requests)}
+    assert sorted(answers) == list(range(len(requests)))
+    for request in requests:
+        tokens, reason, expected = sequential(llama, config, Coin(bias), request)
+        found = answers[request.tag]
+        assert found.response_ids == tokens
+        assert found.finish_reason == reason
+        assert [(d.action, d.rank, d.num_candidates, d.position, d.forced) for d in found.decisions] == [
+            row[:5] for row in expected
+        ]
+        for decision, row in zip(found.decisions, expected, strict=True):
+            assert decision.reference_logprob == pytest.approx(row[5], abs=1e-5)
+            torch.testing.assert_close(decision.state_D, row[6], atol=1e-9, rtol=1e-7)
+
+
+def test_always_accepting_is_greedy_generation(llama):
+    requests = make_requests(3, [4, 9, 6])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=12)
+    engine = Engine(llama, [EOS], config, Coin(1.0), 2, 9)
+    for generation in engine.generate(requests):
+        prompt = torch.tensor([generation.request.prompt_ids])
+        expected = llama.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)[
+            0, prompt.shape[1] :
+        ]
+        assert generation.response_ids == expected.tolist()
+
+
+def test_the_plain_greedy_llm_needs_one_pass_a_token_and_takes_no_decision(llama):
+    (request,) = make_requests(5, [6])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=10)
+    engine = Engine(llama, [], config, "greedy", 1, 6)
+    (generation,) = engine.generate([request])
+    assert engine.num_passes == 1 + 10
+    assert generation.decisions == []
+
+
+def test_sampling_the_plain_llm_follows_the_candidate_distribution(llama):
+    prompt = make_requests(1, [5])[0].prompt_ids
+    config = DecodingConfig(truncation=TruncationConfig(top_k=4, top_p=1.0), max_new_tokens=1)
+    engine = Engine(llama, [], config, "sample", 64, 5)
+    drawn = [g.response_ids[0] for g in engine.generate(Request(prompt, seed=seed) for seed in range(2000))]
+    logits = llama(torch.tensor([prompt])).logits[0, -1].float()
+    top = logits.topk(4)
+    for token, probability in zip(top.indices.tolist(), torch.softmax(top.values, -1).tolist(), strict=True):
+        assert drawn.count(token) / 2000 == pytest.approx(probability, abs=0.05)
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(llama):
+    requests = make_requests(11, [3, 8, 5, 10, 2, 7])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6), max_new_tokens=8)
+    alone = {}
+    for request in requests:
+        (generation,) = Engine(llama, [EOS], config, Coin(0.5), 1, 10).generate([request])
+        alone[request.tag] = generation.response_ids
+    for order in itertools.islice(itertools.permutations(requests), 0, 720, 119):
+        together = Engine(llama, [EOS], config, Coin(0.5), 4, 10).generate(order)
+        assert {g.request.tag: g.response_ids for g in together} == alone
+
+
+def test_equal_prompts_run_through_the_llm_once_and_answer_as_if_alone(llama):
+    one, two = make_requests(13, [6, 9])
+    requests = [
+        Request(source.prompt_ids, seed=number, tag=number)
+        for number, source in enumerate([one, two, one, one, two, one])
+    ]
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6), max_new_tokens=8)
+    engine = Engine(llama, [EOS], config, Coin(0.5), 6, 9)
+    engine.admit(requests)
+    assert engine.num_positions == 2 * 9
+    together = {generation.request.tag: generation.response_ids for generation in engine.generate([])}
+    for request in requests:
+        (alone,) = Engine(llama, [EOS], config, Coin(0.5), 1, 9).generate([request])
+        assert together[request.tag] == alone.response_ids
+
+
+def test_log_probabilities_of_tokens_are_those_of_the_llm(llama):
+    (request,) = make_requests(2, [7])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=9)
+    (generation,) = Engine(llama, [EOS], config, Coin(0.5), 1, 7).generate([request])
+    ids = torch.tensor([request.prompt_ids + generation.response_ids])
+    logprobs = torch.log_softmax(llama(ids).logits[0].float(), -1)
+    expected = [float(logprobs[6 + i, token]) for i, token in enumerate(generation.response_ids)]
+    assert generation.token_logprobs == pytest.approx(expected, abs=1e-5)
+    assert len(generation.token_states) == len(generation.response_ids)
+
+
+def test_eager_attention_gives_the_same_answers_as_sdpa(llama, eager_llama):
+    requests = make_requests(4, [5, 9])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=8)
+    answers = [
+        {
+            g.request.tag: g.response_ids
+            for g in Engine(model, [EOS], config, Coin(0.5), 2, 9).generate(requests)
+        }
+        for model in (llama, eager_llama)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_new_weights_count_from_the_next_decision_and_are_recorded(llama):
+    agent = Agent(32, AgentConfig(widths=(8, 8), accept_bias=1.0)).eval()
+    policy = AgentPolicy(agent, threshold=None, version=3)
+    (request,) = make_requests(6, [4])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6, top_p=1.0), max_new_tokens=6)
+    engine = Engine(llama, [], config, policy, 1, 4)
+    engine.admit([request])
+    engine.step()
+    policy.version = 4
+    finished = []
+    while not finished:
+        finished = engine.step()
+    versions = [decision.policy_version for decision in finished[0].decisions]
+    assert versions == [3] + [4] * (len(versions) - 1)
+
+
+def test_the_last_candidate_is_forced_and_the_policy_has_no_say(llama):
+    (request,) = make_requests(8, [4])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=3, top_p=1.0), max_new_tokens=4)
+    (generation,) = Engine(llama, [], config, Coin(0.0), 1, 4).generate([request])
+    assert [d.rank for d in generation.decisions] == [0, 1, 2] * 4
+    assert [d.forced for d in generation.decisions] == [False, False, True] * 4
+    assert all(
+        d.accept_logprob == 0.0 and d.reject_logprob == -np.inf for d in generation.decisions if d.forced
+    )
+
+
+def test_greedy_decisions_use_the_threshold():
+    agent = Agent(8, AgentConfig(widths=(4, 4), accept_bias=0.5)).eval()
+    states = torch.zeros(1, 8)
+    probability = float(agent(states)[0, 1].exp())
+    draws = torch.zeros(1)
+    assert bool(AgentPolicy(agent, threshold=probability - 0.01).decide(states, draws).accept_B[0])
+    assert not bool(AgentPolicy(agent, threshold=probability + 0.01).decide(states, draws).accept_B[0])
+
+
+def test_too_many_or_too_long_prompts_are_refused(llama):
+    config = DecodingConfig(max_new_tokens=4)
+    engine = Engine(llama, [EOS], config, "greedy", 1, 4)
+    with pytest.raises(ValueError, match="2 requests for 1 free rows"):
+        engine.admit(make_requests(0, [2, 2]))
+    with pytest.raises(ValueError, match="within 1 and 4"):
+        engine.admit(make_requests(0, [5]))
+
+
+def test_a_model_with_too_few_positions_is_refused_by_name(llama):
+    with pytest.raises(UserError, match="llama has 256 positions"):
+        Engine(llama, [EOS], DecodingConfig(max_new_tokens=300), "greedy", 1, 4)

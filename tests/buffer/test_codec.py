@@ -1,0 +1,275 @@
+"""The wire format: what goes in comes out, and nothing else than an episode ever does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, encode_episode
+from mara.buffer.config import ShapingConfig
+from mara.buffer.shaping import shape_episode
+from mara.common.episode import Episode
+
+MakeEpisode = Callable[..., Episode]
+Same = Callable[[Episode, Episode], bool]
+
+
+def changed(record: bytes, **fields: Any) -> bytes:
+    """The record with some fields replaced; ``...`` removes one."""
+    content = msgpack.unpackb(record) | fields
+    return bytes(msgpack.packb({name: value for name, value in content.items() if value is not ...}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    uid=st.text(min_size=1, max_size=40).filter(lambda text: text.isprintable()),
+    seed=st.integers(0, 1000),
+    num_tokens=st.integers(0, 30),
+    hidden_size=st.integers(1, 40),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    scores=st.dictionaries(st.text(max_size=10), st.floats(-1e6, 1e6), max_size=5),
+)
+def test_an_episode_survives_the_wire(
+    make_episode: MakeEpisode,
+    same: Same,
+    uid: str,
+    seed: int,
+    num_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    scores: dict[str, float],
+) -> None:
+    episode = make_episode(uid, seed, num_tokens, hidden_size, dtype, scores=scores)
+    assert same(decode_episode(encode_episode(episode)), episode)
+
+
+def test_states_of_a_view_are_encoded_as_they_look(make_episode: MakeEpisode, same: Same) -> None:
+    episode = make_episode(seed=1, num_tokens=9)
+    every_other = replace(episode, states_TD=episode.states_TD.repeat_interleave(2, dim=1)[:, ::2])
+    assert not every_other.states_TD.is_contiguous()
+    assert same(decode_episode(encode_episode(every_other)), episode)
+
+
+def test_a_record_is_little_more_than_its_states(make_episode: MakeEpisode) -> None:
+    episode = make_episode(num_tokens=60, hidden_size=576)
+    assert len(encode_episode(episode)) < 1.05 * episode.num_decisions * (2 * 576 + 32)
+
+
+def test_decoded_states_are_writable_and_do_not_hold_the_record(make_episode: MakeEpisode) -> None:
+    record = bytearray(encode_episode(make_episode()))
+    episode = decode_episode(record)
+    record.clear()  # fails while anything looks into it
+    episode.states_TD.zero_()
+    assert not episode.states_TD.any()
+
+
+def test_the_encoder_refuses_an_array_of_another_dtype(make_episode: MakeEpisode) -> None:
+    episode = make_episode()
+    with pytest.raises(ValueError, match=r"ranks_T is int64.*int16"):
+        encode_episode(replace(episode, ranks_T=episode.ranks_T.astype(np.int64)))
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
+        encode_episode(replace(episode, states_TD=episode.states_TD.float()))
+
+
+def int16(*values: int) -> bytes:
+    return np.array(values, "<i2").tobytes()
+
+
+def int32(*values: int) -> bytes:
+    return np.array(values, "<i4").tobytes()
+
+
+def float32(*values: float) -> bytes:
+    return np.array(values, "<f4").tobytes()
+
+
+# One rejection and the forced acceptance at position 0 of a one-token answer, D = 1.
+SMALL: dict[str, Any] = {
+    "schema": 1,
+    "uid": "u",
+    "prompt_id": "p",
+    "actor_id": "a",
+    "finish_reason": "eos",
+    "started_at_s": 1.0,
+    "finished_at_s": 2.0,
+    "scores": {"helpful": 0.5},
+    "prefix_scores": {"helpful": float32(0.5)},
+    "prompt_ids_P": int32(5),
+    "response_ids_N": int32(7),
+    "actions_T": b"\0\1",
+    "ranks_T": int16(0, 1),
+    "num_candidates_T": int16(2, 2),
+    "positions_T": int32(0, 0),
+    "forced_T": b"\0\1",
+    "reference_logprobs_T": float32(-0.5, -1.0),
+    "accept_logprobs_T": float32(-0.7, 0.0),
+    "reject_logprobs_T": float32(-0.7, -np.inf),
+    "policy_versions_T": np.array([3, 4], "<i8").tobytes(),
+    "hidden_size": 1,
+    "states_dtype": "float16",
+    "states_TD": np.array([1.0, 2.0], "<f2").tobytes(),
+}
+
+
+def test_the_written_example_is_an_episode() -> None:
+    episode = decode_episode(msgpack.packb(SMALL))
+    assert episode.states_TD.tolist() == [[1.0], [2.0]]
+    assert episode.policy_versions_T.tolist() == [3, 4]
+    assert episode.scores == {"helpful": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"schema": 2}, r"unknown schema 2; this version reads schema 1"),
+        ({"schema": True}, r"unknown schema True"),
+        ({"schema": ...}, r"unknown schema None"),
+        ({"uid": ...}, r"field uid is missing"),
+        ({"extra": 1}, r"field 'extra' is not known"),
+        ({"uid": 5}, r"uid is 5, not str"),
+        ({"uid": ""}, r"uid is empty"),
+        ({"uid": "x" * 600}, r"not a msgpack record"),
+        ({"finish_reason": "bored"}, r"finish_reason 'bored' is neither"),
+        ({"finished_at_s": float("nan")}, r"finished_at_s is nan"),
+        ({"started_at_s": 1}, r"started_at_s is 1, not a finite float"),
+        ({"scores": {"helpful": float("inf")}}, r"score 'helpful' is inf"),
+        ({"scores": {"helpful": 1e300}}, r"score 'helpful' is 1e\+300, beyond"),
+        ({"scores": {b"helpful": 1.0}}, r"which is not text"),
+        ({"scores": []}, r"scores is \[\], not dict"),
+        ({"scores": {str(n): 1.0 for n in range(65)}}, r"msgpack|more than 64"),
+        ({"prefix_scores": {"helpful": float32(0.5, 0.5)}}, r"'helpful' has 2 entries, the response has 1"),
+        ({"prefix_scores": {"helpful": float32(np.nan)}}, r"'helpful' holds something else"),
+        ({"prefix_scores": {"helpful": 0.5}}, r"helpful is 0.5, not bytes"),
+        ({"prompt_ids_P": int32(-5)}, r"prompt_ids_P holds a negative token id"),
+        ({"actions_T": b"\0\2"}, r"actions_T holds something else than 0 and 1 \(entry 1\)"),
+        ({"actions_T": b"\1"}, r"_T has 2 entries, actions_T has 1"),
+        ({"actions_T": b"\0\0"}, r"actions_T ends with a rejection"),
+        ({"actions_T": b"\1\1"}, r"positions_T does not advance exactly at the acceptances"),
+        ({"forced_T": b"\1\1"}, r"actions_T rejects where acceptance was forced"),
+        ({"forced_T": b"\0\3"}, r"forced_T holds something else"),
+        ({"ranks_T": int16(0, 2)}, r"ranks_T is outside its set \(entry 1\)"),
+        ({"ranks_T": b"\0\0\0"}, r"ranks_T has 3 bytes, not a multiple of 2"),
+        ({"num_candidates_T": int16(1, 2)}, r"fewer than 2 candidates"),
+        ({"positions_T": int32(1, 1)}, r"positions_T is outside the response"),
+        ({"positions_T": int32(0, -1)}, r"positions_T is outside the response"),
+        ({"reference_logprobs_T": float32(np.nan, -1)}, r"reference_logprobs_T holds something else"),
+        ({"accept_logprobs_T": float32(-np.inf, 0)}, r"accept_logprobs_T holds something else"),
+        ({"accept_logprobs_T": float32(0.5, 0)}, r"accept_logprobs_T holds something else"),
+        ({"reject_logprobs_T": float32(-np.inf, -np.inf)}, r"-inf where not forced \(entry 0\)"),
+        ({"hidden_size": 2}, r"states_TD has 4 bytes, 2 decisions of size 2 take 8"),
+        ({"hidden_size": 0}, r"hidden_size 0 is outside"),
+        ({"hidden_size": 1 << 40}, r"hidden_size 1099511627776 is outside"),
+        ({"states_dtype": "float32"}, r"states_dtype 'float32' is not one of"),
+        ({"states_TD": "text"}, r"states_TD is 'text', not bytes"),
+        ({"states_TD": np.array([1.0, np.inf], "<f2").tobytes()}, r"infinities or not-a-numbers"),
+        ({"states_dtype": "bfloat16", "states_TD": b"\x80\x7f\0\0"}, r"infinities or not-a-numbers"),
+    ],
+)
+def test_a_record_that_breaks_a_rule_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(MalformedRecord, match=reason) as caught:
+        decode_episode(changed(msgpack.packb(SMALL), **fields))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (RecordLimits(max_record_bytes=100), r"record has \d+ bytes, more than 100"),
+        (RecordLimits(max_tokens=0), r"prompt_ids_P has 1 entries, more than 0"),
+        (RecordLimits(max_decisions=1), r"actions_T has 2 entries, more than 1"),
+        (RecordLimits(max_hidden_size=0), r"hidden_size 1 is outside"),
+        (RecordLimits(max_scores=0), r"scores has 1 entries, more than 0"),
+    ],
+)
+def test_a_record_beyond_the_limits_is_refused(limits: RecordLimits, reason: str) -> None:
+    with pytest.raises(MalformedRecord, match=reason):
+        decode_episode(msgpack.packb(SMALL), limits)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x93\1\2\3",
+        msgpack.packb(5),
+        msgpack.packb(SMALL) + b"\0",
+        b"\xdd\xff\xff\xff\xff",  # a list of four thousand million entries
+        b"\xdf\xff\xff\xff\xff",  # a map of as many
+        b"\xc6\xff\xff\xff\xff",  # as many bytes
+        b"\x81\xa1s" * 5000,  # nested too deep
+        b"\xc7\x0c\xff" + b"\0" * 12,  # a time stamp, which is an extension
+        msgpack.packb({"schema": msgpack.ExtType(4, b"x")}),
+        b"\x81\x90\1",  # a key that is a list
+        b"\x81\xa2\xff\xfe\1",  # a key that is not UTF-8
+    ],
+)
+def test_what_is_not_a_record_at_all_is_refused(data: bytes) -> None:
+    with pytest.raises(MalformedRecord) as caught:
+        decode_episode(data)
+    assert len(str(caught.value)) < 300
+
+
+def decodes_to_something_usable(data: bytes) -> None:
+    try:
+        episode = decode_episode(data)
+    except MalformedRecord as error:
+        if "\n" in str(error):
+            raise AssertionError("more than one line") from error
+        return
+    for estimator in ("accepted_log_ratio", "pointwise"):
+        shaped = shape_episode(episode, ShapingConfig(kl_estimator=estimator), 1.0)
+        assert np.isfinite(shaped.rewards_T).all()
+    assert torch.isfinite(episode.states_TD).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_flipped_lost_and_added_bytes_never_raise_anything_else(
+    make_episode: MakeEpisode, data: st.DataObject
+) -> None:
+    record = bytearray(encode_episode(make_episode(seed=data.draw(st.integers(0, 3)), num_tokens=3)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(record)))
+        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "drop"]))
+        if kind == "flip" and at < len(record):
+            record[at] = data.draw(st.integers(0, 255))
+        elif kind == "cut":
+            del record[at:]
+        elif kind == "insert":
+            record[at:at] = data.draw(st.binary(max_size=8))
+        else:
+            del record[at : at + data.draw(st.integers(1, 8))]
+    decodes_to_something_usable(bytes(record))
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=24),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(sorted(SMALL)), value=ANYTHING)
+def test_a_field_with_any_other_value_never_raises_anything_else(name: str, value: Any) -> None:
+    decodes_to_something_usable(msgpack.packb(SMALL | {name: value}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise_anything_else(data: bytes) -> None:
+    decodes_to_something_usable(data)

@@ -1,0 +1,173 @@
+"""What every replay log promises, held against the one in memory and the one on Redis."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.memory import MemoryEpisodeLog
+from mara.common.contracts import EpisodeSink
+from mara.common.episode import Episode
+
+MakeEpisode = Callable[..., Episode]
+Same = Callable[[Episode, Episode], bool]
+
+
+class Log(NamedTuple):
+    make_sink: Callable[[], EpisodeSink]
+    make_reader: Callable[..., Any]
+    """Takes an optional cursor."""
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
+    def make(**settings: Any) -> Log:
+        config = ReplayConfig(**settings)
+        if request.param == "memory":
+            log = MemoryEpisodeLog(config)
+            return Log(lambda: log, log.reader)
+        url = request.getfixturevalue("server").url
+        return Log(
+            lambda: RedisEpisodeLog(connect(url), run_id, config),
+            lambda *cursor: RedisEpisodeReader(connect(url), run_id, config, *cursor),
+        )
+
+    return make
+
+
+def uids(episodes: list[Episode]) -> list[str]:
+    return [episode.uid for episode in episodes]
+
+
+def test_episodes_come_out_whole_and_in_order(
+    make_log: Callable[..., Log], make_episode: MakeEpisode, same: Same
+) -> None:
+    log = make_log()
+    sink, reader = log.make_sink(), log.make_reader()
+    written = [make_episode(uid=str(n), seed=n) for n in range(5)]
+    sink.append(written[:2])
+    sink.append(written[2:])
+    read = reader.read(10, timeout_s=0)
+    assert uids(read) == uids(written)
+    assert all(same(a, b) for a, b in zip(written, read, strict=True))
+    assert reader.num_malformed == 0
+
+
+def test_a_read_takes_at_most_what_it_asked_for_and_goes_on_there(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    log.make_sink().append([make_episode(uid=str(n)) for n in range(150)])
+    reader = log.make_reader()
+    assert uids(reader.read(3, 0)) == ["0", "1", "2"]
+    assert uids(reader.read(100, 0)) == [str(n) for n in range(3, 103)]
+    assert len(reader.read(100, 0)) == 47
+    assert reader.read(100, 0) == []
+
+
+def test_an_episode_appended_again_is_stored_once(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    sink = log.make_sink()
+    sink.append([make_episode(uid="a"), make_episode(uid="b"), make_episode(uid="a")])
+    sink.append([make_episode(uid="b"), make_episode(uid="c")])
+    log.make_sink().append([make_episode(uid="a")])
+    assert uids(log.make_reader().read(10, 0)) == ["a", "b", "c"]
+
+
+def test_every_reader_has_a_cursor_of_its_own_that_can_be_restored(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    log.make_sink().append([make_episode(uid=str(n)) for n in range(6)])
+    one, two = log.make_reader(), log.make_reader()
+    assert uids(one.read(4, 0)) == ["0", "1", "2", "3"]
+    assert uids(two.read(2, 0)) == ["0", "1"]
+    assert isinstance(one.cursor, str)
+    assert uids(log.make_reader(one.cursor).read(10, 0)) == ["4", "5"]
+    assert uids(log.make_reader(two.cursor).read(10, 0)) == ["2", "3", "4", "5"]
+
+
+def test_an_empty_read_waits_as_long_as_it_was_told(make_log: Callable[..., Log]) -> None:
+    reader = make_log().make_reader()
+    began = time.monotonic()
+    assert reader.read(1, timeout_s=0) == []
+    assert time.monotonic() - began < 0.2
+    assert reader.read(1, timeout_s=0.3) == []
+    assert 0.28 < time.monotonic() - began < 1.5
+
+
+def test_a_waiting_read_returns_as_soon_as_something_comes(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    reader = log.make_reader()
+    threading.Timer(0.2, lambda: log.make_sink().append([make_episode(uid="late")])).start()
+    began = time.monotonic()
+    assert uids(reader.read(10, timeout_s=30)) == ["late"]
+    assert time.monotonic() - began < 10
+
+
+def test_the_oldest_episodes_make_room(make_log: Callable[..., Log], make_episode: MakeEpisode) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink, reader = log.make_sink(), log.make_reader()
+    for n in range(100):
+        sink.append([make_episode(uid=str(n), seed=n)])
+    kept = uids(reader.read(1000, 0))
+    assert kept == [str(n) for n in range(100 - len(kept), 100)]
+    assert 5 < len(kept) < 100
+
+
+def test_a_single_episode_larger_than_the_bound_is_kept_alone(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink = log.make_sink()
+    sink.append([make_episode(uid="small")])
+    sink.append([make_episode(uid="large", num_tokens=30, hidden_size=2000)])
+    assert uids(log.make_reader().read(10, 0)) == ["large"]
+    sink.append([make_episode(uid="next")])
+    assert uids(log.make_reader().read(10, 0)) == ["next"]
+
+
+def test_an_episode_that_was_trimmed_may_come_again(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink, reader = log.make_sink(), log.make_reader()
+    for n in range(100):
+        sink.append([make_episode(uid=str(n), seed=n)])
+    reader.read(1000, 0)
+    sink.append([make_episode(uid="0")])
+    assert uids(reader.read(10, 0)) == ["0"]
+
+
+def test_many_writers_lose_and_double_nothing(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+
+    def write(writer: int) -> None:
+        sink = log.make_sink()
+        for n in range(25):
+            sink.append([make_episode(uid=f"{writer}.{n}")])
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    reader, read = log.make_reader(), list[str]()
+    while len(read) < 100 and (new := reader.read(7, timeout_s=10)):
+        read += uids(new)
+    for thread in threads:
+        thread.join()
+    assert reader.read(10, 0) == []
+    for writer in range(4):
+        assert [uid for uid in read if uid.startswith(f"{writer}.")] == [f"{writer}.{n}" for n in range(25)]

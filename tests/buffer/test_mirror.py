@@ -1,0 +1,204 @@
+"""The mirror against a list of transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.mirror import Mirror
+from mara.buffer.shaping import shape_episode
+from mara.common.contracts import TransitionBatch, UserError
+from mara.common.episode import Episode
+
+MakeEpisode = Callable[..., Episode]
+SHAPING = ShapingConfig(score_weights={"helpful": 1.0}, discount=0.9, discount_per="accepted_token")
+Transition = tuple[float | tuple[float, ...] | None, ...]
+
+
+def make_mirror(capacity: int = 40, hidden_size: int = 4, shaping: ShapingConfig = SHAPING) -> Mirror:
+    return Mirror(hidden_size, ReplayConfig(capacity_transitions=capacity), shaping)
+
+
+def transitions_of(episode: Episode) -> list[Transition]:
+    """Every (s, a, r, γ, forced, log-probability, version, s', forced') of an episode, one by one."""
+    shaped = shape_episode(episode, SHAPING, episode.scores["helpful"])
+    transitions: list[Transition] = []
+    for t in range(episode.num_decisions):
+        last = t == episode.num_decisions - 1
+        logprobs_T = episode.accept_logprobs_T if episode.actions_T[t] else episode.reject_logprobs_T
+        transitions.append(
+            (
+                tuple(episode.states_TD[t].tolist()),
+                float(episode.actions_T[t]),
+                float(shaped.rewards_T[t]),
+                float(shaped.discounts_T[t]),
+                float(episode.forced_T[t]),
+                0.0 if episode.forced_T[t] else float(logprobs_T[t]),
+                float(episode.policy_versions_T[t]),
+                None if last else tuple(episode.states_TD[t + 1].tolist()),
+                None if last else float(episode.forced_T[t + 1]),
+            )
+        )
+    return transitions
+
+
+def rows_of(batch: TransitionBatch) -> list[Transition]:
+    rows: list[Transition] = []
+    for b in range(len(batch)):
+        last = batch.discounts_B[b] == 0
+        rows.append(
+            (
+                tuple(batch.states_BD[b].tolist()),
+                float(batch.actions_B[b]),
+                float(batch.rewards_B[b]),
+                float(batch.discounts_B[b]),
+                float(batch.forced_B[b]),
+                float(batch.behaviour_logprobs_B[b]),
+                float(batch.policy_versions_B[b]),
+                None if last else tuple(batch.next_states_BD[b].tolist()),
+                None if last else float(batch.next_forced_B[b]),
+            )
+        )
+    return rows
+
+
+def held_by_the_book(episodes: list[Episode], capacity: int) -> list[Episode]:
+    """The most of the newest episodes that fit."""
+    held: list[Episode] = []
+    for episode in reversed(episodes):
+        if sum(e.num_decisions for e in held) + episode.num_decisions > capacity:
+            break
+        held.insert(0, episode)
+    return [e for e in held if e.num_decisions > 0]
+
+
+def test_samples_are_always_transitions_of_held_episodes_through_many_wraps(
+    make_episode: MakeEpisode,
+) -> None:
+    mirror, generator = make_mirror(capacity=40), torch.Generator().manual_seed(0)
+    episodes: list[Episode] = []
+    for number in range(60):
+        episodes.append(make_episode(uid=str(number), seed=number, num_tokens=number % 7))
+        mirror.add(episodes[-1:])
+        held = held_by_the_book(episodes, 40)
+        possible = {transition for episode in held for transition in transitions_of(episode)}
+        assert mirror.num_transitions == len(possible)
+        assert mirror.num_episodes == len(held)
+        if possible:
+            rows = rows_of(mirror.sample(200, generator))
+            assert set(rows) <= possible
+            if number % 10 == 9:
+                assert set(rows_of(mirror.sample(2000, generator))) == possible
+    assert mirror.total_transitions == sum(e.num_decisions for e in episodes) > 5 * 40
+    assert mirror.total_episodes == 60
+    assert mirror.num_without_decisions == sum(e.num_decisions == 0 for e in episodes) > 0
+
+
+def test_sampling_is_uniform(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(capacity=60)
+    for number in range(30):
+        mirror.add([make_episode(uid=str(number), seed=number)])
+    batch = mirror.sample(50_000, torch.Generator().manual_seed(1))
+    _, counts = torch.unique(batch.states_BD.float(), dim=0, return_counts=True)
+    assert len(counts) == mirror.num_transitions
+    expected = 50_000 / mirror.num_transitions
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    degrees = len(counts) - 1
+    assert abs(chi_square - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_the_same_seed_samples_the_same_batch(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.add([make_episode(seed=number) for number in range(3)])
+    one = rows_of(mirror.sample(32, torch.Generator().manual_seed(7)))
+    two = rows_of(mirror.sample(32, torch.Generator().manual_seed(7)))
+    other = rows_of(mirror.sample(32, torch.Generator().manual_seed(8)))
+    assert one == two != other
+
+
+def test_next_states_are_finite_even_where_they_count_for_nothing(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(capacity=1000)
+    episode = make_episode(seed=2)
+    mirror.add([episode])
+    batch = mirror.sample(500, torch.Generator().manual_seed(0))
+    ends = batch.discounts_B == 0
+    assert ends.any()
+    assert torch.equal(batch.next_states_BD[ends], batch.states_BD[ends])
+
+
+def test_batches_have_the_dtypes_of_the_contract(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.add([make_episode(dtype=torch.float16)])
+    batch = mirror.sample(3)
+    dtypes = {name: getattr(batch, name).dtype for name in TransitionBatch.__slots__}
+    assert dtypes == {
+        "states_BD": torch.float16,
+        "next_states_BD": torch.float16,
+        "actions_B": torch.int64,
+        "rewards_B": torch.float32,
+        "discounts_B": torch.float32,
+        "forced_B": torch.bool,
+        "next_forced_B": torch.bool,
+        "behaviour_logprobs_B": torch.float32,
+        "policy_versions_B": torch.int64,
+    }
+
+
+def test_the_mirror_normalises_and_remembers_across_a_restart(make_episode: MakeEpisode) -> None:
+    shaping = ShapingConfig(
+        score_weights={"helpful": 1.0}, normalise="running", baseline="prompt", kl_estimator="none"
+    )
+    episodes = [make_episode(seed=seed, prompt_id=str(seed % 2)) for seed in range(8)]
+    uninterrupted, before, after = (make_mirror(1000, shaping=shaping) for _ in range(3))
+    uninterrupted.add(episodes)
+    before.add(episodes[:4])
+    after.load_state_dict(before.state_dict())
+    after.add(episodes[4:])
+    total = uninterrupted.mean_score * 8
+    assert before.mean_score * 4 + after.mean_score * 4 == pytest.approx(total, abs=1e-9)
+    assert after.total_transitions == uninterrupted.total_transitions
+    assert after.total_episodes == 8
+    assert after.num_episodes == 4
+    assert any(abs(score) > 0.1 for score in (total, before.mean_score))
+
+
+def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(capacity=1000, hidden_size=256)
+    mirror.add([make_episode(seed=seed, hidden_size=256) for seed in range(5)])
+    assert mirror.nbytes == mirror.num_transitions * (2 * 256 + 22)
+
+
+def test_an_empty_mirror_cannot_be_sampled(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.add([make_episode(num_tokens=0)])
+    with pytest.raises(ValueError, match="empty"):
+        mirror.sample(4)
+
+
+def test_episodes_of_another_llm_are_refused(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(hidden_size=8)
+    with pytest.raises(UserError, match=r"hidden size 4.*has 8"):
+        mirror.add([make_episode(hidden_size=4)])
+    mirror.add([make_episode(hidden_size=8)])
+    with pytest.raises(UserError, match=r"float16.*bfloat16.*llm\.dtype"):
+        mirror.add([make_episode(hidden_size=8, dtype=torch.float16)])
+
+
+def test_an_episode_larger_than_the_ring_names_the_setting(make_episode: MakeEpisode) -> None:
+    with pytest.raises(UserError, match=r"replay\.capacity_transitions is 3"):
+        make_mirror(capacity=3).add([make_episode(num_tokens=20)])
+
+
+def test_read_only_arrays_and_foreign_memory_are_copied(make_episode: MakeEpisode) -> None:
+    episode = make_episode(seed=4)
+    frozen = replace(episode, actions_T=np.frombuffer(episode.actions_T.tobytes(), np.uint8))
+    mirror = make_mirror()
+    mirror.add([frozen])
+    kept = set(rows_of(mirror.sample(300, torch.Generator().manual_seed(0))))
+    frozen.states_TD.zero_()
+    assert set(rows_of(mirror.sample(300, torch.Generator().manual_seed(0)))) == kept

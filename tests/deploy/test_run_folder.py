@@ -1,0 +1,66 @@
+"""Run folders and the pictures in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mara.common.contracts import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.plots import draw_plots, read_metrics
+from mara.deploy.run_folder import load_run, make_run_folder
+
+
+def test_a_run_folder_holds_the_settings_and_is_the_latest(config: RunConfig) -> None:
+    folder = make_run_folder(config)
+    assert folder.name.startswith("tiny-2")
+    assert load_run(folder) == config
+    assert (config.run.dir / "latest").resolve() == folder
+    assert load_run(config.run.dir / "latest", ["learner.batch_size=7"]).learner.batch_size == 7
+
+
+def test_two_runs_of_the_same_second_have_folders_of_their_own(config: RunConfig) -> None:
+    first, second = make_run_folder(config, now_s=0), make_run_folder(config, now_s=0)
+    assert second.name == first.name + "-2"
+    assert (config.run.dir / "latest").resolve() == second
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(UserError, match=r"run\.dir="):
+        make_run_folder(config)
+
+
+def write(folder: Path, rows: list[dict[str, float | None]], tail: str = "") -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def test_the_plots_show_reward_scores_and_positions(tmp_path: Path) -> None:
+    rows: list[dict[str, float | None]] = [{"time_s": 0.0, "episodes/total": 0.0}]
+    for n in range(1, 9):
+        rows.append(
+            {
+                "episodes/total": 10.0 * n,
+                "episode/reward": 0.1 * n,
+                "episode/score/helpful": None if n == 3 else 1.0 * n,
+                "episode/accepted_rank_0": 0.7,
+                "episode/accepted_rank_1": 0.2,
+                "episode/accepted_rank_rest": 0.1,
+            }
+        )
+    write(tmp_path, rows)
+    files = draw_plots(tmp_path)
+    assert [file.name for file in files] == ["reward.png", "accepted_positions.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_run_without_episodes_has_no_plots(tmp_path: Path) -> None:
+    write(tmp_path, [{"time_s": 1.0, "episodes/total": 0.0}])
+    assert draw_plots(tmp_path) == []
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, [{"time_s": 1.0}], tail='{"time_s": 2.0, "sac')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"time_s": 1.0}]

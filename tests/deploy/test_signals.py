@@ -1,0 +1,48 @@
+"""The first signal asks, the second interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mara.deploy.signals import StopSignal
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_asks_and_the_second_interrupts(number: signal.Signals) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested
+        send(number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_once_nothing_must_be_saved_the_first_signal_interrupts() -> None:
+    with StopSignal() as stop:
+        stop.interrupt_from_here()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+
+
+def test_a_wish_to_stop_from_before_counts_when_nothing_must_be_saved() -> None:
+    with StopSignal() as stop:
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.interrupt_from_here()
+
+
+def test_a_handler_put_in_our_place_is_replaced_and_the_old_ones_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop.install()
+        send(signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,189 @@
+"""A tiny LLM, reward heads and prompts made on the fly, and the real command line on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARKER = "MARA_TEST_MARKER"
+"""Environment variable inherited by every process of a run: how the tests find what is left running."""
+HIDDEN_SIZE = 32
+WORDS = ("what how why is are the a cat dog sun rain house tree good bad day night help make find").split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an LLM, two reward heads, prompts and ``run.yaml``."""
+    folder = tmp_path_factory.mktemp("world")
+    make_llm(folder / "llm")
+    for name in ("helpful", "harmless"):
+        make_head(folder / name)
+    prompts = [f"{a} {b}?" for a in WORDS for b in WORDS[:5]]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "run.yaml").write_text(CONFIG)
+    return folder
+
+
+CONFIG = """
+llm: {model: LLM, dtype: float32, device: cpu}
+prompts: {train: prompts.jsonl}
+rewards:
+  helpful: {path: helpful, weight: 1.0}
+  harmless: {path: harmless, weight: 0.5}
+decoding: {max_new_tokens: 8, truncation: {top_k: 4}}
+agent: {widths: [16, 8]}
+rollout: {num_actors: 2, rows: 4, num_cpus: 0.5}
+shaping: {discount: 1.0}
+replay: {capacity_transitions: 20000, log_max_bytes: 16777216}
+learner:
+  num_episodes: 60
+  batch_size: 32
+  start_batches: 2
+  gradient_steps_per_episode: 0.5
+  log_period_s: 0.5
+  publish_period_s: 0.2
+  device: cpu
+  sac: {critic_widths: [16, 8]}
+evaluation: {after_training: false}
+"""
+
+
+def make_llm(folder: Path) -> None:
+    """Save a Llama of 32 hidden units with random weights and a tokenizer of whole words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>"]
+    vocabulary = {word: index for index, word in enumerate([*special, "?", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    fast.chat_template = (
+        "<s>{% for message in messages %}<user> {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=vocabulary["<s>"],
+        eos_token_id=vocabulary["</s>"],
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_head(folder: Path) -> None:
+    """Save a reward head with random weights."""
+    import torch
+
+    from mara.actors.head_config import HeadShape
+    from mara.actors.heads import RewardHead, save_head
+
+    head = RewardHead(HeadShape(hidden_size=HIDDEN_SIZE))
+    head.output_MW.data.normal_(generator=torch.Generator().manual_seed(len(folder.name)))
+    save_head(folder, head, card={})
+
+
+class Mara:
+    """The ``mara`` command in a process group of its own, with everything it starts marked."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        self.marker = f"{os.getpid()}-{time.monotonic_ns()}"
+        self.output = folder / f"output-{self.marker}.txt"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RAY_"))}
+        environment |= {MARKER: self.marker, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mara.deploy.cli", *arguments],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait(self, timeout_s: float = 180) -> int:
+        """Wait for the end; the exit status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            pytest.fail(f"mara did not end within {timeout_s} s:\n{self.text}")
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
+        """Wait for ``condition`` while the command runs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
+                pytest.fail(f"{what} did not come about:\n{self.text}")
+            time.sleep(0.05)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """What Ctrl-C in a terminal, or ``timeout``, does."""
+        os.killpg(self.process.pid, number)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that descends from the command, wherever it went."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARKER) == self.marker and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def left_running(self, within_s: float = 5) -> list[str]:
+        """Command lines of what still runs after the end."""
+        deadline = time.monotonic() + within_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [" ".join(process.cmdline()) for process in left]
+
+    def end(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def mara(world: Path, tmp_path: Path) -> Iterator[Callable[..., Mara]]:
+    """Start ``mara train`` on the tiny world with overrides; whatever happens, nothing outlives the test."""
+    started: list[Mara] = []
+
+    def start(*overrides: str) -> Mara:
+        arguments = ["train", str(world / "run.yaml"), f"llm.model={world / 'llm'}", *overrides]
+        started.append(Mara(tmp_path, arguments))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.end()

@@ -1,0 +1,291 @@
+"""The loop on an in-memory log: what it reads, when it trains, what it leaves behind."""
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.common.agent import load_agent
+from mara.common.config import AgentConfig
+from mara.common.contracts import UserError
+from mara.common.episode import Episode
+from mara.learner.config import LearnerConfig, SACConfig
+from mara.learner.loop import WAIT_S, Learner
+from mara.learner.sac import SACMetrics
+
+D = 12
+AGENT = AgentConfig(widths=(8, 8))
+SHAPING = ShapingConfig(score_weights={"good": 2.0})
+EpisodeMaker = Callable[..., Episode]
+
+
+def make_learner(
+    source: Any,
+    weights: MemoryWeightChannel | None = None,
+    *,
+    shaping: ShapingConfig = SHAPING,
+    **changes: Any,
+) -> Learner:
+    learner_keys = {key: changes.pop(key) for key in list(changes) if key in LearnerConfig.model_fields}
+    config = LearnerConfig(
+        **{
+            "sac": SACConfig(critic_widths=(8, 8)),
+            "batch_size": 8,
+            "num_episodes": 10,
+            "gradient_steps_per_episode": 2,
+            "start_batches": 1,
+            "publish_period_s": 0,
+            "device": "cpu",
+        }
+        | learner_keys
+    )
+    replay = changes.pop("replay", ReplayConfig(capacity_transitions=1000))
+    return Learner(
+        config,
+        AGENT,
+        replay,
+        shaping,
+        hidden_size=D,
+        source=source,
+        weights=weights or MemoryWeightChannel(),
+        **changes,
+    )
+
+
+def log_of(episodes: Sequence[Episode]) -> MemoryEpisodeLog:
+    log = MemoryEpisodeLog()
+    log.append(episodes)
+    return log
+
+
+class ScriptedReader:
+    """Hands out prepared answers, one for each read, then nothing; notes how long it was allowed to wait."""
+
+    num_malformed = 0
+    cursor = "0"
+
+    def __init__(self, answers: Sequence[Sequence[Episode]]) -> None:
+        self.answers = [list(answer) for answer in answers]
+        self.timeouts: list[float] = []
+        self.reads = 0
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        self.timeouts.append(timeout_s)
+        self.reads += 1
+        return self.answers.pop(0) if self.answers else []
+
+
+def test_every_episode_after_the_start_earns_its_gradient_steps(make_episode: EpisodeMaker) -> None:
+    # 3 decisions an episode and a start at 8 transitions: the third episode is the first to earn.
+    log = log_of([make_episode([1, 1, 1]) for _ in range(10)])
+    summary = make_learner(log.reader()).run()
+    assert (summary.gradient_steps, summary.num_episodes, summary.num_transitions) == (16, 10, 30)
+    assert summary.num_tokens == 30
+    assert summary.steps_dropped == 0
+    assert not summary.stopped
+
+
+def test_the_run_ends_at_num_episodes_even_if_the_log_holds_more(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1, 1, 1]) for _ in range(200)])
+    reader = log.reader()
+    assert make_learner(reader, num_episodes=70, gradient_steps_per_episode=0.1).run().num_episodes == 70
+    assert reader.cursor == "70"
+
+
+def test_weights_are_out_before_the_first_episode_is_asked_for(make_episode: EpisodeMaker) -> None:
+    channel = MemoryWeightChannel()
+    versions_at_read: list[int | None] = []
+
+    class Reader(ScriptedReader):
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            versions_at_read.append(channel.latest_version())
+            return super().read(max_episodes, timeout_s)
+
+    make_learner(Reader([[make_episode([1, 1, 1])] for _ in range(10)]), channel).run()
+    assert versions_at_read[0] == 0
+
+
+def test_the_last_agent_is_published_whatever_the_period(make_episode: EpisodeMaker) -> None:
+    channel = MemoryWeightChannel()
+    log = log_of([make_episode([1, 1, 1]) for _ in range(10)])
+    learner = make_learner(log.reader(), channel, publish_period_s=3600)
+    learner.run()
+    latest = channel.fetch_newer(than=0)
+    assert latest is not None
+    assert latest.version == learner.gradient_step == 16
+    for name, tensor in learner.sac.agent.state_dict().items():
+        assert torch.equal(latest.tensors[name], tensor)
+
+
+def test_it_waits_for_episodes_only_when_it_has_nothing_to_train_on(make_episode: EpisodeMaker) -> None:
+    full = [make_episode([1] * 8) for _ in range(2)]
+    reader = ScriptedReader([[full[0]], [], [], [full[1]], [], []])
+    learner = make_learner(reader, num_episodes=2, gradient_steps_per_episode=2)
+    assert learner.run().gradient_steps == 4
+    # first read waits; one step is owed after the first of two; then it waits until the second episode came
+    assert reader.timeouts[:4] == [WAIT_S, 0.0, WAIT_S, WAIT_S]
+
+
+def test_a_learner_that_is_behind_drops_old_debts_and_says_so(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(50)])
+    learner = make_learner(
+        log.reader(), num_episodes=50, max_backlog_episodes=5, gradient_steps_per_episode=2
+    )
+    summary = learner.run()
+    assert summary.gradient_steps == 10
+    assert summary.steps_dropped == 90
+
+
+def test_answers_without_decisions_count_as_episodes(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8), make_episode([], num_tokens=5), make_episode([], num_tokens=5)])
+    summary = make_learner(log.reader(), num_episodes=3).run()
+    assert (summary.num_episodes, summary.gradient_steps, summary.num_tokens) == (3, 6, 18)
+
+
+def test_too_few_transitions_to_begin_is_an_error_with_a_remedy(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1]) for _ in range(3)])
+    with pytest.raises(UserError, match=r"start_batches.* at 80 transitions .*3 episodes held 3; lower it"):
+        make_learner(log.reader(), num_episodes=3, start_batches=10).run()
+
+
+def test_a_start_beyond_the_capacity_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"8000 transitions .* replay.capacity_transitions 1000; lower it"):
+        make_learner(MemoryEpisodeLog().reader(), start_batches=1000)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "abacus"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(UserError, match=f"learner.device: '{device}' is not at hand"):
+        make_learner(MemoryEpisodeLog().reader(), device=device)
+
+
+def test_metrics_say_what_happened(make_episode: EpisodeMaker) -> None:
+    rows: list[dict[str, float]] = []
+    episodes = [make_episode([1, 0, 1], version=0, scores={"good": float(i)}) for i in range(10)]
+    learner = make_learner(log_of(episodes).reader(), on_metrics=rows.append, log_period_s=3600)
+    learner.run()
+    (row,) = rows
+    assert all(type(value) is float for value in row.values())
+    expected = {
+        "learner/gradient_step": 16,
+        "episodes/total": 10,
+        "tokens/total": 20,
+        "replay/transitions": 30,
+        "replay/samples_per_insert": 16 * 8 / 30,
+        "replay/malformed": 0,
+        "learner/steps_dropped": 0,
+        "episode/reward": 9.0,
+        "episode/score/good": 4.5,
+        "episode/num_tokens": 2,
+        "episode/accept_rate": 2 / 3,
+        "episode/decisions_per_token": 1.5,
+        "episode/accepted_rank_0": 1,
+        "episode/finish_eos_rate": 1,
+        "policy/lag_mean": 0,  # all were read before the first step
+        "policy/lag_max": 0,
+        "policy/sampled_lag_mean": 7.5,  # steps 0 … 15 on decisions of version 0
+        "sac/target_entropy": learner.config.sac.target_entropy,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert {f"sac/{field.name}" for field in fields(SACMetrics)} <= row.keys()
+    assert row["replay/sample_rate"] > row["replay/insert_rate"] > 0
+    assert 0 <= row["learner/idle_ratio"] < 1
+    assert row["replay/bytes"] == learner.mirror.nbytes > 30 * 2 * D
+
+
+def test_lag_is_the_gradient_step_at_reading_minus_the_version_that_decided(
+    make_episode: EpisodeMaker,
+) -> None:
+    rows: list[dict[str, float]] = []
+    late = make_episode([1, 1], policy_versions_T=torch.tensor([0, 1]).numpy())
+    reader = ScriptedReader([[make_episode([1] * 8)], [], [late]])
+    make_learner(reader, num_episodes=2, on_metrics=rows.append, log_period_s=3600).run()
+    # two steps were done when the second episode was read: lags 2 and 1
+    assert rows[0]["policy/lag_max"] == 2
+    assert rows[0]["policy/lag_mean"] == pytest.approx((0 + 1.5) / 2)
+
+
+def test_waiting_is_counted_as_idle() -> None:
+    rows: list[dict[str, float]] = []
+
+    def stop_at_the_first_row(row: dict[str, float]) -> None:
+        rows.append(row)
+        learner.stop()
+
+    learner = make_learner(MemoryEpisodeLog().reader(), on_metrics=stop_at_the_first_row, log_period_s=1e-6)
+    summary = learner.run()
+    assert summary.stopped
+    assert rows[0]["learner/idle_ratio"] > 0.9
+    assert summary.idle_ratio > 0.9
+
+
+def test_stop_from_another_thread_saves_publishes_and_returns(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    channel = MemoryWeightChannel()
+    log = log_of([make_episode([1] * 8)])
+    trained = threading.Event()
+    learner = make_learner(
+        log.reader(),
+        channel,
+        num_episodes=10**6,
+        run_folder=tmp_path,
+        log_period_s=1e-6,
+        on_metrics=lambda row: trained.set() if row["learner/gradient_step"] >= 2 else None,
+    )
+    summaries = []
+    thread = threading.Thread(target=lambda: summaries.append(learner.run()))
+    thread.start()
+    assert trained.wait(20)
+    learner.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert summaries[0].stopped
+    assert summaries[0].gradient_steps == 2
+    assert channel.latest_version() == 2
+    assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file()
+
+
+def test_the_saved_agent_is_the_trained_one_with_its_card(make_episode: EpisodeMaker, tmp_path: Path) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(4)])
+    learner = make_learner(log.reader(), num_episodes=4, run_folder=tmp_path, agent_card={"llm": "tiny"})
+    learner.run()
+    agent, card = load_agent(tmp_path / "agent", hidden_size=D)
+    torch.testing.assert_close(agent.state_dict(), learner.sac.agent.state_dict(), rtol=0, atol=0)
+    assert card["llm"] == "tiny"
+    assert card["training"] == {"gradient_steps": 8, "episodes": 4}
+
+
+def test_checkpoints_are_written_on_the_way(make_episode: EpisodeMaker, tmp_path: Path) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(4)])
+    learner = make_learner(log.reader(), num_episodes=4, run_folder=tmp_path, checkpoint_period_s=1e-6)
+    learner.run()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000007-episode-00000004", "step-00000008-episode-00000004"]
+    state = json.loads((tmp_path / "checkpoints" / "latest" / "state.json").read_text())["state"]
+    assert state["cursor"] == "4"
+    assert state["sac"]["step"] == 8
+
+
+def test_a_score_that_is_missing_ends_the_run_with_its_name(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1, 1], scores={"other": 1.0})])
+    with pytest.raises(UserError, match="good"):
+        make_learner(log.reader()).run()
+
+
+def test_the_same_log_and_seed_give_the_same_agent_bit_for_bit(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1, 0, 1]) for _ in range(10)])
+    agents = []
+    for seed in (1, 1, 2):
+        learner = make_learner(log.reader(), seed=seed)
+        learner.run()
+        agents.append(learner.sac.agent.linear1.weight.detach())
+    assert torch.equal(agents[0], agents[1])
+    assert not torch.equal(agents[0], agents[2])

@@ -1,0 +1,210 @@
+"""One gradient step against the algorithm written out plainly, and what a step must not do."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mara.common.config import AgentConfig
+from mara.common.contracts import TransitionBatch
+from mara.learner.config import SACConfig
+from mara.learner.sac import SAC
+
+BatchMaker = Callable[..., TransitionBatch]
+D = 12
+AGENT = AgentConfig(widths=(16, 8))
+CONFIG = SACConfig(
+    critic_widths=(16, 8),
+    critic_learning_rate=1e-2,
+    policy_learning_rate=1e-2,
+    temperature_learning_rate=1e-2,
+    initial_temperature=0.2,
+    target_update_period=2,
+    polyak=0.1,
+)
+
+
+def make_sac(seed: int = 0, **changes: object) -> SAC:
+    return SAC(D, AGENT, CONFIG.model_copy(update=changes), seed=seed)
+
+
+class PlainSAC:
+    """The same algorithm row by row and pass by pass, with nothing shared and plain Adam."""
+
+    def __init__(self, sac: SAC) -> None:
+        self.config = sac.config
+        self.agent, self.critic = copy.deepcopy(sac.agent), copy.deepcopy(sac.critic)
+        self.target = copy.deepcopy(sac.target)
+        self.log_alpha = sac.log_alpha.detach().clone().requires_grad_()
+        self.adams = [
+            torch.optim.Adam(self.critic.parameters(), self.config.critic_learning_rate),
+            torch.optim.Adam(self.agent.parameters(), self.config.policy_learning_rate),
+            torch.optim.Adam([self.log_alpha], self.config.temperature_learning_rate),
+        ]
+        self.step = 0
+
+    def update(self, batch: TransitionBatch) -> None:
+        alpha = math.exp(self.log_alpha.item())
+        critic_terms, policy_terms, temperature_terms = [], [], []
+        for b in range(len(batch)):
+            state, next_state = batch.states_BD[b : b + 1], batch.next_states_BD[b : b + 1]
+            with torch.no_grad():
+                next_q = self.target(next_state).amin(0)[0]
+                next_pi = self.agent(next_state)[0].exp()
+                if batch.next_forced_B[b]:
+                    value = next_q[1]
+                else:
+                    value = sum(next_pi[a] * (next_q[a] - alpha * next_pi[a].log()) for a in (0, 1))
+                target = batch.rewards_B[b] + batch.discounts_B[b] * value
+            for head in self.critic(state)[:, 0]:
+                critic_terms.append((head[batch.actions_B[b]] - target) ** 2)
+            if not batch.forced_B[b]:
+                with torch.no_grad():
+                    q = self.critic(state).amin(0)[0]
+                pi = self.agent(state)[0].exp()
+                policy_terms.append(sum(pi[a] * (alpha * pi[a].log() - q[a]) for a in (0, 1)))
+                entropy = -sum(pi[a] * pi[a].log() for a in (0, 1)).detach()
+                temperature_terms.append(self.log_alpha.exp() * (entropy - self.config.target_entropy))
+        all_terms = [critic_terms]
+        if self.step >= self.config.critic_only_steps:
+            all_terms += [policy_terms, temperature_terms]
+        for terms, adam in zip(all_terms, self.adams, strict=False):
+            adam.zero_grad()
+            torch.stack(terms).mean().backward()
+        for adam in self.adams[: len(all_terms)]:
+            if adam is not self.adams[2]:
+                parameters = adam.param_groups[0]["params"]
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm)
+            adam.step()
+        self.step += 1
+        if self.step % self.config.target_update_period == 0:
+            for t, o in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+                t.data = (1 - self.config.polyak) * t.data + self.config.polyak * o.data
+
+
+def assert_same(sac: SAC, plain: PlainSAC) -> None:
+    for name in ("agent", "critic", "target"):
+        ours, theirs = getattr(sac, name).state_dict(), getattr(plain, name).state_dict()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-5, msg=f"{name}.{key}")
+    assert sac.log_alpha.item() == pytest.approx(plain.log_alpha.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("critic_only_steps", [0, 2])
+def test_updates_equal_the_plainly_written_algorithm(make_batch: BatchMaker, critic_only_steps: int) -> None:
+    sac = make_sac(critic_only_steps=critic_only_steps)
+    plain = PlainSAC(sac)
+    for step in range(5):
+        batch = make_batch(24, D, seed=step)
+        sac.update(batch)
+        plain.update(batch)
+        assert_same(sac, plain)
+
+
+def test_while_only_the_critic_learns_the_agent_and_temperature_stay(make_batch: BatchMaker) -> None:
+    sac = make_sac(critic_only_steps=3)
+    before = copy.deepcopy(sac.state_dict())
+    for step in range(3):
+        metrics = sac.update(make_batch(seed=step))
+        assert metrics.policy_gradient_norm == 0.0
+    torch.testing.assert_close(sac.agent.state_dict(), before["agent"], rtol=0, atol=0)
+    assert sac.log_alpha.item() == before["log_alpha"].item()
+    assert not torch.equal(sac.critic.linear1.weight, before["critic"]["linear1.weight"])
+    assert sac.update(make_batch(seed=3)).policy_gradient_norm > 0
+    assert not torch.equal(sac.agent.linear1.weight, before["agent"]["linear1.weight"])
+
+
+def test_a_fixed_temperature_stays(make_batch: BatchMaker) -> None:
+    sac = make_sac(learn_temperature=False)
+    for step in range(3):
+        assert sac.update(make_batch(seed=step)).temperature == pytest.approx(0.2)
+
+
+def test_forced_decisions_alone_teach_only_the_critic(make_batch: BatchMaker) -> None:
+    sac = make_sac()
+    before = copy.deepcopy(sac.state_dict())
+    all_forced = torch.ones(32, dtype=torch.bool)
+    sac.update(make_batch(32, forced_B=all_forced, actions_B=torch.ones(32, dtype=torch.int64)))
+    torch.testing.assert_close(sac.agent.state_dict(), before["agent"], rtol=0, atol=0)
+    assert sac.log_alpha.item() == before["log_alpha"].item()
+    assert not torch.equal(sac.critic.linear1.weight, before["critic"]["linear1.weight"])
+
+
+def test_metrics_describe_the_batch_before_the_networks_moved(make_batch: BatchMaker) -> None:
+    sac = make_sac()
+    batch = make_batch(64)
+    with torch.no_grad():
+        free = ~batch.forced_B
+        accept = sac.agent(batch.states_BD)[:, 1].exp()[free]
+        q = sac.critic(batch.states_BD)
+        gap = (q.amin(0)[:, 1] - q.amin(0)[:, 0])[free]
+    metrics = sac.update(batch)
+    entropy = -(accept * accept.log() + (1 - accept) * (1 - accept).log())
+    assert metrics.accept_probability == pytest.approx(accept.mean().item(), rel=1e-5)
+    assert metrics.entropy == pytest.approx(entropy.mean().item(), rel=1e-5)
+    assert metrics.q_mean == pytest.approx(q.mean().item(), rel=1e-4)
+    assert metrics.q_gap == pytest.approx(gap.mean().item(), rel=1e-4)
+    assert metrics.temperature == pytest.approx(0.2)
+    assert metrics.policy_loss == pytest.approx(
+        -(0.2 * entropy + accept * q.amin(0)[free, 1] + (1 - accept) * q.amin(0)[free, 0]).mean().item(),
+        rel=1e-4,
+    )
+
+
+def test_the_seed_decides_the_networks_and_leaves_the_global_stream_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, same, other = make_sac(seed=1), make_sac(seed=1), make_sac(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one.critic.linear1.weight, same.critic.linear1.weight)
+    assert torch.equal(one.agent.linear1.weight, same.agent.linear1.weight)
+    assert not torch.equal(one.critic.linear1.weight, other.critic.linear1.weight)
+
+
+def test_the_target_starts_as_the_critic_and_follows_only_when_it_is_due(make_batch: BatchMaker) -> None:
+    sac = make_sac(target_update_period=3)
+    start = sac.critic.linear1.weight.detach().clone()
+    for _ in range(2):
+        sac.update(make_batch())
+        assert torch.equal(sac.target.linear1.weight, start)
+    sac.update(make_batch())
+    expected = start + 0.1 * (sac.critic.linear1.weight.detach() - start)
+    torch.testing.assert_close(sac.target.linear1.weight, expected)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(make_batch: BatchMaker) -> None:
+    sac = make_sac()
+    sac.update(make_batch())
+    before = copy.deepcopy(sac.state_dict())
+    rewards = torch.zeros(32)
+    rewards[3] = math.nan
+    with pytest.raises(FloatingPointError, match="critic_loss is nan at gradient step 1"):
+        sac.update(make_batch(32, rewards_B=rewards))
+    torch.testing.assert_close(sac.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_lies_beyond_the_end_of_an_episode_changes_nothing(make_batch: BatchMaker) -> None:
+    one, other = make_sac(), make_sac()
+    batch = make_batch()
+    after_end = batch.discounts_B == 0
+    assert after_end.any()
+    elsewhere = batch.next_states_BD.clone()
+    elsewhere[after_end] = math.nan
+    one.update(batch)
+    other.update(dataclasses.replace(batch, next_states_BD=elsewhere))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(make_batch: BatchMaker) -> None:
+    sac = make_sac()
+    for step in range(3):
+        sac.update(make_batch(seed=step))
+    fresh = make_sac(seed=9)
+    fresh.load_state_dict(copy.deepcopy(sac.state_dict()))
+    for step in range(3, 6):
+        assert sac.update(make_batch(seed=step)) == fresh.update(make_batch(seed=step))
+    torch.testing.assert_close(sac.state_dict(), fresh.state_dict(), rtol=0, atol=0)

@@ -10,7 +10,21 @@ import random
 import re
 from collections.abc import Callable
 
-STOCK_LOOPS = ("the", "I", "and", "yes", "!", "?", "...", "very", "help", "I am", "thank you", "of the", "sorry")
+STOCK_LOOPS = (
+    "the",
+    "I",
+    "and",
+    "yes",
+    "!",
+    "?",
+    "...",
+    "very",
+    "help",
+    "I am",
+    "thank you",
+    "of the",
+    "sorry",
+)
 
 
 def shuffled(text: str, rng: random.Random) -> str:
@@ -35,23 +49,26 @@ def stuttered(text: str, rng: random.Random) -> str:
     repeated: list[str] = []
     start = 0
     while start < len(words) and len(repeated) < len(words):
-        length = rng.randint(2, 12)
+        length = rng.randint(2, min(12, max(2, len(words) // 3)))
         repeated += words[start : start + length] * rng.randint(2, 3)
         start += length
     return " ".join(repeated[: max(len(words), 4)])
 
 
 def sentence_repeated(text: str, rng: random.Random) -> str:
-    """One sentence of the text again and again, to the length of the text."""
-    sentences = [s for s in re.split(r"(?<=[.!?\n])\s+", text) if len(s.split()) > 2] or [text]
+    """One sentence of the text again and again; a phrase, if no sentence fits twice into the length."""
+    num_words = len(text.split())
+    sentences = [s for s in re.split(r"(?<=[.!?\n])\s+", text) if 2 < len(s.split()) <= num_words // 2]
+    if not sentences:
+        return looped(text, rng)
     sentence = rng.choice(sentences)
-    times = max(2, round(len(text.split()) / len(sentence.split())))
-    return " ".join([sentence] * times)
+    return " ".join([sentence] * round(num_words / len(sentence.split())))
 
 
 def stock_loop(text: str, rng: random.Random) -> str:
     """A common word or two, over and over."""
-    return " ".join([rng.choice(STOCK_LOOPS)] * max(4, len(text.split())))
+    loop = rng.choice(STOCK_LOOPS)
+    return " ".join([loop] * (max(4, len(text.split())) // len(loop.split())))
 
 
 def garbled(text: str, rng: random.Random, foreign_words: list[str]) -> str:

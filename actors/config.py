@@ -59,6 +59,9 @@ class RolloutConfig(Config):
     """Rollout actors, each with its own copy of the LLM."""
     rows: int = Field(default=32, ge=1)
     """Prompts decoded at the same time by one actor. Usual range 16–128; memory grows with it."""
+    answers_per_prompt: int = Field(default=1, ge=1)
+    """Answers sampled to a prompt before the next one is taken. More than 1 saves reading the prompt again
+    and gives shaping.baseline something to compare with. Usual range 1–8."""
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores Ray reserves for one actor."""
     num_gpus: float = Field(default=0.0, ge=0)

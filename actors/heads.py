@@ -3,15 +3,15 @@
 A head costs no forward pass of its own during rollouts: the decoding engine has the states already. It is
 fitted to preference pairs by Eq. 3 (:mod:`mara.actors.head_fit`) and stored as safetensors and JSON.
 
-Legend: B answers, N tokens of one answer, D hidden size, F features, M members, W units.
+Legend: B answers, N tokens of one answer, M tokens of all of them, D hidden size, W units.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -23,69 +23,81 @@ from torch.nn import functional
 from mara.actors.answer_states import read_answers
 from mara.actors.head_config import HeadShape
 from mara.actors.llm import LLM
-from mara.common.contracts import Conversation, UserError
+from mara.common.contracts import Conversation
+from mara.common.errors import UserError
 
 WEIGHTS_FILE = "head.safetensors"
 CARD_FILE = "head.json"
 
-Pool = Literal["mean", "deviation", "last"]
-_POOLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda normal_ND: normal_ND.mean(0),
-    "deviation": lambda normal_ND: normal_ND.std(0, correction=0),
-    "last": lambda normal_ND: normal_ND[-1],
-}
-
-
-def pool_states(states_ND: torch.Tensor, pools: Sequence[str]) -> torch.Tensor:
-    """Features float32 [F] of an answer, F = D · number of pools.
-
-    Each token's state is normalised to mean 0 and variance 1 over D, then averaged over the tokens
-    (``mean``), its spread over them taken (``deviation``), or the last one (``last``). N >= 1.
-    """
-    normal_ND = functional.layer_norm(states_ND.float(), states_ND.shape[-1:])
-    return torch.cat([_POOLS[pool](normal_ND) for pool in pools])
+WORST_TEMPERATURE = 2.0
+MAX_EXPONENT = 15.0
 
 
 class RewardHead(nn.Module):
-    """Scores answers by pooled hidden states: 0 is the base LLM's average answer, 1 one deviation better.
+    """Scores answers: 0 is the base LLM's average sampled answer, 1 is one standard deviation better.
 
-    ``f(x) = mean_m f_m(x) - pessimism · std_m f_m(x)`` over M members, each linear or with one hidden
-    layer, on standardised features x. Members fitted to different parts of the pairs disagree where none
-    of them has data, and the second term then lowers the score.
+    With h_n the state at token n, normalised to mean 0 and variance 1 over D::
+
+        score = (raw - base_mean) / base_std
+        raw   = preference · mean_n h_n + length_weight · ln N + sound_weight · ln σ(z)
+        z     = mean_n v(h_n) + worst · softmin_n v(h_n) + bias
+
+    The first term is the human preference. σ(z) is the probability that the text is not broken; v is a
+    network of one hidden layer, applied to each token, and the soft minimum finds a broken spot in a good
+    text. For a sound text ln σ(z) is about 0, so it does not disturb the preference; for a broken one it
+    falls without limit.
     """
+
+    base_mean: torch.Tensor
+    base_std: torch.Tensor
+    empty_score: torch.Tensor
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.shape = shape
-        features, members, width = shape.hidden_size * len(shape.pools), shape.members, shape.width
-        self.register_buffer("feature_mean_F", torch.zeros(features))
-        self.register_buffer("feature_scale_F", torch.ones(features))
+        self.preference_D = nn.Parameter(torch.zeros(shape.hidden_size))
+        if shape.width:
+            self.hidden = nn.Linear(shape.hidden_size, shape.width)
+            self.output = nn.Linear(shape.width, 1)
+            self.worst = nn.Parameter(torch.zeros(()))
+            self.bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("base_mean", torch.zeros(()))
         self.register_buffer("base_std", torch.ones(()))
         self.register_buffer("empty_score", torch.zeros(()))
-        if width:
-            self.hidden_MFW = nn.Parameter(torch.randn(members, features, width) / features**0.5)
-            self.hidden_bias_MW = nn.Parameter(torch.zeros(members, width))
-        self.output_MW = nn.Parameter(torch.zeros(members, width or features))
 
-    def raw_members(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """Scores [M, B] of each member before standardising, from pooled features."""
-        x_BF = (features_BF - self.feature_mean_F) / self.feature_scale_F
-        if not self.shape.width:
-            return self.output_MW @ x_BF.T
-        hidden_MBW = functional.gelu(x_BF @ self.hidden_MFW + self.hidden_bias_MW[:, None])
-        return torch.einsum("mbw,mw->mb", hidden_MBW, self.output_MW)
+    def token_values(self, normal_MD: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """v(h), float32 [M]."""
+        x = functional.dropout(normal_MD, dropout) if dropout else normal_MD
+        x = functional.gelu(self.hidden(x))
+        x = functional.dropout(x, dropout) if dropout else x
+        values_M: torch.Tensor = self.output(x)[:, 0]
+        return values_M
 
-    def raw(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """Scores [B] before standardising by the base LLM's answers."""
-        scores_MB = self.raw_members(features_BF)
-        if self.shape.members == 1:
-            return scores_MB[0]
-        return scores_MB.mean(0) - self.shape.pessimism * scores_MB.std(0, correction=0)
+    def soundness(
+        self, normal_MD: torch.Tensor, counts_B: torch.Tensor, dropout: float = 0.0
+    ) -> torch.Tensor:
+        """z, float32 [B], of answers of ``counts_B`` >= 1 tokens, whose states follow each other."""
+        values_M1 = self.token_values(normal_MD, dropout)[:, None]
+        mean_B = segment_mean(values_M1, counts_B)[:, 0]
+        return (
+            mean_B
+            + functional.softplus(self.worst) * _softmin(segment_mean(_badness(values_M1), counts_B)[:, 0])
+            + self.bias
+        )
 
-    def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """Scores float32 [B] from pooled features (:func:`pool_states`)."""
-        return (self.raw(features_BF) - self.base_mean) / self.base_std
+    def preference(self, normal_MD: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+        """preference · mean_n h_n, float32 [B]."""
+        return segment_mean((normal_MD @ self.preference_D)[:, None], counts_B)[:, 0]
+
+    def forward(self, states_MD: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [B] of answers of ``counts_B`` >= 1 tokens, whose states follow each other."""
+        normal_MD = normalise(states_MD)
+        raw_B = self.preference(normal_MD, counts_B) + self.shape.length_weight * torch.log(counts_B.float())
+        if self.shape.width:
+            raw_B = raw_B + self.shape.sound_weight * functional.logsigmoid(
+                self.soundness(normal_MD, counts_B)
+            )
+        return (raw_B - self.base_mean) / self.base_std
 
     @torch.no_grad()
     def score_states(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -95,33 +107,53 @@ class RewardHead(nn.Module):
         the answer's tokens, *without* an end-of-sequence token. An empty answer (N_i = 0) gets the lowest
         score seen in the fit.
         """
-        device = self.feature_mean_F.device
         scores_B = torch.full((len(states),), float(self.empty_score))
         filled = [i for i, states_ND in enumerate(states) if len(states_ND)]
         if filled:
-            features_BF = torch.stack([pool_states(states[i].to(device), self.shape.pools) for i in filled])
-            scores_B[filled] = self(features_BF).float().cpu()
+            device = self.preference_D.device
+            counts_B = torch.tensor([len(states[i]) for i in filled], device=device)
+            states_MD = torch.cat([states[i].to(device) for i in filled])
+            scores_B[filled] = self(states_MD, counts_B).float().cpu()
         return scores_B
 
     @torch.no_grad()
     def score_prefixes(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """Scores float32 [N], on the CPU, of the answer's first n tokens, n = 1 … N.
+        """Scores float32 [N], on the CPU, of the answer's first n tokens, n = 1 … N, at the cost of one.
 
         The last one is :meth:`score_states` of the whole answer. ``states_ND`` as there.
         """
-        features_NF = pool_prefixes(states_ND.to(self.feature_mean_F.device), self.shape.pools)
-        return self(features_NF).float().cpu()
+        normal_ND = normalise(states_ND.to(self.preference_D.device))
+        counts_N = torch.arange(1, len(normal_ND) + 1, device=normal_ND.device)
+        raw_N = (normal_ND @ self.preference_D).cumsum(
+            0
+        ) / counts_N + self.shape.length_weight * counts_N.log()
+        if self.shape.width:
+            values_N = self.token_values(normal_ND)
+            worst_N = _softmin(_badness(values_N).cumsum(0) / counts_N)
+            sound_N = values_N.cumsum(0) / counts_N + functional.softplus(self.worst) * worst_N + self.bias
+            raw_N = raw_N + self.shape.sound_weight * functional.logsigmoid(sound_N)
+        return ((raw_N - self.base_mean) / self.base_std).float().cpu()
 
 
-def pool_prefixes(states_ND: torch.Tensor, pools: Sequence[str]) -> torch.Tensor:
-    """:func:`pool_states` of the first n states for n = 1 … N: float32 [N, F], at the cost of one pass."""
-    normal_ND = functional.layer_norm(states_ND.float(), states_ND.shape[-1:])
-    count_N1 = torch.arange(1, len(normal_ND) + 1, device=normal_ND.device)[:, None]
-    mean_ND = normal_ND.cumsum(0) / count_N1
-    pooled = {"mean": mean_ND, "last": normal_ND}
-    if "deviation" in pools:
-        pooled["deviation"] = (normal_ND.square().cumsum(0) / count_N1 - mean_ND.square()).clamp(min=0).sqrt()
-    return torch.cat([pooled[pool] for pool in pools], dim=-1)
+def normalise(states_MD: torch.Tensor) -> torch.Tensor:
+    """Each state to mean 0 and variance 1 over D, float32."""
+    return functional.layer_norm(states_MD.float(), states_MD.shape[-1:])
+
+
+def segment_mean(values_MF: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+    """Mean [B, F] over each of B runs of ``counts_B`` rows."""
+    owner_M = torch.repeat_interleave(torch.arange(len(counts_B), device=values_MF.device), counts_B)
+    sums_BF = values_MF.new_zeros(len(counts_B), values_MF.shape[1]).index_add(0, owner_M, values_MF)
+    return sums_BF / counts_B[:, None]
+
+
+def _badness(values: torch.Tensor) -> torch.Tensor:
+    """exp(-v / temperature), bounded so that sums stay finite."""
+    return torch.exp((-values / WORST_TEMPERATURE).clamp(-MAX_EXPONENT, MAX_EXPONENT))
+
+
+def _softmin(mean_badness: torch.Tensor) -> torch.Tensor:
+    return -WORST_TEMPERATURE * torch.log(mean_badness)
 
 
 class HeadRewardModel:
@@ -169,17 +201,22 @@ def read_head_shape(folder: Path, hidden_size: int | None = None) -> HeadShape:
     """
     for name in (WEIGHTS_FILE, CARD_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"reward head: {folder / name} is missing; give a folder that `mara reward fit` wrote")
+            raise UserError(
+                f"reward head: {folder / name} is missing; give a folder that `mara reward fit` wrote"
+            )
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         shape = HeadShape.model_validate(card["head"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"reward head: {folder / CARD_FILE} cannot be read ({reason}); fit it again") from error
+        raise UserError(
+            f"reward head: {folder / CARD_FILE} cannot be read ({reason}); fit it again"
+        ) from error
     if hidden_size is not None and shape.hidden_size != hidden_size:
         raise UserError(
-            f"reward head: {folder} was fitted for hidden size {shape.hidden_size}, the LLM has {hidden_size}; "
-            f"use the LLM it was fitted for ({card.get('llm', 'not recorded')}) or fit a head for this one"
+            f"reward head: {folder} was fitted for hidden size {shape.hidden_size}, the LLM has "
+            f"{hidden_size}; use the LLM it was fitted for ({card.get('llm', 'not recorded')}) or fit a head "
+            "for this one"
         )
     return shape
 
@@ -195,5 +232,7 @@ def load_head(folder: Path, hidden_size: int | None = None) -> RewardHead:
         head.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"reward head: {folder / WEIGHTS_FILE} cannot be read ({reason}); fit it again") from error
+        raise UserError(
+            f"reward head: {folder / WEIGHTS_FILE} cannot be read ({reason}); fit it again"
+        ) from error
     return head.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from mara.actors.config import LLMConfig
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 PACKAGE_PREFIX = "package:"
 

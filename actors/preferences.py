@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
-FORMAT_HINT = 'a row is {"prompt": "…" or "messages": [{"role": "user", "content": "…"}, …], "chosen": …, "rejected": …}'
+FORMAT_HINT = (
+    'a row is {"prompt": "…", "chosen": "…", "rejected": "…"}, or with "messages": '
+    '[{"role": "user", "content": "…"}, …] in place of "prompt"'
+)
 
 
 class Message(NamedTuple):
@@ -49,10 +52,8 @@ def read_preferences(source: str, split: str = "train") -> list[PreferencePair]:
     Raises:
         UserError: the source is missing, has no pairs, or has a malformed row (named by its number).
     """
-    if source.endswith((".json", ".jsonl")):
-        rows = _file_rows(Path(source).expanduser())
-    else:
-        rows = _hub_rows(source, split)
+    is_file = source.endswith((".json", ".jsonl"))
+    rows = _file_rows(Path(source).expanduser()) if is_file else _hub_rows(source, split)
     pairs = [_pair(row, where) for where, row in rows]
     if not pairs:
         raise UserError(f"pairs: {source} has no rows; {FORMAT_HINT}")
@@ -103,7 +104,9 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"pairs: {path}, line {error.lineno}: not JSON ({error.msg}); correct it") from error
+            raise UserError(
+                f"pairs: {path}, line {error.lineno}: not JSON ({error.msg}); correct it"
+            ) from error
         if not isinstance(content, list):
             raise UserError(f"pairs: {path} is not a JSON list; {FORMAT_HINT}")
         return [(f"{path}, row {number}", row) for number, row in enumerate(content, 1)]
@@ -114,7 +117,9 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
             try:
                 rows.append((f"{path}, line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
-                raise UserError(f"pairs: {path}, line {number}: not JSON ({error.msg}); correct it") from error
+                raise UserError(
+                    f"pairs: {path}, line {number}: not JSON ({error.msg}); correct it"
+                ) from error
     return rows
 
 
@@ -162,7 +167,9 @@ def _answer(value: Any, name: str, where: str) -> tuple[str, tuple[Message, ...]
         return value.strip(), ()
     messages = _messages(value, name, where)
     if messages[-1].role != "assistant":
-        raise UserError(f"pairs: {where}: {name!r} ends with {messages[-1].role!r}; it must end with 'assistant'")
+        raise UserError(
+            f"pairs: {where}: {name!r} ends with {messages[-1].role!r}; it must end with 'assistant'"
+        )
     return messages[-1].content.strip(), messages[:-1]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 

@@ -5,7 +5,7 @@
                       WeightSource, looked at between two decoding steps
 
 The actor waits for nobody: weights are taken when there are newer ones, episodes are handed to a sink. If
-the store is away longer than its retries last, :class:`mara.common.contracts.ReplayUnavailable` ends it.
+the store is away longer than its retries last, :class:`mara.common.errors.ReplayUnavailable` ends it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, endless
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import EpisodeSink, UserError, WeightSource
+from mara.common.contracts import EpisodeSink, WeightSource
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,14 @@ class RolloutWorker:
 
     def run(self, should_stop: threading.Event) -> None:
         """Decode, score and log until ``should_stop`` is set. Blocks."""
-        numbers = itertools.count()
+        asked = (
+            prompt
+            for prompt in endless(self._prompts, self._seed)
+            for _ in range(self._rollout.answers_per_prompt)
+        )
         requests = (
             Request(self._prompt_ids[prompt.id], seed=derive_seed(self._seed, number), tag=(prompt, number))
-            for number, prompt in zip(numbers, endless(self._prompts, self._seed), strict=False)
+            for number, prompt in enumerate(asked)
         )
         self._wait_for_first_weights(should_stop)
         while not should_stop.is_set():

@@ -10,7 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mara.buffer import keys
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 SCHEMES = ("redis", "rediss", "unix")
 OLDEST_VERSION = (6, 2)  # XTRIM MINID

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 PROBE = "mara:probe"
 """Written for a second by every connection, to see that it may write."""

@@ -17,8 +17,8 @@ from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, enc
 from mara.buffer.config import ReplayConfig
 from mara.buffer.keys import keys_of
 from mara.buffer.outage import AWAY, Outage
-from mara.common.contracts import UserError
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 
 # Entries are told apart by their uid; the newest always stays, however large it is. The sizes stand in a list
 # of their own because a script could only learn them from the stream by reading the records.
@@ -54,7 +54,7 @@ class RedisEpisodeLog:
     """An :class:`~mara.common.contracts.EpisodeSink` on a Redis stream. Not thread-safe.
 
     While the store is away, ``append`` waits and tries again for up to ``max_outage_s``, then raises
-    :class:`~mara.common.contracts.ReplayUnavailable`.
+    :class:`~mara.common.errors.ReplayUnavailable`.
     """
 
     def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig) -> None:
@@ -120,7 +120,7 @@ class RedisEpisodeReader:
     """An :class:`~mara.common.contracts.EpisodeSource` on a Redis stream. Not thread-safe.
 
     While the store is away, ``read`` finds nothing; once that has lasted ``max_outage_s`` it raises
-    :class:`~mara.common.contracts.ReplayUnavailable`. Entries trimmed before they were read are passed over.
+    :class:`~mara.common.errors.ReplayUnavailable`. Entries trimmed before they were read are passed over.
     """
 
     def __init__(

@@ -25,8 +25,9 @@ import torch
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.shaping import ScoreNormaliser, shape_episode
 from mara.common.agent import ACCEPT
-from mara.common.contracts import TransitionBatch, UserError
+from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 
 
 class Mirror:

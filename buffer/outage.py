@@ -9,7 +9,7 @@ import time
 import redis
 
 from mara.buffer.config import ReplayConfig
-from mara.common.contracts import ReplayUnavailable, UserError
+from mara.common.errors import ReplayUnavailable, UserError
 
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
 """What redis-py raises when the store is away, restarting, loading its log or failing over."""

@@ -23,7 +23,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 _MAX_SOCKET_PATH = 107  # bytes; the kernel's limit, less the closing zero
 _READY_S = 30.0  # long enough to load an append-only file of some GiB

@@ -12,8 +12,8 @@ import numpy as np
 
 from mara.buffer.config import ShapingConfig
 from mara.common.agent import ACCEPT
-from mara.common.contracts import UserError
 from mara.common.episode import Episode, policy_token_logprobs
+from mara.common.errors import UserError
 
 
 class Shaped(NamedTuple):

@@ -29,7 +29,7 @@ class RedisWeightChannel:
 
     Nobody waits for the store. While it is away a publication is dropped, since the next one replaces it
     anyway, and a reader is told that there is nothing newer. Once that has lasted ``max_outage_s``, both
-    raise :class:`~mara.common.contracts.ReplayUnavailable`.
+    raise :class:`~mara.common.errors.ReplayUnavailable`.
     """
 
     def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig | None = None) -> None:

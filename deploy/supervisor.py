@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from mara.deploy.exit import RunFailed, is_user_error
+from mara.common.errors import UserError
+from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import RUNNING
@@ -152,7 +153,7 @@ class Supervisor:
     def _replace(self, index: int, member: _Member, ended: Ended) -> None:
         """Put a new rollout actor in the place of one that ended."""
         limit = self._config.ray.max_actor_restarts
-        if ended.error is not None and (is_user_error(ended.error) or not member.was_running):
+        if ended.error is not None and (isinstance(ended.error, UserError) or not member.was_running):
             raise self._failure(member, ended, "it never ran")
         if self.num_restarts >= limit:
             raise self._failure(
@@ -168,7 +169,7 @@ class Supervisor:
         self._say(f"{why}; {spec.name} takes its place")
 
     def _failure(self, member: _Member, ended: Ended, consequence: str) -> BaseException:
-        if ended.error is not None and is_user_error(ended.error):
+        if ended.error is not None and isinstance(ended.error, UserError):
             return ended.error
         return RunFailed(f"{self._why(member, ended)}; {consequence}; see {member.spec.log_file}")
 

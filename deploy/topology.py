@@ -17,8 +17,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.exit import user_error
 from mara.deploy.learner_host import LearnerHost, LearnerSpec
 from mara.deploy.process import Report
 from mara.deploy.rollout_host import RolloutHost, RolloutSpec
@@ -133,7 +133,7 @@ class Cluster:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise user_error(
+            raise UserError(
                 f"ray.address: no cluster answers at {self._address!r} ({reason}); start one with "
                 "`ray start --head` or leave ray.address out"
             ) from error
@@ -184,7 +184,7 @@ def learner_gpus(config: RunConfig, in_cluster: float) -> float:
         return 0.0
     left = in_cluster - config.rollout.num_actors * config.rollout.num_gpus
     if left <= 0 and config.learner.device.startswith("cuda"):
-        raise user_error(
+        raise UserError(
             f"learner.device={config.learner.device}: the cluster has {in_cluster:g} GPUs and the rollout "
             f"actors take {in_cluster - left:g}; lower rollout.num_gpus or use learner.device=cpu"
         )

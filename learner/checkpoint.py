@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"

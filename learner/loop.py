@@ -22,8 +22,9 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
 from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import EpisodeSource, UserError, WeightSink
+from mara.common.contracts import EpisodeSource, WeightSink
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 from mara.common.seeding import generator
 from mara.learner.budget import StepBudget
 from mara.learner.checkpoint import save_checkpoint

@@ -27,8 +27,8 @@ from mara.actors.config import DecodingConfig
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.policies import Plain, Policy
 from mara.actors.decoding.slots import SlotCache
-from mara.common.contracts import UserError
 from mara.common.episode import FinishReason
+from mara.common.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 61
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}:{% endif %}"
+)
 
 
 def make_llama(
@@ -42,3 +47,18 @@ def llama() -> LlamaForCausalLM:
 def eager_llama() -> LlamaForCausalLM:
     """The same weights, with attention that adds its mask."""
     return make_llama(attention="eager")
+
+
+@pytest.fixture(scope="session")
+def llm_folder(llama, tmp_path_factory):
+    """A tiny model on disk, whose tokens are letters."""
+    letters = {letter: number for number, letter in enumerate("_^$abcdefghijklmnopqrstuvwxyz<>:? ")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="_", bos_token="^", eos_token="$", chat_template=TEMPLATE
+    )
+    path = tmp_path_factory.mktemp("llm")
+    llama.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path

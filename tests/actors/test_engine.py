@@ -14,7 +14,7 @@ from mara.actors.decoding.engine import Engine, Request
 from mara.actors.decoding.policies import AgentPolicy, Decisions
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 EOS = 2
 

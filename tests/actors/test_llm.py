@@ -2,53 +2,30 @@ import json
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from mara.actors.config import LLMConfig
 from mara.actors.llm import load_llm, locate_model
-from mara.common.contracts import UserError
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}:{% endif %}"
-)
+from mara.common.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def folder(llama, tmp_path_factory):
-    """A tiny model on disk, whose tokens are letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    letters = {letter: number for number, letter in enumerate("_^$abcdefghijklmnopqrstuvwxyz<>:? ")}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="_"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="_", bos_token="^", eos_token="$", chat_template=TEMPLATE
-    )
-    path = tmp_path_factory.mktemp("llm")
-    llama.save_pretrained(path)
-    fast.save_pretrained(path)
-    return path
-
-
-def test_a_prompt_is_put_into_the_chat_template(folder):
-    llm = load_llm(LLMConfig(model=str(folder), dtype="float32", device="cpu"))
+def test_a_prompt_is_put_into_the_chat_template(llm_folder):
+    llm = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu"))
     assert llm.tokenizer.decode(llm.render("why")).replace(" ", "") == "<user>why:"
-    told = load_llm(LLMConfig(model=str(folder), dtype="float32", device="cpu", system_prompt="be good"))
+    told = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu", system_prompt="be good"))
     assert told.tokenizer.decode(told.render("why")).replace(" ", "") == "<system>begood<user>why:"
 
 
-def test_the_llm_is_frozen_and_knows_its_size_and_end(folder):
-    llm = load_llm(LLMConfig(model=str(folder), dtype="bfloat16", device="cpu"))
+def test_the_llm_is_frozen_and_knows_its_size_and_end(llm_folder):
+    llm = load_llm(LLMConfig(model=str(llm_folder), dtype="bfloat16", device="cpu"))
     assert llm.hidden_size == 32
     assert llm.eos_ids == (2,)
     assert llm.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())
 
 
-def test_hidden_states_do_not_depend_on_padding(folder):
-    llm = load_llm(LLMConfig(model=str(folder), dtype="float32", device="cpu"))
+def test_hidden_states_do_not_depend_on_padding(llm_folder):
+    llm = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu"))
     sequences = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3]]
     together = llm.hidden_states(sequences)
     for ids, states in zip(sequences, together, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mara.actors.preferences import (
     Message,
     PreferencePair,
@@ -15,7 +16,7 @@ from mara.actors.preferences import (
     read_preferences,
     select_pairs,
 )
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:
@@ -88,7 +89,9 @@ def test_missing_empty_binary_and_non_list_files_are_user_errors(tmp_path: Path)
             read_preferences(str(tmp_path / name))
 
 
-def test_a_hub_name_without_the_datasets_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_without_the_datasets_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         read_preferences("someone/preferences")
@@ -112,6 +115,8 @@ def test_an_answer_given_to_many_prompts_is_dropped_and_a_short_reply_is_not() -
     pairs = [pair(f"question {n}", trick, f"a real answer to question {n} " * 5) for n in range(5)]
     pairs += [pair(f"thanks {n}", "You're welcome.", "What?") for n in range(5)]
     # Many judgements of one answer to one prompt are no sign of a trick.
-    pairs += [pair("the same prompt", "a good answer to it " * 10, f"a worse answer {n} " * 10) for n in range(5)]
+    pairs += [
+        pair("the same prompt", "a good answer to it " * 10, f"a worse answer {n} " * 10) for n in range(5)
+    ]
     kept = drop_shared_answers(pairs)
     assert kept == pairs[5:]

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from mara.actors.prompts import Prompt, endless, load_prompts
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 
 def test_json_lines_give_prompts_with_ids_and_categories(tmp_path):

@@ -12,7 +12,7 @@ import redis
 
 from mara.buffer.connection import connect, masked
 from mara.buffer.server import EmbeddedServer
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 SECRET = "s3cr3t-w0rd"
 

@@ -12,8 +12,9 @@ import torch
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
 from mara.buffer.shaping import shape_episode
-from mara.common.contracts import TransitionBatch, UserError
+from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
 SHAPING = ShapingConfig(score_weights={"helpful": 1.0}, discount=0.9, discount_per="accepted_token")

@@ -19,8 +19,8 @@ from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
-from mara.common.contracts import ReplayUnavailable, UserError
 from mara.common.episode import Episode
+from mara.common.errors import ReplayUnavailable, UserError
 
 MakeEpisode = Callable[..., Episode]
 PATIENT = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=30)

@@ -14,8 +14,8 @@ from mara.buffer.connection import connect
 from mara.buffer.keys import keys_of
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
 from mara.buffer.server import EmbeddedServer
-from mara.common.contracts import UserError
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
 CONFIG = ReplayConfig()

@@ -18,7 +18,7 @@ import pytest
 from mara.buffer import server as server_module
 from mara.buffer.connection import connect
 from mara.buffer.server import EmbeddedServer, find_server
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:

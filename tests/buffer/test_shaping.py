@@ -13,8 +13,8 @@ import pytest
 
 from mara.buffer.config import ShapingConfig
 from mara.buffer.shaping import ScoreNormaliser, Shaped, shape_episode
-from mara.common.contracts import UserError
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
 

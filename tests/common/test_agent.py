@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mara.common.agent import ACCEPT, CARD_FILE, REJECT, WEIGHTS_FILE, Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.config import SHIPPED_DIR, RunConfig
 from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, hide_password, load_config
 
@@ -52,7 +52,7 @@ def test_the_printed_configuration_loads_to_the_same_settings(minimal: Path, tmp
 
 
 def test_an_override_takes_the_place_of_the_value_in_the_file(minimal: Path) -> None:
-    config = load_config(minimal, ["learner.sac.policy_learning_rate=1e-4", "agent.widths=[32, 16]"])
+    config = load_config(minimal, ["learner.sac.policy_learning_rate=1e-4", "agent.widths=32,16"])
     assert config.learner.sac.policy_learning_rate == 1e-4
     assert config.agent.widths == (32, 16)
 

@@ -16,7 +16,7 @@ from mara.actors.config import LLMConfig
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.buffer.server import EmbeddedServer
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
 from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size

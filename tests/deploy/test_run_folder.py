@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.plots import draw_plots, read_metrics
 from mara.deploy.run_folder import load_run, make_run_folder

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mara.deploy
 import pytest
+
+import mara.deploy
 
 DATA = Path(mara.deploy.__file__).parent / "data"
 NUM_PROMPTS = {"train": 400, "eval": 200}

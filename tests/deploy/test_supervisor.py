@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mara.common.contracts import UserError
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics

@@ -103,8 +103,17 @@ def make_head(folder: Path) -> None:
     from mara.actors.heads import RewardHead, save_head
 
     head = RewardHead(HeadShape(hidden_size=HIDDEN_SIZE))
-    head.output_MW.data.normal_(generator=torch.Generator().manual_seed(len(folder.name)))
+    generator = torch.Generator().manual_seed(len(folder.name))
+    for parameter in head.parameters():
+        parameter.data.normal_(generator=generator)
     save_head(folder, head, card={})
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Mara:
@@ -112,6 +121,7 @@ class Mara:
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         self.marker = f"{os.getpid()}-{time.monotonic_ns()}"
+        self._known: set[psutil.Process] = set()
         self.output = folder / f"output-{self.marker}.txt"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RAY_"))}
         environment |= {MARKER: self.marker, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -145,21 +155,24 @@ class Mara:
                 self.end()
                 pytest.fail(f"{what} did not come about:\n{self.text}")
             time.sleep(0.05)
+        self.processes()
 
     def signal_group(self, number: signal.Signals) -> None:
         """What Ctrl-C in a terminal, or ``timeout``, does."""
         os.killpg(self.process.pid, number)
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that descends from the command, wherever it went."""
-        found = []
+        """Every living process that descends from the command, wherever it went.
+
+        Some of Ray's processes write their title over their environment: those are known by their parents.
+        """
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARKER) == self.marker and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                if process.environ().get(MARKER) == self.marker:
+                    self._known |= {process, *process.children(recursive=True)}
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-        return found
+        return [process for process in self._known if is_alive(process)]
 
     def left_running(self, within_s: float = 5) -> list[str]:
         """Command lines of what still runs after the end."""

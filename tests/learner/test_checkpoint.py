@@ -11,8 +11,8 @@ import torch
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
 from mara.common.config import AgentConfig
-from mara.common.contracts import UserError
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 from mara.learner.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from mara.learner.config import LearnerConfig, SACConfig
 from mara.learner.loop import Learner

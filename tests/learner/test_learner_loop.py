@@ -14,8 +14,8 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import UserError
 from mara.common.episode import Episode
+from mara.common.errors import UserError
 from mara.learner.config import LearnerConfig, SACConfig
 from mara.learner.loop import WAIT_S, Learner
 from mara.learner.sac import SACMetrics

@@ -1,0 +1,189 @@
+"""A rollout actor with a tiny LLM, against the replay log and the weight channel in memory."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig, TruncationConfig
+from mara.actors.decoding.engine import Generation, Request
+from mara.actors.head_config import HeadShape
+from mara.actors.heads import RewardHead, save_head
+from mara.actors.prompts import Prompt
+from mara.actors.rollout import RolloutWorker, score_prefixes
+from mara.buffer.codec import decode_episode, encode_episode
+from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.common.agent import Agent
+from mara.common.config import AgentConfig
+from mara.common.episode import policy_token_logprobs
+from mara.common.errors import UserError
+
+AGENT = AgentConfig(widths=(8, 8), accept_bias=0.5)
+LLM_CONFIG = {"dtype": "float32", "device": "cpu"}
+DECODING = DecodingConfig(max_new_tokens=6, truncation=TruncationConfig(top_k=4))
+PROMPTS = [Prompt(f"p{number}", text) for number, text in enumerate(["why", "how so", "what is it", "when"])]
+
+
+def make_head(seed, width=8) -> RewardHead:
+    head = RewardHead(HeadShape(hidden_size=32, width=width)).requires_grad_(False)
+    draws = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        parameter.normal_(generator=draws)
+    return head.eval()
+
+
+@pytest.fixture
+def make_worker(llm_folder, tmp_path):
+    """Make a worker on ``sink`` and ``weights``, with two reward heads."""
+    for seed, name in enumerate(("helpful", "harmless")):
+        save_head(tmp_path / name, make_head(seed), {})
+
+    def make(sink, weights, seed=0, **rollout):
+        return RolloutWorker(
+            LLMConfig(model=str(llm_folder), **LLM_CONFIG),
+            DECODING,
+            RolloutConfig(**{"rows": 3, "weights_poll_s": 0.0, **rollout}),
+            AGENT,
+            {name: tmp_path / name for name in ("helpful", "harmless")},
+            PROMPTS,
+            sink,
+            weights,
+            "actor-0",
+            seed,
+        )
+
+    return make
+
+
+class StopAfter(MemoryEpisodeLog):
+    """A log that stops the worker once it holds enough episodes."""
+
+    def __init__(self, count: int, should_stop: threading.Event) -> None:
+        super().__init__()
+        self.kept: list = []
+        self.count, self.should_stop = count, should_stop
+
+    def append(self, episodes) -> None:
+        super().append(episodes)
+        self.kept += episodes
+        if len(self.kept) >= self.count:
+            self.should_stop.set()
+
+
+def run(make_worker, count, version=1, seed=0):
+    stop = threading.Event()
+    log, weights = StopAfter(count, stop), MemoryWeightChannel()
+    torch.manual_seed(5)
+    weights.publish(version, Agent(32, AGENT).state_dict())
+    worker = make_worker(log, weights, seed)
+    worker.run(stop)
+    return worker, log
+
+
+def test_every_episode_is_whole_scored_and_survives_the_wire(make_worker):
+    worker, log = run(make_worker, 12, version=7)
+    assert len({episode.uid for episode in log.kept}) == len(log.kept) >= 12
+    for episode in log.kept:
+        again = decode_episode(encode_episode(episode))
+        assert again.num_decisions == episode.num_decisions
+        assert set(episode.policy_versions_T.tolist()) <= {7}
+        assert set(episode.scores) == {"helpful", "harmless"}
+        assert (policy_token_logprobs(episode) <= 1e-5).all()
+        assert 1 <= episode.num_tokens <= 6
+        assert episode.finish_reason == ("eos" if episode.response_ids_N[-1] == 2 else "length")
+    metrics = worker.metrics()
+    assert metrics["rollout/episodes_total"] == len(log.kept)
+    assert metrics["rollout/tokens_total"] == sum(episode.num_tokens for episode in log.kept)
+    assert metrics["rollout/policy_version"] == 7
+    assert 0 <= metrics["rollout/idle_ratio"] <= 1
+
+
+def test_scores_are_those_of_the_heads_on_the_whole_answer_read_anew(make_worker, llm_folder):
+    from mara.actors.llm import load_llm
+
+    _, log = run(make_worker, 6)
+    llm = load_llm(LLMConfig(model=str(llm_folder), **LLM_CONFIG))
+    for episode in log.kept:
+        prompt, response = episode.prompt_ids_P.tolist(), episode.response_ids_N.tolist()
+        (states,) = llm.hidden_states([prompt + response])
+        words = response[:-1] if response[-1] == 2 else response
+        for seed, name in enumerate(("helpful", "harmless")):
+            answer = states[len(prompt) : len(prompt) + len(words)]
+            expected = make_head(seed).score_states([answer])[0]
+            assert episode.scores[name] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_answers_and_another_seed_others(make_worker):
+    answers = [
+        {
+            episode.uid.rsplit("-", 1)[1]: episode.response_ids_N.tolist()
+            for episode in run(make_worker, 9, seed=seed)[1].kept
+        }
+        for seed in (1, 1, 2)
+    ]
+    common = answers[0].keys() & answers[1].keys()
+    assert len(common) >= 9
+    assert all(answers[0][key] == answers[1][key] for key in common)
+    assert any(answers[0][key] != answers[2].get(key) for key in common)
+
+
+def test_every_prompt_is_answered_as_often_as_asked_for(make_worker):
+    stop = threading.Event()
+    log, weights = StopAfter(16, stop), MemoryWeightChannel()
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    make_worker(log, weights, answers_per_prompt=4).run(stop)
+    asked = {int(episode.uid.rsplit("-", 1)[1]): episode.prompt_id for episode in log.kept}
+    for number, prompt_id in asked.items():
+        assert asked.get(number // 4 * 4, prompt_id) == prompt_id
+    assert len({asked[number] for number in asked if number < 16}) == 4
+
+
+def test_an_actor_makes_nothing_before_the_first_weights(make_worker):
+    stop = threading.Event()
+    log, weights = StopAfter(3, stop), MemoryWeightChannel()
+    worker = make_worker(log, weights)
+    thread = threading.Thread(target=worker.run, args=(stop,))
+    thread.start()
+    thread.join(0.3)
+    assert log.kept == []
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(log.kept) >= 3
+
+
+def test_weights_of_another_agent_end_the_actor_with_the_reason(make_worker):
+    weights = MemoryWeightChannel()
+    weights.publish(1, Agent(32, AgentConfig(widths=(4, 4))).state_dict())
+    with pytest.raises(UserError, match="do not fit this actor's agent"):
+        make_worker(MemoryEpisodeLog(), weights).run(threading.Event())
+
+
+def test_a_prompt_that_is_too_long_is_named(make_worker):
+    with pytest.raises(
+        UserError, match=r"p1 has 13 tokens with its template, rollout.max_prompt_tokens is 12"
+    ):
+        make_worker(MemoryEpisodeLog(), MemoryWeightChannel(), max_prompt_tokens=12)
+
+
+@pytest.mark.parametrize("width", [0, 8])
+@pytest.mark.parametrize("ends", [True, False])
+def test_prefix_scores_are_those_of_the_prefixes_as_answers(width, ends):
+    head = make_head(3, width)
+    made = Generation(Request([1]), 0.0)
+    made.token_states = list(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
+    made.response_ids = [9, 8, 7, 6, 2 if ends else 5]
+    scores_N = score_prefixes({"a": head}, made, [2])["a"]
+    expected = [float(head.score_states([torch.stack(made.token_states[: n + 1])])[0]) for n in range(5)]
+    if ends:
+        expected[4] = expected[3]
+    np.testing.assert_allclose(scores_N, expected, atol=1e-4)
+
+
+def test_an_answer_that_ends_at_once_scores_as_an_empty_one():
+    head = make_head(3)
+    head.empty_score.fill_(-4.0)
+    made = Generation(Request([1]), 0.0)
+    made.token_states, made.response_ids = [torch.randn(32)], [2]
+    assert score_prefixes({"a": head}, made, [2])["a"].tolist() == [-4.0]

@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+
+from mara.actors.evaluation import EvaluationReport, Fluency, Sample, preference_rate
+from mara.deploy.evaluation import headline, print_report, report_json
+
+
+def make_report() -> EvaluationReport:
+    better, worse = np.array([1.0, 1.0, 1.0, -1.0]), np.array([-1.0, 1.0, -1.0, -1.0])
+    systems = ("base", "agent", "base_sampled")
+    return EvaluationReport(
+        num_prompts=4,
+        preference={
+            "helpful": preference_rate([better]),
+            "harmless": preference_rate([worse]),
+            "joint": preference_rate([better, worse]),
+        },
+        fluency={
+            name: Fluency(2.0 + number, 0.5, 0.8, 0.9, 38.5, 0.25) for number, name in enumerate(systems)
+        },
+        mean_scores={name: {"helpful": 0.1, "harmless": 0.2} for name in systems},
+        accepted_ranks=[0.7, 0.1, 0.1, 0.05, 0.03, 0.02],
+        decisions_per_token=1.4,
+        forced_share=0.05,
+        samples=[
+            Sample(
+                "Why [not]?",
+                {"base": "No.", "agent": "Because [bold]so[/bold]."},
+                {name: {"helpful": 1.0, "harmless": -1.0} for name in ("base", "agent")},
+            )
+        ],
+    )
+
+
+def test_the_report_for_programs_has_the_agreed_form():
+    content = json.loads(json.dumps(report_json(make_report(), "prompts_eval")))
+    (pair,) = content["pairs"]
+    assert (pair["a"], pair["b"], pair["dataset"], pair["num_prompts"]) == (
+        "agent",
+        "base",
+        "prompts_eval",
+        4,
+    )
+    assert {name: pair[name]["rate"] for name in ("helpful", "harmless", "joint")} == {
+        "helpful": 0.5,
+        "harmless": -0.5,
+        "joint": 0.0,
+    }
+    assert all(pair[name]["low"] <= pair[name]["rate"] <= pair[name]["high"] for name in ("helpful", "joint"))
+    assert content["fluency"]["agent"]["perplexity"] == 3.0
+
+
+def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
+    figures = headline(make_report())
+    assert figures["eval/preference/helpful"] == 0.5
+    assert figures["eval/perplexity_ratio"] == 3.0 / 4.0
+
+
+def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys):
+    print_report(make_report())
+    shown = capsys.readouterr().out
+    for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Why [not]?", "Because [bold]so[/bold]."):
+        assert expected in shown

@@ -9,13 +9,14 @@ Importing this imports Ray, which then reads its environment: :mod:`mara.deploy.
 from __future__ import annotations
 
 import logging
+import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
@@ -26,6 +27,7 @@ from mara.deploy.rollout_host import RolloutHost, RolloutSpec
 NAMESPACE = "mara"
 # run, report and stop must not wait for one another.
 THREADS_PER_HOST = 4
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +127,19 @@ class Cluster:
         """Join the cluster. Takes seconds and blocks; does not have to happen in the main thread.
 
         Raises:
-            UserError: there is no cluster at the address.
+            UserError: there is no cluster at the address, or it has a token that is not known here.
         """
+        check_address(self._address)
         try:
             ray.init(
                 address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except (AuthenticationError, ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0]
             raise UserError(
-                f"ray.address: no cluster answers at {self._address!r} ({reason}); start one with "
-                "`ray start --head` or leave ray.address out"
+                f"ray.address: the cluster at {self._address!r} cannot be joined ({reason}); start one with "
+                "`ray start --head`, or, if it has a token, set RAY_AUTH_MODE=token and have the token in "
+                "RAY_AUTH_TOKEN or ~/.ray/auth_token"
             ) from error
 
     def close(self) -> None:
@@ -172,6 +176,26 @@ class Cluster:
         # Restarts are decided by the supervisor, which counts them and gives each a name and a log.
         remote = ray.remote(host).options(max_concurrency=THREADS_PER_HOST, max_restarts=0, **options)
         return Handle(spec.name, remote.remote(spec))
+
+
+def check_address(address: str) -> None:
+    """Something listens at ``address``, ``auto`` or ``HOST:PORT``: Ray would take minutes to find that out.
+
+    Raises:
+        UserError: nothing does, or it is no such address.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(f"ray.address={address} is not an address; give auto or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"ray.address: nothing answers at {address!r} ({error}); start a cluster with `ray start --head` "
+            "or leave ray.address out"
+        ) from error
 
 
 def learner_gpus(config: RunConfig, in_cluster: float) -> float:

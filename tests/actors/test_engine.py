@@ -234,7 +234,7 @@ def test_the_last_candidate_is_forced_and_the_policy_has_no_say(llama):
 def test_greedy_decisions_use_the_threshold():
     agent = Agent(8, AgentConfig(widths=(4, 4), accept_bias=0.5)).eval()
     states = torch.zeros(1, 8)
-    probability = float(agent(states)[0, 1].exp())
+    probability = float(agent(states)[0, 1].detach().exp())
     draws = torch.zeros(1)
     assert bool(AgentPolicy(agent, threshold=probability - 0.01).decide(states, draws).accept_B[0])
     assert not bool(AgentPolicy(agent, threshold=probability + 0.01).decide(states, draws).accept_B[0])

@@ -13,7 +13,12 @@ ALLOWED = {
     "learner": {"buffer", "common"},
     "deploy": {"actors", "buffer", "common", "learner"},
 }
-ONLY_IN = {"ray": {"deploy"}, "wandb": {"deploy"}, "transformers": {"actors", "deploy"}, "redis": {"buffer"}}
+ONLY_IN = {
+    "ray": {"deploy"},
+    "wandb": {"deploy"},
+    "transformers": {"actors", "deploy"},
+    "redis": {"buffer", "deploy"},
+}
 
 
 def imports(path: Path) -> list[str]:

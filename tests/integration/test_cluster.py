@@ -224,7 +224,7 @@ def test_a_run_joins_a_cluster_uses_all_its_nodes_and_leaves_it_as_it_was(
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("127.0.0.1", ["ray.address=10.0.0.1", "HOST:PORT"]),
+        ("127.0.0.1", ["ray.address=127.0.0.1", "HOST:PORT"]),
         ("ray://127.0.0.1:10001", ["ray.address=ray://127.0.0.1:10001", "HOST:PORT"]),
         ("127.0.0.1:1", ["ray.address", "'127.0.0.1:1'", "Connection refused", "ray start --head"]),
     ],

@@ -155,7 +155,7 @@ def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
         ready = Path(partial) / "model"
         tokenizer.save_pretrained(ready)
         # The copy is plain: without this it would be saved, and then read, as a GGUF file.
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(ready)
         try:
             ready.rename(expanded)

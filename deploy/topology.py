@@ -112,7 +112,8 @@ def _outcome(run: Any) -> Ended:
         return Ended(died=True)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        return Ended(error=cause, trace=error.traceback_str)
+        # Its text is the remote traceback; its other attributes are those of the cause.
+        return Ended(error=cause, trace=str(error))
     except RayError as error:
         return Ended(error=error, trace=traceback.format_exc())
 

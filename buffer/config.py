@@ -8,6 +8,17 @@ from pydantic import Field, model_validator
 
 from mara.common.config import Config
 
+READ_BYTES = 32 << 20
+"""Episodes in one reply of the store, about; the store holds such a reply whole in its memory."""
+APPEND_BYTES = 8 << 20
+"""Episodes that an actor sends in one round trip, unless one alone is larger."""
+_WEIGHTS_BYTES = 128 << 20
+"""The published weights, and the new ones on their way: an agent of the paper's size takes 18 MB."""
+NORMALISE_FROM_EPISODES = 16
+"""Fewest episodes whose scores give a mean and deviation to divide by. From n scores a deviation is known to
+about 1 in √(2 (n - 1)): 18 % at 16. That of two answers which happen to score alike is next to nothing, and
+what is divided by it thousands of times too large."""
+
 
 class ReplayConfig(Config):
     """Where episodes are kept on their way from the rollout actors to the learner."""
@@ -39,10 +50,15 @@ class ReplayConfig(Config):
             )
         return self
 
-    @property
-    def store_max_bytes(self) -> int:
-        """Memory a store needs for this log, bytes: a quarter more for its bookkeeping, and the weights."""
-        return self.log_max_bytes + self.log_max_bytes // 4 + (256 << 20)
+    def store_max_bytes(self, num_actors: int) -> int:
+        """Memory a store needs for this log and ``num_actors`` rollout actors, bytes.
+
+        All that a server holds counts: the log and a quarter more for its bookkeeping, the weights, a reply
+        on its way to the learner (twice, since sizes vary), and on each actor's connection an append in
+        several copies, or the weights.
+        """
+        log_bytes = self.log_max_bytes + self.log_max_bytes // 4
+        return log_bytes + _WEIGHTS_BYTES + 2 * READ_BYTES + num_actors * 4 * APPEND_BYTES
 
 
 class ShapingConfig(Config):
@@ -56,9 +72,9 @@ class ShapingConfig(Config):
     -1. Scores without a weight are ignored."""
     normalise: Literal["none", "running"] = "none"
     """``running``: each reward model's scores are standardised by their running mean and deviation before
-    they are weighted, so that the weights compare. An episode counts first and is standardised then: the
-    very first gets 0. ``none`` (the paper): raw scores."""
-    normalise_episodes: int = Field(default=256, ge=2)
+    they are weighted, so that the weights compare. An episode counts first and is standardised then; the
+    first 16 wait until all of them have counted. ``none`` (the paper): raw scores."""
+    normalise_episodes: int = Field(default=256, ge=NORMALISE_FROM_EPISODES)
     """The running mean and deviation are frozen after this many episodes: rewards that drift with the policy
     would hide its progress. Usual range 64–1024."""
     baseline: Literal["none", "prompt"] = "none"
@@ -79,8 +95,10 @@ class ShapingConfig(Config):
     - ``accepted_log_ratio``: -λ (log π(t) - log π_ref(t)) once per token, at its acceptance (a forced one
       too). Unbiased for the KL divergence of the answer.
     - ``pointwise``: at every decision -λ π(t_k) (log π(t_k) - log π_ref(t_k)), Eq. 8 to the letter.
-    - ``reference_only``: λ log π_ref(t) at the acceptance. The other half of the divergence is then the
-      entropy bonus with α = λ, exactly: by Eq. 6, log π(t) is the sum over its decisions.
+    - ``reference_only``: λ log π_ref(t) at the acceptance. With ``returns`` "bootstrapped" the other half of
+      the divergence is the entropy bonus with α = λ, exactly: by Eq. 6, log π(t) is the sum over its
+      decisions. With "monte_carlo" the entropy of later decisions is in no target, and the two halves do
+      not make up the divergence: likely tokens are paid for beyond it.
     - ``none``: no penalty."""
     returns: Literal["bootstrapped", "monte_carlo"] = "bootstrapped"
     """What the critic learns. ``bootstrapped`` (the paper): a reward and the target network's value of the

@@ -65,6 +65,31 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     return client
 
 
+def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:
+    """Refuse a server that would evict episodes, or that may hold less than ``needed_bytes``.
+
+    Policies that only evict keys which expire are none that evict: the keys of a run do not expire.
+
+    Raises:
+        UserError: the server at ``url`` is one of those. The message shows the address without its password.
+    """
+    memory = client.info("memory")
+    # A server that does not tell has no limit that we could know of; 0 is none.
+    limit_bytes, policy = int(memory.get("maxmemory", 0)), str(memory.get("maxmemory_policy", "noeviction"))
+    if limit_bytes and policy.startswith("allkeys"):
+        raise _error(
+            url,
+            f"has maxmemory-policy {policy}, which would evict episodes and weights when it is full",
+            "set it to noeviction",
+        )
+    if 0 < limit_bytes < needed_bytes:
+        raise _error(
+            url,
+            f"has maxmemory {limit_bytes}, this run needs {needed_bytes} bytes",
+            "raise it or lower replay.log_max_bytes",
+        )
+
+
 def masked(url: str) -> str:
     """The address without user name, password and options: what logs and messages may show."""
     return re.sub(r"^([a-z+]*://)?.*@", r"\1***@", url, flags=re.DOTALL).split("?")[0]

@@ -22,6 +22,8 @@ class Keys(NamedTuple):
     """Set: the uid of every stream entry."""
     nbytes: str
     """Integer: the sum of the bytes."""
+    counts: str
+    """Hash: how many episodes were ever ``appended``, and how many were ``duplicates`` of stored ones."""
     weights: str
     """Hash: version, time of publication and tensors of the latest agent."""
 

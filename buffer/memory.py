@@ -28,12 +28,15 @@ class MemoryEpisodeLog:
         self._uids: set[str] = set()
         self._nbytes = 0
         self._last_id = 0
+        self._num_duplicates = 0
 
     def append(self, episodes: Sequence[Episode]) -> None:
         """Store the episodes whose uid is not stored yet."""
         with self._changed:
             for episode in episodes:
-                if episode.uid not in self._uids:
+                if episode.uid in self._uids:
+                    self._num_duplicates += 1
+                else:
                     self._last_id += 1
                     self._records.append((self._last_id, episode))
                     self._uids.add(episode.uid)
@@ -44,6 +47,11 @@ class MemoryEpisodeLog:
     def reader(self, cursor: str = "0") -> MemoryEpisodeReader:
         """A reader that starts after ``cursor``; the default is the oldest episode."""
         return MemoryEpisodeReader(self, cursor)
+
+    @property
+    def num_duplicates(self) -> int:
+        """Episodes appended although they were stored."""
+        return self._num_duplicates
 
     def _trim(self) -> None:
         while self._nbytes > self._max_bytes and len(self._records) > 1:
@@ -64,11 +72,16 @@ class MemoryEpisodeReader:
     def __init__(self, log: MemoryEpisodeLog, cursor: str = "0") -> None:
         self._log = log
         self._last_id = int(cursor)
+        self._num_trimmed_unread = 0
+        self._waited_s = 0.0
 
     def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
         """Return up to ``max_episodes`` episodes after the cursor; waits at most ``timeout_s``."""
+        began = time.monotonic()
         records = self._log.wait_after(self._last_id, max_episodes, timeout_s)
+        self._waited_s += time.monotonic() - began
         if records:
+            self._num_trimmed_unread += records[0][0] - self._last_id - 1
             self._last_id = records[-1][0]
         return [episode for _, episode in records]
 
@@ -82,6 +95,21 @@ class MemoryEpisodeReader:
         """Always 0: nothing is encoded."""
         return 0
 
+    @property
+    def num_trimmed_unread(self) -> int:
+        """Episodes that went to make room before this reader came to them."""
+        return self._num_trimmed_unread
+
+    @property
+    def num_duplicates(self) -> int:
+        """Episodes appended although they were stored."""
+        return self._log.num_duplicates
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which :meth:`read` waited for an episode to come."""
+        return self._waited_s
+
 
 class MemoryWeightChannel:
     """A weight sink and source in one. Tensors are copied on both ways, so nobody shares them."""
@@ -90,8 +118,8 @@ class MemoryWeightChannel:
         self._lock = threading.Lock()
         self._latest: VersionedWeights | None = None
 
-    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make ``tensors`` the latest weights; ValueError if ``version`` is not higher than the last."""
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Make ``tensors`` the latest weights, always; ValueError if ``version`` is not above the last."""
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         with self._lock:
             if self._latest is not None and version <= self._latest.version:
@@ -99,6 +127,7 @@ class MemoryWeightChannel:
                     f"version {version} is not above the published {self._latest.version}; versions must grow"
                 )
             self._latest = VersionedWeights(version, time.time(), copies)
+        return True
 
     def fetch_newer(self, than: int) -> VersionedWeights | None:
         """Return the latest weights if their version exceeds ``than``."""

@@ -11,6 +11,9 @@ An episode lies in consecutive slots, so the next state of a transition is the s
 and states are stored once. Whole episodes leave at the tail before a new one is written at the head: what
 lies between is valid throughout, no transition ever points into a half-overwritten episode, and a uniform
 sample is a random offset from the tail.
+
+Where scores are standardised, the first few episodes are held back outside the ring until their mean and
+deviation mean something, and are then written in the order in which they came.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class Mirror:
         self._shaping = shaping
         self._device = torch.device(device)
         self._normaliser = ScoreNormaliser(shaping)
-        self._states_CD: torch.Tensor | None = None  # made by the first episode, whose dtype it takes
+        self._states_dtype: torch.dtype | None = None  # that of the first decisions that came
+        self._states_CD: torch.Tensor | None = None  # made by the first episode written
         self._actions_C = self._column(torch.uint8)
         self._rewards_C = self._column(torch.float32)
         self._discounts_C = self._column(torch.float32)
@@ -59,6 +63,7 @@ class Mirror:
         self._tail = 0
         self._size = 0
         self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
+        self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._total_transitions = 0
         self._total_episodes = 0
@@ -67,7 +72,9 @@ class Mirror:
     def add(self, episodes: Sequence[Episode]) -> None:
         """Shape the episodes and write their transitions, the oldest episodes making room.
 
-        An episode without decisions teaches nothing: it is counted and skipped.
+        An episode without decisions teaches nothing: it is counted and skipped. With ``normalise`` "running"
+        the first :data:`~mara.buffer.config.NORMALISE_FROM_EPISODES` are written together, when the last of
+        them comes.
 
         Raises:
             UserError: an episode does not fit: other hidden size or dtype, more decisions than the
@@ -75,12 +82,16 @@ class Mirror:
         """
         for episode in episodes:
             self._check(episode)
-            score = self._normaliser.score(episode)
+            self._normaliser.count(episode)
             self._total_episodes += 1
-            if episode.num_decisions == 0:
-                self._num_without_decisions += 1
-            else:
-                self._write(episode, score)
+            self._num_without_decisions += episode.num_decisions == 0
+            self._held_back.append(episode)
+            if self._normaliser.is_ready:
+                for ready in self._held_back:
+                    score = self._normaliser.score(ready)
+                    if ready.num_decisions > 0:
+                        self._write(ready, score)
+                self._held_back.clear()
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
         """Return ``batch_size`` transitions drawn uniformly, with replacement, on the mirror's device.
@@ -126,7 +137,7 @@ class Mirror:
 
     @property
     def total_transitions(self) -> int:
-        """Transitions ever added."""
+        """Transitions ever written; those held back are not."""
         return self._total_transitions
 
     @property
@@ -150,7 +161,10 @@ class Mirror:
         return self._size * (2 * self._hidden_size + sum(c.element_size() for c in self._columns()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the memory of the score normaliser, in plain types; not the transitions."""
+        """Counters and the memory of the score normaliser, in plain types; not the transitions.
+
+        Episodes held back at that moment are no transitions yet: they have been counted, and are lost.
+        """
         return {
             "normaliser": self._normaliser.state_dict(),
             "total_transitions": self._total_transitions,
@@ -173,7 +187,7 @@ class Mirror:
             self._size -= evicted
         if self._states_CD is None:
             self._states_CD = torch.empty(
-                (self._capacity, self._hidden_size), dtype=episode.states_TD.dtype, device=self._device
+                (self._capacity, self._hidden_size), dtype=self._states_dtype, device=self._device
             )
         needs_prefixes = self._shaping.terminal == "progress"
         prefix_scores_N = self._normaliser.prefix_scores(episode) if needs_prefixes else None
@@ -206,11 +220,13 @@ class Mirror:
                 f"replay: episode {episode.uid} has hidden size {states.shape[-1]}, the run's LLM has "
                 f"{self._hidden_size}; do not mix LLMs in one run"
             )
-        if self._states_CD is not None and states.dtype != self._states_CD.dtype:
-            raise UserError(
-                f"replay: episode {episode.uid} has {states.dtype} states, earlier ones "
-                f"{self._states_CD.dtype}; give every rollout actor the same llm.dtype"
-            )
+        if len(states) > 0:  # the dtype of no states says nothing
+            self._states_dtype = self._states_dtype or states.dtype
+            if states.dtype != self._states_dtype:
+                raise UserError(
+                    f"replay: episode {episode.uid} has {states.dtype} states, earlier ones "
+                    f"{self._states_dtype}; give every rollout actor the same llm.dtype"
+                )
         if episode.num_decisions > self._capacity:
             raise UserError(
                 f"replay.capacity_transitions is {self._capacity}, less than the {episode.num_decisions} "

@@ -1,4 +1,4 @@
-"""What a user of the store does while it is away: try again with growing pauses, and give up in the end."""
+"""What a user of the store does while it is away or full: try again with growing pauses, and give up."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import redis
 from mara.buffer.config import ReplayConfig
 from mara.common.errors import ReplayUnavailable, UserError
 
-AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
-"""What redis-py raises when the store is away, restarting, loading its log or failing over."""
+AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)
+"""What redis-py raises when the store is away, restarting, loading its log, failing over or out of memory.
+
+The last may pass as well: a large reply on its way to somebody counts against the store's memory.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Outage:
 
         Raises:
             ReplayUnavailable: the store has been away for ``max_outage_s``.
-            UserError: it answers, but does not let us in.
+            UserError: it answers, but does not let us in, or has had no memory left for ``max_outage_s``.
         """
         if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
             raise UserError(
@@ -45,9 +48,17 @@ class Outage:
             ) from error
         now = time.monotonic()
         limit = self._config.max_outage_s
+        is_full = isinstance(error, redis.OutOfMemoryError)
         if self._began_at is None:
             self._began_at = now
-            _log.warning("the replay store does not answer (%s); trying again for up to %g s", error, limit)
+            what = "has no memory left" if is_full else f"does not answer ({error})"
+            _log.warning("the replay store %s; trying again for up to %g s", what, limit)
+        if now - self._began_at >= limit and is_full:
+            raise UserError(
+                f"replay.log_max_bytes is {self._config.log_max_bytes}, and the store has had no memory left "
+                f"for {now - self._began_at:.1f} s; lower it, raise the server's maxmemory or delete other "
+                "data there"
+            ) from error
         if now - self._began_at >= limit:
             raise ReplayUnavailable(
                 f"the replay store has not answered for {now - self._began_at:.1f} s ({error})"
@@ -59,7 +70,7 @@ class Outage:
     def ended(self) -> None:
         """Note a success."""
         if self._began_at is not None:
-            _log.warning("the replay store answers again after %.1f s", time.monotonic() - self._began_at)
+            _log.warning("the replay store can be used again after %.1f s", time.monotonic() - self._began_at)
         self._began_at = None
         self._retry_at = 0.0
         self._num_failures = 0

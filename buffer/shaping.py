@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mara.buffer.config import ShapingConfig
+from mara.buffer.config import NORMALISE_FROM_EPISODES, ShapingConfig
 from mara.common.agent import ACCEPT
 from mara.common.episode import Episode, policy_token_logprobs
 from mara.common.errors import UserError
@@ -109,8 +109,9 @@ def _kl_rewards(episode: Episode, accepted_T: np.ndarray, config: ShapingConfig)
 class ScoreNormaliser:
     """Turns an episode's named raw scores into r(x, y) of Eq. 13, with the memory that this takes.
 
-    The running statistics and baselines depend on the order of the episodes, and are saved with the
-    learner. Not thread-safe.
+    Each episode is counted once with :meth:`count`, and then scored once, as soon as :attr:`is_ready`. The
+    running statistics and baselines depend on the order of the episodes, and are saved with the learner.
+    Not thread-safe.
     """
 
     def __init__(self, config: ShapingConfig) -> None:
@@ -119,20 +120,35 @@ class ScoreNormaliser:
         self._prompts: dict[str, _RunningMoments] = {}
         self._all_prompts = _RunningMoments()
 
-    def score(self, episode: Episode) -> float:
-        """Return r(x, y) = Σ weight × (standardised) score, less the baseline; remembers the episode.
+    def count(self, episode: Episode) -> None:
+        """Take the episode's scores into the running means and deviations, until those are frozen.
 
         Raises:
             UserError: a reward model with a weight did not score the episode.
         """
-        total = 0.0
-        for name, weight in self._config.score_weights.items():
+        for name, moments in self._models.items():
             if name not in episode.scores:
                 raise UserError(
                     f"shaping.score_weights: the episodes have no score named {name!r} (they have "
                     f"{', '.join(sorted(episode.scores)) or 'none'}); name reward models that the run scores"
                 )
-            self._remember(name, episode.scores[name])
+            if self._config.normalise == "running" and moments.count < self._config.normalise_episodes:
+                moments.add(episode.scores[name])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether enough episodes were counted to score any: at once, unless scores are standardised."""
+        if self._config.normalise == "none":
+            return True
+        return all(moments.count >= NORMALISE_FROM_EPISODES for moments in self._models.values())
+
+    def score(self, episode: Episode) -> float:
+        """Return r(x, y) = Σ weight × (standardised) score, less the baseline, of an episode counted before.
+
+        The baseline then remembers the episode.
+        """
+        total = 0.0
+        for name, weight in self._config.score_weights.items():
             total += weight * float(self._standardised(name, episode.scores[name]))
         if self._config.baseline == "none":
             return total
@@ -158,11 +174,6 @@ class ScoreNormaliser:
                 )
             total_N += weight * self._standardised(name, episode.prefix_scores[name].astype(np.float64))
         return total_N
-
-    def _remember(self, name: str, score: float) -> None:
-        moments = self._models[name]
-        if self._config.normalise == "running" and moments.count < self._config.normalise_episodes:
-            moments.add(score)
 
     def _standardised(self, name: str, score: Any) -> Any:
         """A number or an array by the running mean and deviation."""

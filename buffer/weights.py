@@ -27,44 +27,43 @@ return false
 class RedisWeightChannel:
     """A weight sink and source in one; make one for each thread.
 
-    Nobody waits for the store. While it is away a publication is dropped, since the next one replaces it
-    anyway, and a reader is told that there is nothing newer. Once that has lasted ``max_outage_s``, both
-    raise :class:`~mara.common.errors.ReplayUnavailable`.
+    Nobody waits for the store. While it is away a publication is dropped, which its publisher is told, and a
+    reader hears that there is nothing newer. Once that has lasted ``max_outage_s``, both raise
+    :class:`~mara.common.errors.ReplayUnavailable`.
     """
 
     def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig | None = None) -> None:
         self._client = client
         self._key = keys_of(run_id).weights
         self._outage = Outage(config or ReplayConfig())
-        self._num_dropped = 0
+        # Publications without a reply: they may have been stored all the same.
+        self._unanswered: set[int] = set()
 
-    @property
-    def num_dropped(self) -> int:
-        """Publications dropped because the store was away."""
-        return self._num_dropped
-
-    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make ``tensors`` the latest weights.
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Make ``tensors`` the latest weights; False if the store is away, and the same may be tried again.
 
         Raises:
             ValueError: ``version`` is not above the published one.
             ReplayUnavailable: the store has been away for ``max_outage_s``.
+            UserError: it has had no memory left for as long.
         """
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         if self._outage.pause_s > 0:
-            self._num_dropped += 1
-            return
+            return False
         try:
             current = self._client.eval(_PUBLISH, 1, self._key, str(version), repr(time.time()), content)
         except AWAY as error:
-            self._num_dropped += 1
+            self._unanswered.add(version)
             self._outage.failed(error)
-            return
+            return False
         self._outage.ended()
-        if current is not None:
+        is_our_own = current is not None and int(current) == version and version in self._unanswered
+        if current is not None and not is_our_own:
             raise ValueError(
                 f"version {version} is not above the published {int(current)}; versions must grow"
             )
+        self._unanswered.clear()
+        return True
 
     def fetch_newer(self, than: int) -> VersionedWeights | None:
         """Return the latest weights if their version exceeds ``than``; one tiny request if not.

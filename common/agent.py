@@ -96,7 +96,7 @@ def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dic
             )
         agent = Agent(card["hidden_size"], config)
         agent.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"agent: {folder} cannot be read ({reason}); save it again") from error
     return agent.eval(), card

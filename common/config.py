@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
 class Config(BaseModel):
@@ -14,7 +14,7 @@ class Config(BaseModel):
 class AgentConfig(Config):
     """The accept-reject network: LayerNorm(d) → Linear → ReLU → Linear → ReLU → Linear 2 (section 3.2)."""
 
-    widths: tuple[int, int] = (1024, 256)
+    widths: tuple[PositiveInt, PositiveInt] = (1024, 256)
     """Units of the two hidden layers. Usual range 64–2048."""
     accept_bias: float = Field(default=0.0, ge=-10, le=10)
     """Initial log-odds of acceptance. The paper starts at 0 (a coin flip), which makes the untrained

@@ -56,6 +56,21 @@ class EpisodeSource(Protocol):
         """Records set aside so far because they could not be decoded."""
         ...
 
+    @property
+    def num_trimmed_unread(self) -> int:
+        """Episodes that went to make room in the log before this reader came to them."""
+        ...
+
+    @property
+    def num_duplicates(self) -> int:
+        """Episodes appended although they were stored, by all sinks, as far as this reader knows."""
+        ...
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which :meth:`read` has waited for an episode to come, those of decoding left out."""
+        ...
+
 
 class VersionedWeights(NamedTuple):
     """One published set of agent weights."""
@@ -71,10 +86,11 @@ class VersionedWeights(NamedTuple):
 class WeightSink(Protocol):
     """Where the learner publishes. Called from one thread."""
 
-    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make ``tensors`` the latest weights. ``version`` must exceed every earlier one.
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Make ``tensors`` the latest weights. ``version`` must exceed every one stored before.
 
-        A reader sees either the previous version whole or this one whole.
+        Returns whether they are stored. If not, the same version may be published again: nobody has seen it.
+        A reader sees either the previous version whole or this one whole. Never waits for the store.
         """
         ...
 

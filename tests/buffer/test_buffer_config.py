@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.config import APPEND_BYTES, READ_BYTES, ReplayConfig, ShapingConfig
 
 
 def test_the_settings_load_without_torch() -> None:
@@ -31,6 +31,16 @@ def test_pauses_that_shrink_name_both_settings_and_the_remedy() -> None:
         ReplayConfig(retry_first_s=3.0)
 
 
-def test_a_store_has_room_for_the_log_and_more() -> None:
+def test_a_store_has_room_for_the_log_and_what_is_on_its_way_to_and_fro() -> None:
     config = ReplayConfig(log_max_bytes=1 << 30)
-    assert config.store_max_bytes > 1.2 * config.log_max_bytes
+    assert config.store_max_bytes(0) > 1.2 * config.log_max_bytes + READ_BYTES
+    assert config.store_max_bytes(8) - config.store_max_bytes(0) > 8 * APPEND_BYTES
+
+
+def test_the_store_of_a_small_run_stays_small() -> None:
+    assert ReplayConfig(log_max_bytes=256 << 20).store_max_bytes(2) <= 576 << 20
+
+
+def test_a_deviation_frozen_after_a_few_episodes_is_refused() -> None:
+    with pytest.raises(ValidationError, match="normalise_episodes"):
+        ShapingConfig(normalise="running", normalise_episodes=15)

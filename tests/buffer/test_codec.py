@@ -163,7 +163,9 @@ def test_the_written_example_is_an_episode() -> None:
         ({"reference_logprobs_T": float32(np.nan, -1)}, r"reference_logprobs_T holds something else"),
         ({"accept_logprobs_T": float32(-np.inf, 0)}, r"accept_logprobs_T holds something else"),
         ({"accept_logprobs_T": float32(0.5, 0)}, r"accept_logprobs_T holds something else"),
-        ({"reject_logprobs_T": float32(-np.inf, -np.inf)}, r"-inf where not forced \(entry 0\)"),
+        ({"reject_logprobs_T": float32(-np.inf, -np.inf)}, r"-inf exactly where forced \(entry 0\)"),
+        ({"reject_logprobs_T": float32(-0.7, -0.7)}, r"-inf exactly where forced \(entry 1\)"),
+        ({"accept_logprobs_T": float32(-0.7, -0.1)}, r"accept_logprobs_T is not 0 where forced \(entry 1\)"),
         ({"hidden_size": 2}, r"states_TD has 4 bytes, 2 decisions of size 2 take 8"),
         ({"hidden_size": 0}, r"hidden_size 0 is outside"),
         ({"hidden_size": 1 << 40}, r"hidden_size 1099511627776 is outside"),
@@ -177,6 +179,65 @@ def test_a_record_that_breaks_a_rule_is_refused_with_the_reason(fields: dict[str
     with pytest.raises(MalformedRecord, match=reason) as caught:
         decode_episode(changed(msgpack.packb(SMALL), **fields))
     assert "\n" not in str(caught.value)
+
+
+def record_of(*decisions: tuple[int, int, int, int, bool]) -> bytes:
+    """The small record with other decisions: (position, rank, candidates, action, forced) of each."""
+    positions, ranks, num_candidates, actions, forced = zip(*decisions, strict=True)
+    columns = {
+        "positions_T": int32(*positions),
+        "ranks_T": int16(*ranks),
+        "num_candidates_T": int16(*num_candidates),
+        "actions_T": bytes(actions),
+        "forced_T": bytes(forced),
+        "reference_logprobs_T": float32(*(-1.0 for _ in decisions)),
+        "accept_logprobs_T": float32(*(0.0 if f else -0.7 for f in forced)),
+        "reject_logprobs_T": float32(*(-np.inf if f else -0.7 for f in forced)),
+        "policy_versions_T": np.zeros(len(decisions), "<i8").tobytes(),
+        "states_TD": np.zeros(len(decisions), "<f2").tobytes(),
+        "response_ids_N": int32(7, 7),
+        "prefix_scores": {},
+    }
+    return changed(msgpack.packb(SMALL), **columns)
+
+
+@pytest.mark.parametrize(
+    "decisions",
+    [
+        [(0, 0, 3, 1, False), (1, 0, 2, 0, False), (1, 1, 2, 1, True)],
+        [(0, 0, 3, 0, False), (0, 1, 3, 1, False), (1, 0, 5, 1, False)],
+        [(0, 0, 2, 0, False), (0, 1, 2, 1, False)],  # a last candidate that was free and accepted
+        [(0, 0, 2, 0, False), (0, 1, 2, 0, False), (0, 0, 2, 1, True)],  # rejected: back to the first
+        [(0, 0, 2, 0, False), (0, 1, 2, 0, False), (0, 0, 2, 1, True), (1, 0, 3, 1, False)],
+    ],
+)
+def test_decisions_in_an_order_in_which_they_can_be_taken_are_an_episode(
+    decisions: list[tuple[int, int, int, int, bool]],
+) -> None:
+    episode = decode_episode(record_of(*decisions))
+    assert episode.ranks_T.tolist() == [rank for _, rank, _, _, _ in decisions]
+
+
+@pytest.mark.parametrize(
+    ("decisions", "reason"),
+    [
+        ([(0, 2, 3, 1, False)], r"ranks_T does not follow the candidates' order \(entry 0\)"),
+        ([(0, 0, 3, 1, False), (1, 1, 3, 1, False)], r"ranks_T does not follow .* \(entry 1\)"),
+        ([(0, 0, 3, 0, False), (0, 2, 3, 1, True)], r"ranks_T does not follow .* \(entry 1\)"),
+        ([(0, 0, 3, 0, False), (0, 0, 3, 1, False)], r"ranks_T does not follow .* \(entry 1\)"),
+        ([(0, 0, 3, 0, False), (0, 0, 3, 1, True)], r"ranks_T does not follow .* \(entry 1\)"),
+        ([(0, 0, 2, 0, False), (0, 1, 2, 0, False), (0, 0, 2, 1, False)], r"ranks_T does not follow"),
+        ([(0, 0, 2, 1, False), (1, 1, 2, 1, True)], r"ranks_T does not follow .* \(entry 1\)"),
+        ([(0, 0, 3, 1, True)], r"forced_T forces a candidate that is not the last \(entry 0\)"),
+        ([(0, 0, 3, 0, False), (0, 1, 3, 1, True)], r"forced_T forces .* \(entry 1\)"),
+        ([(0, 0, 3, 0, False), (0, 1, 2, 1, True)], r"num_candidates_T changes within .* \(entry 1\)"),
+    ],
+)
+def test_decisions_in_any_other_order_are_refused(
+    decisions: list[tuple[int, int, int, int, bool]], reason: str
+) -> None:
+    with pytest.raises(MalformedRecord, match=reason):
+        decode_episode(record_of(*decisions))
 
 
 @pytest.mark.parametrize(

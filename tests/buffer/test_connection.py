@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from mara.buffer.connection import connect, masked
+from mara.buffer.connection import check_memory, connect, masked
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 
@@ -121,6 +121,54 @@ def test_a_database_that_the_server_does_not_have(own_server: EmbeddedServer) ->
 
 def test_an_option_that_nobody_knows(own_server: EmbeddedServer) -> None:
     assert "has an option after '?' that cannot be used" in refused(f"{own_server.url}?colour=blue")
+
+
+def memory_refused(server: EmbeddedServer, needed_bytes: int) -> str:
+    with pytest.raises(UserError) as caught:
+        check_memory(connect(server.url), server.url, needed_bytes)
+    message = str(caught.value)
+    assert message.startswith(f"replay.redis_url: unix://***@{server.url.rpartition('@')[2]} has maxmemory")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+def test_a_server_that_evicts_is_refused(own_server: EmbeddedServer, policy: str) -> None:
+    owner = connect(own_server.url)
+    owner.config_set("maxmemory-policy", policy)
+    try:
+        message = memory_refused(own_server, needed_bytes=1)
+        assert f"has maxmemory-policy {policy}" in message
+        assert "set it to noeviction" in message
+    finally:
+        owner.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_server_with_less_memory_than_the_run_needs_is_refused(own_server: EmbeddedServer) -> None:
+    message = memory_refused(own_server, needed_bytes=(64 << 20) + 1)
+    assert "has maxmemory 67108864, this run needs 67108865 bytes; raise it or lower replay." in message
+    check_memory(connect(own_server.url), own_server.url, needed_bytes=64 << 20)
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "noeviction"])
+def test_a_server_without_a_limit_never_evicts_and_has_room(own_server: EmbeddedServer, policy: str) -> None:
+    owner = connect(own_server.url)
+    owner.config_set("maxmemory-policy", policy)
+    owner.config_set("maxmemory", 0)
+    try:
+        check_memory(owner, own_server.url, needed_bytes=1 << 40)
+    finally:
+        owner.config_set("maxmemory", 64 << 20)
+        owner.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_server_that_evicts_only_what_expires_keeps_a_run(own_server: EmbeddedServer) -> None:
+    owner = connect(own_server.url)
+    owner.config_set("maxmemory-policy", "volatile-lru")
+    try:
+        check_memory(owner, own_server.url, needed_bytes=1)
+    finally:
+        owner.config_set("maxmemory-policy", "noeviction")
 
 
 def test_a_server_that_refuses_writes(own_server: EmbeddedServer) -> None:

@@ -150,6 +150,61 @@ def test_an_episode_that_was_trimmed_may_come_again(
     assert uids(reader.read(10, 0)) == ["0"]
 
 
+def test_episodes_trimmed_before_they_were_read_are_counted(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink, reader = log.make_sink(), log.make_reader()
+    written, missed = 0, []
+    for num_episodes in (5, 60, 1, 80):
+        sink.append([make_episode(uid=str(n), seed=n) for n in range(written, written + num_episodes)])
+        written += num_episodes
+        reader.read(1000, 0)
+        missed.append(reader.num_trimmed_unread)
+    assert missed[0] == 0 < missed[1] == missed[2] < missed[3]
+    late = log.make_reader()
+    assert len(late.read(1000, 0)) + late.num_trimmed_unread == written
+
+
+def test_a_restored_cursor_knows_what_was_trimmed_meanwhile(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink, before = log.make_sink(), log.make_reader()
+    sink.append([make_episode(uid=str(n), seed=n) for n in range(5)])
+    assert len(before.read(10, 0)) == 5
+    sink.append([make_episode(uid=str(n), seed=n) for n in range(5, 100)])
+    after = log.make_reader(before.cursor)
+    assert len(after.read(1000, 0)) + after.num_trimmed_unread == 95
+    assert after.num_trimmed_unread > 0
+
+
+def test_episodes_that_came_again_are_counted_over_all_writers(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    reader = log.make_reader()
+    log.make_sink().append([make_episode(uid="a"), make_episode(uid="b"), make_episode(uid="a")])
+    log.make_sink().append([make_episode(uid="b"), make_episode(uid="c")])
+    assert len(reader.read(10, 0)) == 3
+    assert reader.num_duplicates == 2
+
+
+def test_only_waiting_counts_as_waiting(make_log: Callable[..., Log], make_episode: MakeEpisode) -> None:
+    log = make_log()
+    reader = log.make_reader()
+    assert reader.read(1, timeout_s=0) == []
+    assert reader.waited_s < 0.05
+    assert reader.read(1, timeout_s=0.3) == []
+    assert 0.25 < reader.waited_s < 1.5
+    before_s = reader.waited_s
+    sink = log.make_sink()
+    sink.append([make_episode(uid=str(n), num_tokens=60, hidden_size=2000) for n in range(30)])
+    began = time.monotonic()
+    assert len(reader.read(30, timeout_s=30)) == 30
+    assert reader.waited_s - before_s < max(0.01, 0.1 * (time.monotonic() - began))
+
+
 def test_many_writers_lose_and_double_nothing(
     make_log: Callable[..., Log], make_episode: MakeEpisode
 ) -> None:

@@ -154,18 +154,84 @@ def test_the_mirror_normalises_and_remembers_across_a_restart(make_episode: Make
     shaping = ShapingConfig(
         score_weights={"helpful": 1.0}, normalise="running", baseline="prompt", kl_estimator="none"
     )
-    episodes = [make_episode(seed=seed, prompt_id=str(seed % 2)) for seed in range(8)]
+    episodes = [make_episode(seed=seed, prompt_id=str(seed % 2)) for seed in range(24)]
     uninterrupted, before, after = (make_mirror(1000, shaping=shaping) for _ in range(3))
     uninterrupted.add(episodes)
-    before.add(episodes[:4])
+    before.add(episodes[:20])
     after.load_state_dict(before.state_dict())
-    after.add(episodes[4:])
-    total = uninterrupted.mean_score * 8
-    assert before.mean_score * 4 + after.mean_score * 4 == pytest.approx(total, abs=1e-9)
+    after.add(episodes[20:])
+    total = uninterrupted.mean_score * 24
+    assert before.mean_score * 20 + after.mean_score * 4 == pytest.approx(total, abs=1e-9)
     assert after.total_transitions == uninterrupted.total_transitions
-    assert after.total_episodes == 8
+    assert after.total_episodes == 24
     assert after.num_episodes == 4
     assert any(abs(score) > 0.1 for score in (total, before.mean_score))
+
+
+RUNNING = ShapingConfig(score_weights={"helpful": 1.0}, normalise="running", terminal="progress")
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-5, 0.002, 0.02, 0.1, 1.0])
+def test_no_reward_is_large_however_alike_the_first_scores_are(
+    make_episode: MakeEpisode, difference: float
+) -> None:
+    """The first words of an answer score -2, far from whole answers, which two alike tell nothing about."""
+    mirror = make_mirror(1000, shaping=RUNNING)
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        score = [0.3, 0.3 + difference][number] if number < 2 else float(rng.normal())
+        episode = make_episode(uid=str(number), seed=number, scores={"helpful": score})
+        prefix_scores = {"helpful": np.linspace(-2, score, episode.num_tokens, dtype=np.float32)}
+        mirror.add([replace(episode, prefix_scores=prefix_scores)])
+    rewards_B = mirror.sample(5000, torch.Generator().manual_seed(0)).rewards_B
+    assert rewards_B.abs().max().item() < 4
+
+
+def test_the_first_episodes_wait_for_a_deviation_and_are_written_in_order(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(1000, shaping=RUNNING)
+    episodes = [make_episode(uid=str(seed), seed=seed, num_tokens=seed % 5) for seed in range(18)]
+    for number, episode in enumerate(episodes, start=1):
+        mirror.add([episode])
+        written = episodes[:number] if number >= 16 else []
+        num_transitions = sum(e.num_decisions for e in written)
+        assert mirror.num_transitions == mirror.total_transitions == num_transitions
+        assert mirror.num_episodes == sum(e.num_decisions > 0 for e in written)
+        assert mirror.total_episodes == number
+        assert mirror.num_without_decisions == sum(e.num_decisions == 0 for e in episodes[:number])
+    states = torch.cat([episode.states_TD for episode in episodes])
+    assert mirror._states_CD is not None
+    assert torch.equal(mirror._states_CD[: len(states)], states)
+
+
+def test_raw_scores_wait_for_nothing(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.add([make_episode()])
+    assert mirror.num_transitions > 0
+
+
+def test_what_waited_while_the_state_was_saved_is_counted_and_gone(make_episode: MakeEpisode) -> None:
+    episodes = [make_episode(uid=str(seed), seed=seed) for seed in range(16)]
+    before, after = make_mirror(1000, shaping=RUNNING), make_mirror(1000, shaping=RUNNING)
+    before.add(episodes[:10])
+    after.load_state_dict(before.state_dict())
+    after.add(episodes[10:])
+    assert after.num_transitions == sum(episode.num_decisions for episode in episodes[10:])
+    assert after.total_episodes == 16
+    before.add(episodes[10:])
+    assert before.state_dict()["normaliser"] == after.state_dict()["normaliser"]
+
+
+def test_an_episode_of_another_dtype_is_refused_while_the_first_ones_wait(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(shaping=RUNNING)
+    mirror.add([make_episode()])
+    with pytest.raises(UserError, match=r"float16.*bfloat16.*llm\.dtype"):
+        mirror.add([make_episode(dtype=torch.float16)])
+
+
+def test_an_answer_without_decisions_has_no_dtype_to_complain_about(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.add([make_episode(num_tokens=0), make_episode(dtype=torch.float16), make_episode(num_tokens=0)])
+    assert mirror.sample(3).states_BD.dtype == torch.float16
 
 
 def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(make_episode: MakeEpisode) -> None:

@@ -80,7 +80,9 @@ def test_a_writer_goes_on_after_the_store_was_killed_and_nothing_is_lost_or_doub
 
 
 @contextlib.contextmanager
-def cut_after_the_first_script(server_path: str, path: Path) -> Iterator[list[int]]:
+def cut_after_the_first_script(
+    server_path: str, path: Path, command: bytes = b"EVALSHA"
+) -> Iterator[list[int]]:
     """Forwards to the server; the reply to the first call of a script gets lost with the connection."""
     cuts = list[int]()
 
@@ -90,7 +92,7 @@ def cut_after_the_first_script(server_path: str, path: Path) -> Iterator[list[in
             while data := inside.recv(1 << 20):
                 outside.sendall(data)
                 reply = outside.recv(1 << 20)
-                if b"EVALSHA" in data and not cuts:
+                if command in data and not cuts:
                     cuts.append(len(reply))
                     return
                 inside.sendall(reply)
@@ -115,10 +117,42 @@ def test_an_episode_whose_reply_was_lost_is_stored_once(
     with cut_after_the_first_script(server_path, tmp_path / "s") as cuts:
         sink = RedisEpisodeLog(connect(f"unix://{credentials}@{tmp_path / 's'}"), run_id, PATIENT)
         sink.append([make_episode(uid="a"), make_episode(uid="b")])
+        sink.append([make_episode(uid="c")])
     assert len(cuts) == 1
-    assert sink.num_duplicates == 2
     reader = RedisEpisodeReader(connect(server.url), run_id, PATIENT)
-    assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b"]
+    assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b", "c"]
+    assert reader.num_duplicates == 2
+
+
+def test_weights_whose_reply_was_lost_are_published_again_without_complaint(
+    server: EmbeddedServer, run_id: str, tmp_path: Path
+) -> None:
+    credentials, _, server_path = server.url.removeprefix("unix://").rpartition("@")
+    source = RedisWeightChannel(connect(server.url), run_id, PATIENT)
+    with cut_after_the_first_script(server_path, tmp_path / "s", b"EVAL") as cuts:
+        sink = RedisWeightChannel(connect(f"unix://{credentials}@{tmp_path / 's'}"), run_id, PATIENT)
+        assert not sink.publish(1, WEIGHTS)
+        assert len(cuts) == 1
+        assert source.latest_version() == 1
+        deadline = time.monotonic() + 10
+        while not sink.publish(1, WEIGHTS):
+            assert time.monotonic() < deadline
+        assert sink.publish(2, WEIGHTS)
+        with pytest.raises(ValueError, match="version 2 is not above the published 2"):
+            sink.publish(2, WEIGHTS)
+
+
+def test_weights_that_find_no_memory_are_dropped_and_not_fatal(run_id: str) -> None:
+    with EmbeddedServer(max_bytes=8 << 20) as small:
+        client = connect(small.url)
+        sink = RedisWeightChannel(connect(small.url), run_id, PATIENT)
+        client.config_set("maxmemory", 1)
+        assert not sink.publish(1, WEIGHTS)
+        client.config_set("maxmemory", 8 << 20)
+        deadline = time.monotonic() + 10
+        while not sink.publish(1, WEIGHTS):
+            assert time.monotonic() < deadline
+        assert sink.latest_version() == 1
 
 
 def test_a_writer_gives_up_after_the_time_allowed(
@@ -164,13 +198,12 @@ def test_a_reader_gives_up_after_the_time_allowed_over_all_its_reads(durable_ser
 def test_nobody_waits_for_the_weight_channel_in_an_outage(durable_server: EmbeddedServer) -> None:
     sink = RedisWeightChannel(connect(durable_server.url), "r", PATIENT)
     source = RedisWeightChannel(connect(durable_server.url), "r", PATIENT)
-    sink.publish(1, WEIGHTS)
+    assert sink.publish(1, WEIGHTS)
     kill(durable_server)
     began = time.monotonic()
-    sink.publish(2, WEIGHTS)
+    assert not sink.publish(2, WEIGHTS)
     assert source.fetch_newer(than=0) is None
     assert time.monotonic() - began < 1
-    assert sink.num_dropped == 1
     durable_server.start()
     version, deadline = 2, time.monotonic() + 10
     while (newer := source.fetch_newer(than=1)) is None and time.monotonic() < deadline:

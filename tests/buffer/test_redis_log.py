@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import redis
 
 from mara.buffer.codec import encode_episode
-from mara.buffer.config import ReplayConfig
+from mara.buffer.config import READ_BYTES, ReplayConfig
 from mara.buffer.connection import connect
 from mara.buffer.keys import keys_of
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
@@ -67,12 +70,60 @@ def test_runs_do_not_see_each_other(client: redis.Redis, run_id: str, make_episo
     assert RedisEpisodeReader(client, f"{run_id}-other", CONFIG).read(10, 0) == []
 
 
-def test_a_store_smaller_than_the_log_names_the_setting(make_episode: MakeEpisode) -> None:
+def test_a_store_that_stays_full_is_given_up_after_a_while_and_names_the_setting(
+    make_episode: MakeEpisode,
+) -> None:
+    impatient = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=0.4)
     with EmbeddedServer(max_bytes=8 << 20) as small:
-        sink = RedisEpisodeLog(connect(small.url), "r", CONFIG)
+        sink = RedisEpisodeLog(connect(small.url), "r", impatient)
         episodes = [make_episode(uid=str(n), num_tokens=30, hidden_size=4000) for n in range(20)]
-        with pytest.raises(UserError, match=r"replay\.log_max_bytes is 1073741824, more than .* maxmemory"):
+        began = time.monotonic()
+        with pytest.raises(
+            UserError, match=r"log_max_bytes is 1073741824, .* no memory left for 0\.\d s; lower"
+        ):
             sink.append(episodes)
+        assert time.monotonic() - began > 0.35
+
+
+def test_an_append_that_found_no_memory_goes_through_once_there_is_some(make_episode: MakeEpisode) -> None:
+    patient = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=30)
+    with EmbeddedServer(max_bytes=8 << 20) as small:
+        client = connect(small.url)
+        sink = RedisEpisodeLog(connect(small.url), "r", patient)
+        client.config_set("maxmemory", 1)
+        threading.Timer(0.3, lambda: client.config_set("maxmemory", 8 << 20)).start()
+        began = time.monotonic()
+        sink.append([make_episode(uid="a"), make_episode(uid="b")])
+        assert time.monotonic() - began > 0.25
+        reader = RedisEpisodeReader(client, "r", patient)
+        assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b"]
+
+
+def test_a_read_does_not_make_the_store_hold_the_whole_log_twice(make_episode: MakeEpisode) -> None:
+    with EmbeddedServer(max_bytes=512 << 20) as server:
+        client = connect(server.url)
+        sink = RedisEpisodeLog(client, "r", CONFIG)
+        episode = make_episode(num_tokens=120, hidden_size=4096)
+        num_episodes = 4 * READ_BYTES // episode.nbytes
+        for n in range(num_episodes):
+            sink.append([replace(episode, uid=str(n))])
+        before = client.info("memory")["used_memory_peak"]
+        reader = RedisEpisodeReader(connect(server.url), "r", CONFIG)
+        num_read = 0
+        while read := reader.read(64, 0):
+            num_read += len(read)
+        assert num_read == num_episodes > 64
+        assert client.info("memory")["used_memory_peak"] - before < 1.25 * READ_BYTES
+
+
+def test_a_reader_begins_with_small_replies_since_it_knows_no_sizes_yet(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    RedisEpisodeLog(client, run_id, CONFIG).append([make_episode(uid=str(n)) for n in range(200)])
+    reader = RedisEpisodeReader(client, run_id, CONFIG)
+    client.config_resetstat()
+    assert len(reader.read(63, 0)) == 63
+    assert client.info("commandstats")["cmdstat_xread"]["calls"] == 6  # of 1, 2, 4, 8, 16 and 32
 
 
 def test_scripts_forgotten_by_the_server_are_loaded_again(

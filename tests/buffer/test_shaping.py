@@ -139,6 +139,7 @@ def test_prefixes_are_weighted_and_standardised_like_the_score(make_episode: Mak
     rng = np.random.default_rng(2)
     for seed in range(6):
         episode = make_episode(seed=seed, scores={"a": float(rng.normal(5, 2)), "b": float(rng.normal())})
+        normaliser.count(episode)
         score = normaliser.score(episode)
         assert normaliser.prefix_scores(episode)[-1] == pytest.approx(score, abs=1e-5)
 
@@ -178,6 +179,7 @@ def test_the_expected_accepted_log_ratio_is_the_kl_divergence_of_one_token(make_
         with np.errstate(divide="ignore"):
             fields: dict[str, Any] = {
                 "actions_T": np.array([0] * chosen + [1], np.uint8),
+                "ranks_T": np.arange(num, dtype=np.int16),
                 "positions_T": np.zeros(num, np.int32),
                 "reference_logprobs_T": np.log(np.array(reference[:num], np.float32)),
                 "accept_logprobs_T": np.log(np.array(accept[:num], np.float32)),
@@ -199,24 +201,37 @@ def test_scores_are_weighted_by_name(make_episode: MakeEpisode) -> None:
 def test_a_weight_without_a_score_is_the_users_mistake(make_episode: MakeEpisode) -> None:
     normaliser = ScoreNormaliser(ShapingConfig(score_weights={"helpfull": 1.0}))
     with pytest.raises(UserError, match=r"shaping\.score_weights.*'helpfull'.*have helpful"):
-        normaliser.score(make_episode(scores={"helpful": 1.0}))
+        normaliser.count(make_episode(scores={"helpful": 1.0}))
 
 
 def test_running_normalisation_standardises_each_model_and_then_freezes(make_episode: MakeEpisode) -> None:
     weights = {"a": 1.0, "b": 10.0}
-    config = ShapingConfig(score_weights=weights, normalise="running", normalise_episodes=5)
+    config = ShapingConfig(score_weights=weights, normalise="running", normalise_episodes=20)
     normaliser = ScoreNormaliser(config)
     rng = np.random.default_rng(0)
     seen: dict[str, list[float]] = {"a": [], "b": []}
-    for number in range(9):
+    for number in range(25):
         scores = {"a": float(rng.normal(50, 3)), "b": float(rng.normal(-1, 0.1))}
         expected = 0.0
         for name, score in scores.items():
-            if number < 5:
+            if number < 20:
                 seen[name].append(score)
             expected += weights[name] * (score - np.mean(seen[name])) / (np.std(seen[name]) or 1.0)
-        assert normaliser.score(make_episode(scores=scores)) == pytest.approx(expected, abs=1e-9)
-    assert len(seen["a"]) == 5
+        episode = make_episode(scores=scores)
+        normaliser.count(episode)
+        assert normaliser.score(episode) == pytest.approx(expected, abs=1e-9)
+    assert len(seen["a"]) == 20
+
+
+@pytest.mark.parametrize(("normalise", "num_needed"), [("none", 0), ("running", 16)])
+def test_scores_are_ready_once_their_deviation_means_something(
+    make_episode: MakeEpisode, normalise: str, num_needed: int
+) -> None:
+    normaliser = ScoreNormaliser(ShapingConfig(score_weights={"a": 1.0}, normalise=normalise))
+    for _ in range(num_needed):
+        assert not normaliser.is_ready
+        normaliser.count(make_episode(scores={"a": 1.0}))
+    assert normaliser.is_ready
 
 
 def test_the_baseline_is_what_the_prompt_scored_before(make_episode: MakeEpisode) -> None:
@@ -238,7 +253,12 @@ def test_a_normaliser_goes_on_from_its_saved_state(make_episode: MakeEpisode) ->
         make_episode(prompt_id=f"p{number % 3}", scores={"a": math.sin(number)}) for number in range(12)
     ]
     uninterrupted, before, after = (ScoreNormaliser(config) for _ in range(3))
-    expected = [uninterrupted.score(episode) for episode in episodes]
-    first = [before.score(episode) for episode in episodes[:6]]
+
+    def count_and_score(normaliser: ScoreNormaliser, episode: Episode) -> float:
+        normaliser.count(episode)
+        return normaliser.score(episode)
+
+    expected = [count_and_score(uninterrupted, episode) for episode in episodes]
+    first = [count_and_score(before, episode) for episode in episodes[:6]]
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    assert first + [after.score(episode) for episode in episodes[6:]] == expected
+    assert first + [count_and_score(after, episode) for episode in episodes[6:]] == expected

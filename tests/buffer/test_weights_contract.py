@@ -48,7 +48,7 @@ def test_an_agent_arrives_as_it_was_published(make_end: Callable[[], Any]) -> No
 def test_only_newer_weights_are_fetched_and_the_latest_wins(make_end: Callable[[], Any]) -> None:
     sink, source = make_end(), make_end()
     for version in (1, 5, 9):
-        sink.publish(version, {"w": torch.tensor([float(version)])})
+        assert sink.publish(version, {"w": torch.tensor([float(version)])}) is True
     assert sink.latest_version() == source.latest_version() == 9
     assert source.fetch_newer(than=1).tensors["w"].item() == 9
     assert source.fetch_newer(than=8).version == 9

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mara.common.agent import ACCEPT, CARD_FILE, REJECT, WEIGHTS_FILE, Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
@@ -31,6 +32,12 @@ def test_the_network_is_the_one_of_the_paper():
         x = np.maximum(weights["linear2.weight"] @ x + weights["linear2.bias"], 0)
         x = weights["output_linear.weight"] @ x + weights["output_linear.bias"]
         np.testing.assert_allclose(found, x - np.log(np.exp(x).sum()), atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(0, 8), (8, 0), (-1, 8)])
+def test_layers_without_units_are_refused(widths):
+    with pytest.raises(ValidationError, match="greater than 0"):
+        AgentConfig(widths=widths)
 
 
 def test_it_has_the_size_the_paper_states():
@@ -79,7 +86,18 @@ def test_a_missing_file_is_named(tmp_path, name):
         load_agent(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "no json", "other widths", "unknown setting"])
+DAMAGE = [
+    "truncated weights",
+    "no json",
+    "other widths",
+    "unknown setting",
+    "a list",
+    "no units",
+    "a text for a size",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_agent_is_one_clear_line(tmp_path, damage):
     save_agent(random_agent(), tmp_path, {})
     weights, card = tmp_path / WEIGHTS_FILE, tmp_path / CARD_FILE
@@ -90,6 +108,12 @@ def test_a_damaged_agent_is_one_clear_line(tmp_path, damage):
         card.write_text("{")
     elif damage == "other widths":
         card.write_text(json.dumps(content | {"agent": content["agent"] | {"widths": [4, 4]}}))
+    elif damage == "a list":
+        card.write_text("[]")
+    elif damage == "no units":
+        card.write_text(json.dumps(content | {"agent": content["agent"] | {"widths": [0, 8]}}))
+    elif damage == "a text for a size":
+        card.write_text(json.dumps(content | {"hidden_size": "12"}))
     else:
         card.write_text(json.dumps(content | {"agent": content["agent"] | {"depth": 3}}))
     with pytest.raises(UserError, match="cannot be read") as caught:

@@ -43,6 +43,34 @@ def test_token_probabilities_of_a_whole_set_sum_to_one():
     assert np.exp(policy_token_logprobs(episode)).sum() == np.float32(1.0)
 
 
+def test_a_retaken_first_candidate_has_the_probability_of_both_ways_to_it():
+    episode = make_episode(
+        [
+            (0, 0, 0, False, 0.3),
+            (0, 1, 0, False, 0.6),
+            (0, 2, 0, False, 0.5),
+            (1, 0, 0, True, 1.0),
+            (1, 0, 1, False, 0.8),
+        ]
+    )
+    retaken = 0.3 + 0.7 * 0.4 * 0.5
+    found = np.exp(policy_token_logprobs(episode))
+    np.testing.assert_allclose(found, [0.3, 0.7 * 0.6, 0.7 * 0.4 * 0.5, retaken, 0.8], rtol=1e-6)
+    # Without the rejection of the first candidate: one record for each token of the set.
+    np.testing.assert_allclose(found[1:4].sum(), 1.0, rtol=1e-6)
+
+
+def test_the_retaken_candidate_is_taken_as_often_as_it_says():
+    accepts, rng = np.array([0.3, 0.6, 0.5]), np.random.default_rng(0)
+    rejected = rng.random((20_000, 3)) >= accepts
+    first = ~rejected[:, 0] | rejected.all(1)
+    episode = make_episode(
+        [*((0, rank, 0, False, p) for rank, p in enumerate(accepts)), (1, 0, 0, True, 1.0)]
+    )
+    assert np.exp(policy_token_logprobs(episode)[-1]) == np.float32(0.44)
+    assert abs(first.mean() - 0.44) < 0.02
+
+
 def test_bytes_are_those_of_the_arrays():
     episode = make_episode([(1, 0, 0, False, 0.5), (1, 0, 1, False, 0.5)])
     states, ids = 2 * 6 * 2, (4 + 2) * 4

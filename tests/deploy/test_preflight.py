@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from mara.actors.config import LLMConfig
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
+from mara.buffer.connection import connect
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.cli import app
@@ -100,6 +101,23 @@ def test_a_wrong_password_is_told_without_showing_it(config_path: Path, server: 
     assert "s3cret" not in result.output
 
 
+def test_a_server_with_too_little_memory_is_refused_before_a_model_is_looked_for(
+    config_path: Path, server: EmbeddedServer
+) -> None:
+    result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
+    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory 67108864", "replay.log_max_bytes")
+
+
+def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
+    config_path: Path, server: EmbeddedServer
+) -> None:
+    owner = connect(server.url)
+    owner.config_set("maxmemory-policy", "allkeys-lru")
+    result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
+    owner.config_set("maxmemory-policy", "noeviction")
+    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory-policy allkeys-lru", "noeviction")
+
+
 def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_one_line(train(config_path, f"run.dir={tmp_path / 'file' / 'runs'}"), "run.dir")
@@ -112,12 +130,13 @@ def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: P
         ("learner.device=gpu", ["learner.device=gpu", "cuda"]),
         ("rollout.num_gpus=64", ["rollout.num_gpus=64", "lower it"]),
         ("learner.start_batches=1000000", ["learner.start_batches", "replay.capacity_transitions"]),
+        ("learner.num_episodes=15 shaping.normalise=running", ["learner.num_episodes is 15", "16", "none"]),
     ],
 )
 def test_settings_that_cannot_work_here_are_refused(
     config_path: Path, override: str, parts: list[str]
 ) -> None:
-    assert_one_line(train(config_path, override), *parts)
+    assert_one_line(train(config_path, *override.split()), *parts)
 
 
 def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:

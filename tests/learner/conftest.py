@@ -66,6 +66,10 @@ def make_episode() -> EpisodeMaker:
         forced_T = np.asarray(forced if forced is not None else [False] * num, bool)
         g = torch.Generator().manual_seed(count)
         num_tokens = int(np.sum(actions)) if num_tokens is None else num_tokens
+        if ranks is None:  # one more for each rejection since the last acceptance
+            ranks = [0] * num
+            for t in range(1, num):
+                ranks[t] = 0 if actions[t - 1] else ranks[t - 1] + 1
         columns = {
             "uid": f"episode-{count}",
             "prompt_id": "prompt/1",
@@ -74,7 +78,7 @@ def make_episode() -> EpisodeMaker:
             "response_ids_N": np.arange(num_tokens, dtype=np.int32),
             "states_TD": torch.randn(num, hidden_size, generator=g).bfloat16(),
             "actions_T": np.asarray(actions, np.uint8),
-            "ranks_T": np.asarray(ranks if ranks is not None else [0] * num, np.int16),
+            "ranks_T": np.asarray(ranks, np.int16),
             "num_candidates_T": np.full(num, 3, np.int16),
             "positions_T": np.asarray(positions, np.int32),
             "forced_T": forced_T,

@@ -60,17 +60,17 @@ def make_learner(log: MemoryEpisodeLog, num_episodes: int, seed: int, width: int
 
 def test_a_loaded_learner_goes_on_bit_for_bit(make_episode: EpisodeMaker, tmp_path: Path) -> None:
     log = MemoryEpisodeLog()
-    episodes = [make_episode([1, 0, 1, 1], scores={"good": float(i % 4)}) for i in range(9)]
+    episodes = [make_episode([1, 0, 1, 1], scores={"good": float(i % 4)}) for i in range(23)]
     log.append(episodes)
-    learner = make_learner(log, 9, seed=0)
+    learner = make_learner(log, 23, seed=0)
     learner.run()
     save_checkpoint(tmp_path, learner)
 
-    fresh = make_learner(log, 9, seed=5)
-    fresh.mirror.add(episodes)  # the ring is refilled from the log
+    fresh = make_learner(log, 23, seed=5)
+    fresh.mirror.add(episodes)  # a checkpoint holds no ring
     load_checkpoint(tmp_path, fresh)
     assert fresh.gradient_step == learner.gradient_step == 12
-    assert fresh.num_episodes == 9
+    assert fresh.num_episodes == 23
     late = make_episode([1, 1, 1], scores={"good": 3.0})
     for one in (learner, fresh):
         one.mirror.add([late])
@@ -157,6 +157,6 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
 
 def test_networks_of_another_size_are_refused(make_episode: EpisodeMaker, tmp_path: Path) -> None:
     log = MemoryEpisodeLog()
-    save_checkpoint(tmp_path, make_learner(log, 1, seed=0))
+    save_checkpoint(tmp_path, make_learner(log, 16, seed=0))
     with pytest.raises(UserError, match=r"does not fit .*learner.sac.critic_widths.*use the settings"):
-        load_checkpoint(tmp_path, make_learner(log, 1, seed=0, width=16))
+        load_checkpoint(tmp_path, make_learner(log, 16, seed=0, width=16))

@@ -1,8 +1,10 @@
 """The loop on an in-memory log: what it reads, when it trains, what it leaves behind."""
 
 import json
+import math
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
-from mara.common.errors import UserError
+from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner.config import LearnerConfig, SACConfig
 from mara.learner.loop import WAIT_S, Learner
 from mara.learner.sac import SACMetrics
@@ -68,7 +70,8 @@ def log_of(episodes: Sequence[Episode]) -> MemoryEpisodeLog:
 class ScriptedReader:
     """Hands out prepared answers, one for each read, then nothing; notes how long it was allowed to wait."""
 
-    num_malformed = 0
+    num_malformed = num_trimmed_unread = num_duplicates = 0
+    waited_s = 0.0
     cursor = "0"
 
     def __init__(self, answers: Sequence[Sequence[Episode]]) -> None:
@@ -124,6 +127,62 @@ def test_the_last_agent_is_published_whatever_the_period(make_episode: EpisodeMa
         assert torch.equal(latest.tensors[name], tensor)
 
 
+class RefusingChannel(MemoryWeightChannel):
+    """Drops the first publications, as one on a store does that is away."""
+
+    def __init__(self, num_refused: int) -> None:
+        super().__init__()
+        self.num_refused = num_refused
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        if self.num_refused > 0:
+            self.num_refused -= 1
+            return False
+        return super().publish(version, tensors)
+
+
+class PatientActors(ScriptedReader):
+    """Make no episode before they have weights; a test that waits for them for ever fails instead."""
+
+    def __init__(self, channel: MemoryWeightChannel, answers: Sequence[Sequence[Episode]]) -> None:
+        super().__init__(answers)
+        self.channel = channel
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        assert self.reads < 200
+        if self.channel.latest_version() is None:
+            self.reads += 1
+            return []
+        return super().read(max_episodes, timeout_s)
+
+
+def test_a_first_publication_that_was_dropped_is_made_again(make_episode: EpisodeMaker) -> None:
+    channel, rows = RefusingChannel(num_refused=3), list[dict[str, float]]()
+    actors = PatientActors(channel, [[make_episode([1] * 8)] for _ in range(2)])
+    learner = make_learner(actors, channel, num_episodes=2, on_metrics=rows.append)
+    assert learner.run().num_episodes == 2
+    assert rows[-1]["weights/dropped"] == 3
+
+
+def test_a_dropped_publication_is_made_again_when_the_next_one_is_due_and_no_earlier() -> None:
+    channel = RefusingChannel(num_refused=2)
+
+    class Reader(ScriptedReader):
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            assert self.reads < 5000
+            if channel.latest_version() is not None:
+                learner.stop()
+            time.sleep(0.001)
+            return super().read(max_episodes, timeout_s)
+
+    reader = Reader([])
+    learner = make_learner(reader, channel, publish_period_s=0.1)
+    began = time.monotonic()
+    learner.run()
+    assert 0.2 <= time.monotonic() - began < 5
+    assert reader.reads > 20
+
+
 def test_it_waits_for_episodes_only_when_it_has_nothing_to_train_on(make_episode: EpisodeMaker) -> None:
     full = [make_episode([1] * 8) for _ in range(2)]
     reader = ScriptedReader([[full[0]], [], [], [full[1]], [], []])
@@ -153,6 +212,27 @@ def test_too_few_transitions_to_begin_is_an_error_with_a_remedy(make_episode: Ep
     log = log_of([make_episode([1]) for _ in range(3)])
     with pytest.raises(UserError, match=r"start_batches.* at 80 transitions .*3 episodes held 3; lower it"):
         make_learner(log.reader(), num_episodes=3, start_batches=10).run()
+
+
+def test_training_starts_though_whole_episodes_never_fill_the_ring_to_the_brim(
+    make_episode: EpisodeMaker,
+) -> None:
+    log = log_of([make_episode([1, 1, 1]) for _ in range(50)])
+    replay = ReplayConfig(capacity_transitions=100)
+    learner = make_learner(log.reader(), num_episodes=50, batch_size=10, start_batches=10, replay=replay)
+    summary = learner.run()
+    assert learner.mirror.num_transitions == 99
+    assert summary.gradient_steps == 2 * (50 - 33)  # the 34th episode brings the 100th transition
+
+
+def test_fewer_episodes_than_a_deviation_takes_are_refused_at_once() -> None:
+    running = ShapingConfig(score_weights={"good": 1.0}, normalise="running")
+    reader = MemoryEpisodeLog().reader()
+    with pytest.raises(
+        UserError, match=r"learner\.num_episodes is 15, fewer than the 16 .*; raise it or use"
+    ):
+        make_learner(reader, num_episodes=15, shaping=running)
+    make_learner(reader, num_episodes=16, shaping=running)
 
 
 def test_a_start_beyond_the_capacity_is_refused_at_once() -> None:
@@ -186,7 +266,7 @@ def test_metrics_say_what_happened(make_episode: EpisodeMaker) -> None:
         "episode/num_tokens": 2,
         "episode/accept_rate": 2 / 3,
         "episode/decisions_per_token": 1.5,
-        "episode/accepted_rank_0": 1,
+        "episode/accepted_rank_0": 1 / 2,
         "episode/finish_eos_rate": 1,
         "policy/lag_mean": 0,  # all were read before the first step
         "policy/lag_max": 0,
@@ -198,6 +278,18 @@ def test_metrics_say_what_happened(make_episode: EpisodeMaker) -> None:
     assert row["replay/sample_rate"] > row["replay/insert_rate"] > 0
     assert 0 <= row["learner/idle_ratio"] < 1
     assert row["replay/bytes"] == learner.mirror.nbytes > 30 * 2 * D
+
+
+def test_what_got_lost_or_came_twice_is_in_the_metrics(make_episode: EpisodeMaker) -> None:
+    rows: list[dict[str, float]] = []
+    log = MemoryEpisodeLog(ReplayConfig(log_max_bytes=1 << 14))
+    episodes = [make_episode([1] * 8, hidden_size=D) for _ in range(200)]
+    log.append(episodes)
+    log.append(episodes[-2:])
+    make_learner(log.reader(), on_metrics=rows.append).run()
+    assert rows[-1]["replay/duplicates"] == 2
+    assert rows[-1]["replay/trimmed_unread"] > 100
+    assert rows[-1]["weights/dropped"] == 0
 
 
 def test_lag_is_the_gradient_step_at_reading_minus_the_version_that_decided(
@@ -224,6 +316,112 @@ def test_waiting_is_counted_as_idle() -> None:
     assert summary.stopped
     assert rows[0]["learner/idle_ratio"] > 0.9
     assert summary.idle_ratio > 0.9
+
+
+def test_decoding_what_has_come_is_not_counted_as_idle(make_episode: EpisodeMaker) -> None:
+    class SlowDecoder(ScriptedReader):
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            time.sleep(0.02)
+            return super().read(max_episodes, timeout_s)
+
+    reader = SlowDecoder([[make_episode([1] * 8)] for _ in range(10)])
+    assert make_learner(reader).run().idle_ratio == 0
+
+
+class VanishingReader(ScriptedReader):
+    """Raises once it has no more answers."""
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        if not self.answers:
+            raise ReplayUnavailable("the replay store has not answered for 60 s")
+        return super().read(max_episodes, timeout_s)
+
+
+def assert_saved(folder: Path, learner: Learner, gradient_steps: int) -> None:
+    """The agent and a checkpoint lie there, as the learner holds them now."""
+    agent, card = load_agent(folder / "agent", hidden_size=D)
+    torch.testing.assert_close(agent.state_dict(), learner.sac.agent.state_dict(), rtol=0, atol=0)
+    assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())
+    assert card["training"]["gradient_steps"] == gradient_steps
+    state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())["state"]
+    assert state["sac"]["step"] == learner.gradient_step == gradient_steps
+
+
+def test_what_was_learnt_is_saved_when_the_store_goes_for_good(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    reader = VanishingReader([[make_episode([1] * 8)], [], []])
+    learner = make_learner(reader, num_episodes=1000, run_folder=tmp_path)
+    with pytest.raises(ReplayUnavailable, match="has not answered"):
+        learner.run()
+    assert_saved(tmp_path, learner, gradient_steps=2)
+
+
+def test_the_last_networks_that_were_finite_are_saved_when_a_loss_is_not(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    monte_carlo = ShapingConfig(score_weights={"good": 1.0}, returns="monte_carlo")
+    bad = make_episode([1] * 8, scores={"good": math.nan})
+    reader = ScriptedReader([[make_episode([1] * 8)], [], [bad]])
+    learner = make_learner(reader, shaping=monte_carlo, run_folder=tmp_path)
+    with pytest.raises(FloatingPointError):
+        learner.run()
+    assert_saved(tmp_path, learner, gradient_steps=2)
+
+
+def test_the_agent_is_saved_before_its_last_publication(make_episode: EpisodeMaker, tmp_path: Path) -> None:
+    class Vanishing(MemoryWeightChannel):
+        def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+            if version > 0:
+                raise ReplayUnavailable("the replay store has not answered for 60 s")
+            return super().publish(version, tensors)
+
+    reader = ScriptedReader([[make_episode([1] * 8)] for _ in range(10)])
+    learner = make_learner(reader, Vanishing(), run_folder=tmp_path, publish_period_s=3600)
+    with pytest.raises(ReplayUnavailable):
+        learner.run()
+    assert_saved(tmp_path, learner, gradient_steps=20)
+
+
+def test_a_run_that_fails_before_anything_was_learnt_leaves_no_agent(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    log = log_of([make_episode([1, 1], scores={"other": 1.0})])
+    with pytest.raises(UserError, match="good"):
+        make_learner(log.reader(), run_folder=tmp_path).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_to_save_does_not_hide_why_the_run_ended(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    reader = VanishingReader([[make_episode([1] * 8)], [], []])
+    learner = make_learner(reader, num_episodes=1000, run_folder=tmp_path / "file")
+    with pytest.raises(ReplayUnavailable) as caught:
+        learner.run()
+    assert "could not be saved either" in caught.value.__notes__[0]
+
+
+def test_a_learner_that_owes_steps_waits_while_its_ring_is_empty(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(5)])
+    stopped = make_learner(log.reader(), num_episodes=6)
+    stopped._read()
+    assert stopped.state_dict()["budget"]["owed"] == 10
+    reader = ScriptedReader([[], [], [make_episode([1] * 8)]])
+    loaded = make_learner(reader, num_episodes=6)
+    loaded.load_state_dict(stopped.state_dict())
+    assert loaded.run().gradient_steps == 12
+    assert reader.timeouts == [WAIT_S, WAIT_S, WAIT_S]
+
+
+def test_a_learner_with_nothing_to_train_on_and_nothing_to_come_ends(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(5)])
+    done = make_learner(log.reader(), num_episodes=5)
+    done._read()
+    loaded = make_learner(log.reader(), num_episodes=5)
+    loaded.load_state_dict(done.state_dict())
+    assert loaded.run().gradient_steps == 0
 
 
 def test_stop_from_another_thread_saves_publishes_and_returns(

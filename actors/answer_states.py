@@ -64,13 +64,17 @@ def read_answers(
 ) -> list[list[Answer]]:
     """Hidden states of given answers, for each (prompt ids, answers' ids) group.
 
-    Answers must have at least one token. ``progress`` gets (groups done, groups in all).
+    Answers must have at least one token; a group may have none. ``progress`` gets (groups done, groups in
+    all).
     """
     answers: list[list[Answer]] = [[] for _ in groups]
     done = 0
     for batch in _batches(groups, max_batch_tokens):
-        prefix = _Prefix(llm, [groups[g][0] for g in batch])
         rows = [(p, a) for p, g in enumerate(batch) for a in range(len(groups[g][1]))]
+        if not rows:
+            progress(done := done + len(batch), len(groups))
+            continue
+        prefix = _Prefix(llm, [groups[g][0] for g in batch])
         rows.sort(key=lambda row: len(groups[batch[row[0]]][1][row[1]]))
         states: dict[tuple[int, int], torch.Tensor] = {}
         step = max(1, max_batch_tokens // max(len(groups[batch[p]][1][a]) for p, a in rows))
@@ -127,8 +131,9 @@ def _decode(
     branch = prefix.branch(owners)
     last_BD = prefix.last_states_PD[owners]
     most = max(sampler.top_k for sampler in samplers)
+    logit_head = llm.logit_head
     while running:
-        logits_BV = llm.model.get_output_embeddings()(last_BD)
+        logits_BV = logit_head(last_BD)
         top = torch.topk(logits_BV, min(most, logits_BV.shape[-1]))
         values_BK = top.values.float().cpu()
         totals_B = logits_BV.float().logsumexp(-1).cpu()

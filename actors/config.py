@@ -30,7 +30,7 @@ class LLMConfig(Config):
 class TruncationConfig(Config):
     """Which tokens are candidates (section 3.1): top-k, then top-p, on the raw distribution."""
 
-    top_k: int = Field(default=40, ge=1)
+    top_k: int = Field(default=40, ge=1, le=1024)
     """Most candidates at one position. Usual range 5–40."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Smallest set of the most probable tokens whose probability reaches this. Usual range 0.8–1."""
@@ -47,7 +47,7 @@ class DecodingConfig(Config):
     fallback: Literal["last", "first"] = "last"
     """What is taken when every candidate was rejected: the last (the paper) or the first candidate (the
     authors' evaluation). With ``last`` the last candidate is accepted without asking; with ``first`` it
-    is asked about, and its rejection takes the first."""
+    is asked about, and its rejection takes the first, which is recorded as a decision without a choice."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
     """Greedy decoding accepts a candidate whose acceptance probability reaches this."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import render_prompts, score_prefixes
 from mara.common.agent import Agent
+from mara.common.episode import FinishReason
 from mara.common.seeding import derive_seed
 
 NUM_RESAMPLES = 2000
@@ -57,6 +59,24 @@ class Fluency:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredAnswer:
+    """What the comparison needs of one answer. Its hidden states are gone: those of all would fill a GPU."""
+
+    response_ids: list[int]
+    """With the end-of-sequence token if one was taken."""
+    token_logprobs: list[float]
+    """Of every token under the LLM itself (temperature 1, whole vocabulary)."""
+    finish_reason: FinishReason
+    scores: dict[str, float]
+    """Raw score by reward model."""
+    accepted_ranks: list[int]
+    """Rank of the candidate taken, at each position that had several and a policy to decide."""
+    num_decisions: int
+    num_forced: int
+    """Acceptances without a choice: every other candidate was rejected, or all were."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt with its answers and their raw scores."""
 
@@ -72,7 +92,7 @@ class EvaluationReport:
     num_prompts: int
     preference: dict[str, PreferenceRate]
     """Agent against the greedy LLM, for each reward model and ``joint``: better by all of them is a win,
-    worse by all a loss, else a tie."""
+    worse by all a loss, else a tie. Answers of the same tokens are ties."""
     fluency: dict[str, Fluency]
     """For each system: ``base``, ``agent``, ``base_sampled``."""
     mean_scores: dict[str, dict[str, float]]
@@ -81,7 +101,7 @@ class EvaluationReport:
     """Share of the agent's decided tokens by the rank of the candidate taken; the last entry is the rest."""
     decisions_per_token: float
     forced_share: float
-    """Decided tokens at which every other candidate was rejected."""
+    """Decided tokens at which every other candidate, or every one, was rejected."""
     samples: list[Sample] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -109,8 +129,9 @@ def evaluate(
 
     Args:
         weights: sign of each reward model: negative where lower is better.
-        rows: prompts decoded at the same time.
-        seed: of the sampled yardstick; the greedy systems have no randomness.
+        rows: prompts decoded at the same time. In 16 bit a few greedy answers change with it, because the
+            LLM rounds differently in batches of another size.
+        seed: of the sampled yardstick; the greedy systems draw nothing.
         num_samples: prompts whose answers are kept in the report, evenly spread.
     """
     policies: dict[str, Policy | Plain] = {
@@ -120,12 +141,19 @@ def evaluate(
     }
     answers = {
         system: answer_prompts(
-            llm, prompts, decoding, policy, rows, max_prompt_tokens, seed, _for_system(progress, system)
+            llm,
+            prompts,
+            decoding,
+            policy,
+            rows,
+            max_prompt_tokens,
+            seed,
+            _for_system(progress, system),
+            heads,
         )
         for system, policy in policies.items()
     }
-    scores = {system: _scores(heads, generations, llm.eos_ids) for system, generations in answers.items()}
-    return _report(llm, prompts, answers, scores, weights, seed, num_samples)
+    return _report(llm, prompts, answers, weights, seed, num_samples)
 
 
 def answer_prompts(
@@ -137,8 +165,9 @@ def answer_prompts(
     max_prompt_tokens: int,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Generation]:
-    """One answer for each prompt, in their order."""
+    heads: Mapping[str, RewardHead] = MappingProxyType({}),
+) -> list[ScoredAnswer]:
+    """One answer for each prompt, in their order, scored by ``heads`` as soon as it is finished."""
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     engine = Engine(
         llm.model, llm.eos_ids, decoding, policy, min(rows, len(prompts)), max(map(len, rendered.values()))
@@ -149,9 +178,9 @@ def answer_prompts(
         Request(rendered[prompts[index].id], derive_seed(seed, "answer", prompts[index].id), tag=index)
         for index in order
     )
-    answers: list[Generation | None] = [None] * len(prompts)
+    answers: list[ScoredAnswer | None] = [None] * len(prompts)
     for done, generation in enumerate(engine.generate(requests), start=1):
-        answers[generation.request.tag] = generation
+        answers[generation.request.tag] = _scored(generation, heads, llm.eos_ids)
         progress(done, len(prompts))
     return [answer for answer in answers if answer is not None]
 
@@ -179,26 +208,33 @@ def preference_rate(differences: Sequence[np.ndarray], seed: int = 0) -> Prefere
     )
 
 
-def fluency(generations: Sequence[Generation], texts: Sequence[str]) -> Fluency:
+def fluency(answers: Sequence[ScoredAnswer], texts: Sequence[str]) -> Fluency:
     """Perplexity under the plain LLM, distinct-n over lower-cased words, length."""
-    logprobs = np.concatenate([generation.token_logprobs for generation in generations])
+    logprobs = np.concatenate([answer.token_logprobs for answer in answers])
     words = [text.lower().split() for text in texts]
     return Fluency(
         perplexity=float(np.exp(-logprobs.mean())),
         distinct_1=_distinct(words, 1),
         distinct_2=_distinct(words, 2),
         distinct_3=_distinct(words, 3),
-        mean_tokens=float(np.mean([len(generation.response_ids) for generation in generations])),
-        eos_share=float(np.mean([generation.finish_reason == "eos" for generation in generations])),
+        mean_tokens=float(np.mean([len(answer.response_ids) for answer in answers])),
+        eos_share=float(np.mean([answer.finish_reason == "eos" for answer in answers])),
     )
 
 
-def _scores(
-    heads: Mapping[str, RewardHead], generations: Sequence[Generation], eos_ids: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """float32 [N] raw scores of N answers, by reward model."""
-    rows = [score_prefixes(heads, generation, eos_ids) for generation in generations]
-    return {name: np.array([row[name][-1] for row in rows]) for name in heads}
+def _scored(generation: Generation, heads: Mapping[str, RewardHead], eos_ids: Sequence[int]) -> ScoredAnswer:
+    """The answer without its hidden states."""
+    taken = [decision for decision in generation.decisions if decision.action]
+    scores = score_prefixes(heads, generation, eos_ids)
+    return ScoredAnswer(
+        response_ids=generation.response_ids,
+        token_logprobs=generation.token_logprobs,
+        finish_reason=generation.finish_reason,
+        scores={name: float(scores_N[-1]) for name, scores_N in scores.items()},
+        accepted_ranks=[decision.rank for decision in taken],
+        num_decisions=len(generation.decisions),
+        num_forced=sum(decision.forced for decision in taken),
+    )
 
 
 def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -213,38 +249,46 @@ def _for_system(progress: Progress, system: str) -> Callable[[int, int], None]:
 def _report(
     llm: LLM,
     prompts: Sequence[Prompt],
-    answers: Mapping[str, Sequence[Generation]],
-    scores: Mapping[str, Mapping[str, np.ndarray]],
+    answers: Mapping[str, Sequence[ScoredAnswer]],
     weights: Mapping[str, float],
     seed: int,
     num_samples: int,
 ) -> EvaluationReport:
     texts = {
-        system: [llm.decode(g.response_ids) for g in generations] for system, generations in answers.items()
+        system: [llm.decode(answer.response_ids) for answer in of_system]
+        for system, of_system in answers.items()
     }
+    scores = {
+        system: {name: np.array([answer.scores[name] for answer in of_system]) for name in weights}
+        for system, of_system in answers.items()
+    }
+    # Batches of other shapes round differently: the same tokens must not win or lose by that.
+    differs_N = np.array(
+        [a.response_ids != b.response_ids for a, b in zip(answers["agent"], answers["base"], strict=True)]
+    )
     differences = {
-        name: np.sign(weight) * (scores["agent"][name] - scores["base"][name])
+        name: np.sign(weight) * (scores["agent"][name] - scores["base"][name]) * differs_N
         for name, weight in weights.items()
         if weight != 0
     }
     preference = {name: preference_rate([values], seed) for name, values in differences.items()}
     preference["joint"] = preference_rate(list(differences.values()), seed)
-    taken = [d for generation in answers["agent"] for d in generation.decisions if d.action]
-    ranks = np.bincount([min(d.rank, NUM_RANKS) for d in taken], minlength=NUM_RANKS + 1)
-    num_tokens = sum(len(generation.response_ids) for generation in answers["agent"])
-    num_decisions = sum(len(generation.decisions) for generation in answers["agent"])
+    taken = [min(rank, NUM_RANKS) for answer in answers["agent"] for rank in answer.accepted_ranks]
+    ranks = np.bincount(taken, minlength=NUM_RANKS + 1)
+    num_tokens = sum(len(answer.response_ids) for answer in answers["agent"])
+    num_decisions = sum(answer.num_decisions for answer in answers["agent"])
     shown = np.linspace(0, len(prompts) - 1, min(num_samples, len(prompts))).astype(int).tolist()
     return EvaluationReport(
         num_prompts=len(prompts),
         preference=preference,
-        fluency={system: fluency(generations, texts[system]) for system, generations in answers.items()},
+        fluency={system: fluency(of_system, texts[system]) for system, of_system in answers.items()},
         mean_scores={
             system: {name: float(values.mean()) for name, values in by_name.items()}
             for system, by_name in scores.items()
         },
         accepted_ranks=(ranks / max(1, len(taken))).tolist(),
         decisions_per_token=num_decisions / max(1, num_tokens),
-        forced_share=sum(d.forced for d in taken) / max(1, len(taken)),
+        forced_share=sum(answer.num_forced for answer in answers["agent"]) / max(1, len(taken)),
         samples=[
             Sample(
                 prompt=prompts[index].prompt,

@@ -30,10 +30,13 @@ from mara.actors.head_material import (
     REAL,
     SALAD,
     SAMPLED,
+    SPLIT_SEED,
     Material,
     OwnAnswers,
     Progress,
     build_material,
+    check_prompts,
+    render_conversation,
     sample_own_answers,
 )
 from mara.actors.head_measure import (
@@ -46,7 +49,12 @@ from mara.actors.head_measure import (
 )
 from mara.actors.heads import RewardHead, normalise, save_head, segment_mean
 from mara.actors.llm import LLM, load_llm
-from mara.actors.preferences import PreferencePair, drop_shared_answers, read_preferences
+from mara.actors.preferences import (
+    PreferencePair,
+    drop_shared_answers,
+    prompt_fraction,
+    read_preferences,
+)
 from mara.actors.prompts import load_prompts
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed, generator
@@ -54,6 +62,7 @@ from mara.common.seeding import derive_seed, generator
 BATCH_TEXTS = 160
 DROPOUT = 0.1
 MIN_PAIRS = 20
+MIN_OWN_ANSWERS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +76,19 @@ class FittedHead:
 def fit_from_files(llm_config: LLMConfig, config: FitConfig, out: Path, progress: Progress) -> FitReport:
     """Read pairs and prompts, load the LLM, fit a head, write it and its card into ``out``.
 
-    ``progress`` gets (what is being done, done, in all). Files are checked before the LLM is loaded.
+    ``progress`` gets (what is being done, done, in all). Files are read and their rows counted before the LLM
+    is loaded.
 
     Raises:
-        UserError: pairs, prompts or LLM cannot be read, or there are too few pairs.
+        UserError: pairs, prompts or LLM cannot be read, or there are too few pairs or prompts.
     """
     pairs = read_preferences(config.pairs, config.pairs_split)
+    check_pairs(drop_shared_answers(pairs), config)
     if config.prompts is None:
         prompts = [pair.messages[-1].content for pair in pairs]
     else:
         prompts = [prompt.prompt for prompt in load_prompts(config.prompts)]
+    check_prompts(len(set(prompts)), config)
     llm = load_llm(llm_config)
     fitted = fit_reward_head(llm, pairs, prompts, config, progress)
     save_head(out, fitted.head, card_of(config, fitted.report))
@@ -92,11 +104,23 @@ def fit_reward_head(
     progress: Progress,
     own: Sequence[OwnAnswers] | None = None,
 ) -> FittedHead:
-    """Fit a head for ``llm``. ``own`` are its answers to the prompts if they have been sampled before."""
+    """Fit a head for ``llm``. ``own`` are its answers to the prompts if they have been sampled before.
+
+    Raises:
+        UserError: too few pairs or prompts are short enough, or the LLM has nothing to say to them.
+    """
     started_s = time.monotonic()
     clean = drop_shared_answers(pairs)
+    limit = config.max_prompt_tokens
+    check_pairs([pair for pair in clean if render_conversation(llm, pair.messages, limit)], config)
     if own is None:
         own = sample_own_answers(llm, prompts, config, progress)
+    num_sampled = sum(item.answers[SAMPLED].ids[0] not in llm.eos_ids for item in own)
+    if num_sampled < MIN_OWN_ANSWERS:
+        raise UserError(
+            f"prompts: of the LLM's own answers to {len(own)} prompts {num_sampled} say anything, and the "
+            f"scale of a head takes {MIN_OWN_ANSWERS}; give more or other prompts"
+        )
     material = build_material(llm, clean, own, config, progress)
     head = fit_material(material, config, llm.hidden_size, progress)
     report = measure(head, material, config).model_copy(
@@ -110,6 +134,31 @@ def fit_reward_head(
     return FittedHead(head, report)
 
 
+def check_pairs(pairs: Sequence[PreferencePair], config: FitConfig) -> None:
+    """Refuse pairs that are too few to fit to or to measure with, at no cost.
+
+    Raises:
+        UserError: fewer than 20 in the part that is fitted to, or none in the part that is held out.
+    """
+    usable = [pair for pair in pairs if pair.chosen and pair.rejected and pair.chosen != pair.rejected]
+    places_T = torch.tensor([prompt_fraction(pair.group, SPLIT_SEED) for pair in usable], dtype=torch.float64)
+    num_pairs = int(in_share(places_T, config).sum())
+    if num_pairs < MIN_PAIRS:
+        raise UserError(_too_few(config, num_pairs))
+    if not (places_T < config.held_out).any():
+        raise UserError(
+            f"pairs: no pair of {config.pairs} falls into the held-out part; give more pairs, or raise "
+            f"held_out={config.held_out}"
+        )
+
+
+def _too_few(config: FitConfig, num_pairs: int) -> str:
+    return (
+        f"pairs: {config.pairs} leaves {num_pairs} pairs to fit to; give at least {MIN_PAIRS} with two "
+        f"different answers and a prompt of at most max_prompt_tokens={config.max_prompt_tokens}"
+    )
+
+
 def fit_material(material: Material, config: FitConfig, hidden_size: int, progress: Progress) -> RewardHead:
     """Fit a head to the part ``config.share`` of the prompts that are not held out.
 
@@ -119,9 +168,7 @@ def fit_material(material: Material, config: FitConfig, hidden_size: int, progre
     used_T = in_share(material.places_T, config)
     num_pairs = sum(c.kind == PREFERENCE and bool(used_T[c.better]) for c in material.comparisons)
     if num_pairs < MIN_PAIRS:
-        raise UserError(
-            f"pairs: {config.pairs} leaves {num_pairs} pairs to fit to; give at least {MIN_PAIRS}"
-        )
+        raise UserError(_too_few(config, num_pairs))
     torch.manual_seed(derive_seed(config.seed, "head"))
     shape = HeadShape(
         hidden_size=hidden_size,

@@ -18,12 +18,15 @@ from mara.actors.head_config import FitConfig
 from mara.actors.heads import answer_ids
 from mara.actors.llm import LLM
 from mara.actors.preferences import Message, PreferencePair, prompt_fraction
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed, generator
 
 Progress = Callable[[str, int, int], None]
 
 SPLIT_SEED = 0
 """The held-out prompts are the same for every head."""
+
+MIN_OWN_PROMPTS = 10
 
 SAMPLED = "sampled"
 OWN = {"greedy": Sampler(temperature=0), SAMPLED: Sampler(), "sampled of 5": Sampler(top_k=5)}
@@ -143,6 +146,9 @@ def sample_own_answers(
     """Answers of the LLM to up to ``num_own_prompts`` of the prompts, good ones and broken ones.
 
     They depend on the LLM, the prompts and the seed alone, so heads for several qualities can share them.
+
+    Raises:
+        UserError: fewer than 10 prompts are short enough.
     """
     chosen = sorted(set(prompts))
     random.Random(derive_seed(config.seed, "own prompts")).shuffle(chosen)
@@ -150,6 +156,7 @@ def sample_own_answers(
     rendered = [item for item in rendered if len(item[1]) <= config.max_prompt_tokens][
         : config.num_own_prompts
     ]
+    check_prompts(len(rendered), config)
     samplers = OWN | SALAD
     answers = sample_answers(
         llm,
@@ -164,6 +171,19 @@ def sample_own_answers(
         OwnAnswers(prompt, ids, dict(zip(samplers, drawn, strict=True)))
         for (prompt, ids), drawn in zip(rendered, answers, strict=True)
     ]
+
+
+def check_prompts(num_prompts: int, config: FitConfig) -> None:
+    """Refuse prompts that are too few for the scale of a head.
+
+    Raises:
+        UserError: fewer than 10.
+    """
+    if num_prompts < MIN_OWN_PROMPTS:
+        raise UserError(
+            f"prompts: {config.prompts or config.pairs} has {num_prompts} prompts for the LLM to answer; "
+            f"give at least {MIN_OWN_PROMPTS} of at most max_prompt_tokens={config.max_prompt_tokens}"
+        )
 
 
 def render_conversation(llm: LLM, messages: Sequence[Message], max_tokens: int) -> list[int] | None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mara.buffer.codec import RecordLimits
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
+
+MAX_ID_BYTES = RecordLimits().max_text_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class Prompt:
     """What the LLM is asked."""
 
     id: str
-    """Unique in its file."""
+    """Unique in its file. At most 512 bytes: it travels with every episode."""
     prompt: str
     """The user's words, without any template."""
     category: str = ""
@@ -29,10 +32,12 @@ def load_prompts(path: Path) -> list[Prompt]:
     one prompt a line. Empty lines are skipped.
 
     Raises:
-        UserError: the file is missing, empty, or has a malformed line; names the line.
+        UserError: the file is missing, empty, or has a malformed line or an id that is too long; names the
+            line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold U+2028 and its like.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(
             f"prompts: {path} cannot be read ({error.strerror}); give a .jsonl or .txt file"
@@ -67,7 +72,12 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
         ) from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UserError(f'{where}: needs an object with a non-empty text "prompt", has {line.strip()[:60]!r}')
-    return Prompt(str(row.get("id", name)), row["prompt"], str(row.get("category", "")))
+    identity = str(row.get("id", name))
+    if (num_bytes := len(identity.encode("utf-8", "replace"))) > MAX_ID_BYTES:
+        raise UserError(
+            f"{where}: the id {identity[:20]!r}… has {num_bytes} bytes; give one of at most {MAX_ID_BYTES}"
+        )
+    return Prompt(identity, row["prompt"], str(row.get("category", "")))
 
 
 def endless(prompts: Sequence[Prompt], seed: int) -> Iterator[Prompt]:

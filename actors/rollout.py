@@ -111,14 +111,15 @@ class RolloutWorker:
             # Prompts enter a few at a time: one prefill of several costs little more than one of one.
             if self._engine.num_free >= max(1, self._rollout.rows // 8):
                 self._engine.admit(list(itertools.islice(requests, self._engine.num_free)))
-            finished = self._engine.step()
-            decoded = time.monotonic()
-            if finished:
-                self._sink.append(self._score(finished))
+            episodes = self._score(self._engine.step())
+            scored = time.monotonic()
+            if episodes:
+                self._sink.append(episodes)
             with self._lock:
-                self._busy_s += time.monotonic() - started
-                # Handing an episode over is the only thing that can hold an actor up.
-                self._waiting_s += time.monotonic() - decoded if finished else 0.0
+                ended = time.monotonic()
+                self._busy_s += ended - started
+                # Handing episodes over is the only thing that can hold an actor up.
+                self._waiting_s += ended - scored
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start. May be called from another thread at any time."""
@@ -232,7 +233,8 @@ def to_episode(
 
     states = [decision.state_D for decision in decisions]
     hidden_size = generation.token_states[0].shape[-1]
-    states_TD = torch.stack(states) if states else torch.empty(0, hidden_size, dtype=torch.bfloat16)
+    dtype = generation.token_states[0].dtype
+    states_TD = torch.stack(states) if states else torch.empty(0, hidden_size, dtype=dtype)
     if states_TD.dtype not in (torch.bfloat16, torch.float16):
         states_TD = states_TD.to(torch.bfloat16)
     return Episode(

@@ -17,7 +17,7 @@ from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import RUNNING
 from mara.deploy.rollout_host import RolloutSpec
-from mara.learner.loop import LearnerSummary
+from mara.learner.loop import CHECKPOINT_FOLDER, LearnerSummary
 
 if TYPE_CHECKING:
     from mara.deploy.topology import Ended, Handle
@@ -148,7 +148,11 @@ class Supervisor:
         if ended.error is None and not ended.died:
             assert isinstance(ended.result, LearnerSummary)
             return ended.result
-        raise self._failure(member, ended, "the run ends; its last checkpoint stays")
+        saved = member.spec.folder / CHECKPOINT_FOLDER
+        found = (
+            f"its last checkpoint is in {saved}" if saved.is_dir() else "it had not saved a checkpoint here"
+        )
+        raise self._failure(member, ended, f"the run ends; {found}")
 
     def _replace(self, index: int, member: _Member, ended: Ended) -> None:
         """Put a new rollout actor in the place of one that ended."""

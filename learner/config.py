@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from mara.common.config import Config
 
@@ -12,7 +12,7 @@ from mara.common.config import Config
 class SACConfig(Config):
     """Discrete soft actor-critic with two critic heads (section 3.3, Eq. 9–11)."""
 
-    critic_widths: tuple[int, int] = (1024, 256)
+    critic_widths: tuple[PositiveInt, PositiveInt] = (1024, 256)
     """Units of the two hidden layers of each critic head. Usual range 64–2048."""
     critic_learning_rate: float = Field(default=3e-4, gt=0, le=1)
     """Adam's rate for the critic. Usual range 1e-4–1e-3."""

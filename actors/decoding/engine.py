@@ -25,8 +25,10 @@ import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.candidates import truncate
+from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import Plain, Policy
 from mara.actors.decoding.slots import SlotCache
+from mara.common.agent import ACCEPT
 from mara.common.episode import FinishReason
 from mara.common.errors import UserError
 
@@ -122,7 +124,7 @@ class Engine:
     Memory: the cache holds ``num_rows * (max_prompt_tokens + config.max_new_tokens)`` tokens.
 
     Raises:
-        UserError: the model's attention cannot be driven by the engine.
+        UserError: the engine cannot drive the model's attention, or does not know how it makes its logits.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Engine:
         self._dtype = next(model.parameters()).dtype
         num_slots = max_prompt_tokens + config.max_new_tokens
         _check_supported(model.config.get_text_config(), num_slots)
+        self._logit_head = make_logit_head(model)
         self._cache = SlotCache(model.config, num_rows, num_slots, self._dtype, self._device)
         self._rows: list[_Row] = []
         self.num_passes = 0
@@ -268,8 +271,7 @@ class Engine:
 
     def _propose(self, rows: list[_Row], states_BD: torch.Tensor) -> None:
         """Give every row the candidate set of its next position, from the state before it."""
-        logits_BV = self.model.get_output_embeddings()(states_BD)
-        candidates = truncate(logits_BV, self.config.truncation)
+        candidates = truncate(self._logit_head(states_BD), self.config.truncation)
         # One transfer for all rows; from here on a row is plain Python.
         ids, nums = candidates.ids_BK.tolist(), candidates.num_B.tolist()
         reference, full = candidates.reference_logprobs_BK.tolist(), candidates.full_logprobs_BK.tolist()
@@ -288,6 +290,9 @@ class Engine:
         if isinstance(self.policy, str):
             return [True] * len(rows)
         taken = [True] * len(rows)
+        for index, row in enumerate(rows):
+            if row.retaken:
+                self._record_fallback(row, states_BD[index])
         asked = [index for index, row in enumerate(rows) if row.undecided]
         if not asked:
             return taken
@@ -317,6 +322,25 @@ class Engine:
                 )
             )
         return taken
+
+    def _record_fallback(self, row: _Row, state_D: torch.Tensor) -> None:
+        """The first candidate is taken because all were rejected: a decision that nobody was asked about."""
+        decisions = row.generation.decisions
+        decisions.append(
+            Decision(
+                state_D=state_D,
+                action=ACCEPT,
+                rank=0,
+                num_candidates=row.num,
+                position=len(row.generation.response_ids),
+                forced=True,
+                reference_logprob=row.reference_logprobs[0],
+                accept_logprob=0.0,
+                reject_logprob=-np.inf,
+                # The rejection that left nothing else decided this.
+                policy_version=decisions[-1].policy_version,
+            )
+        )
 
     def _next_candidate(self, row: _Row) -> None:
         """After a rejection: the next candidate, or the first once more when all were rejected."""

@@ -53,6 +53,33 @@ def test_temperature_zero_takes_the_most_probable_token(llm):
         ids.append(token)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_candidates_are_cut_by_the_models_own_probabilities(make_model, family):
+    llm = LLM(make_model(family), tokenizer=None, name=family)
+    last = Sampler(top_k=40, top_p=0.9, slip=1, slip_to_last=True)
+    answer = sample_answers(llm, PROMPTS[:1], [last], 6, torch.Generator())[0][0]
+    ids = list(PROMPTS[0])
+    for token in answer.ids:
+        probabilities = torch.softmax(llm.model(torch.tensor([ids])).logits[0, -1], -1)
+        ordered, tokens = probabilities.sort(descending=True)
+        size = int((ordered.cumsum(0) - ordered < 0.9)[:40].sum())
+        assert token == int(tokens[size - 1])
+        ids.append(token)
+
+
+def test_prompts_without_answers_are_passed_over(llm):
+    counted: list[tuple[int, int]] = []
+    groups = [(PROMPTS[0], []), (PROMPTS[1], [[20, 21]]), (PROMPTS[2], [])]
+    for budget in (1, 4096):
+        answers = read_answers(llm, groups, lambda *done: counted.append(done), max_batch_tokens=budget)
+        assert [len(group) for group in answers] == [0, 1, 0]
+        torch.testing.assert_close(
+            answers[1][0].states_ND, plain_states(llm, PROMPTS[1], (20, 21)), atol=1e-5, rtol=1e-4
+        )
+        assert counted[-1] == (3, 3)
+    assert read_answers(llm, [(PROMPTS[0], [])]) == [[]]
+
+
 def test_a_slip_takes_any_candidate_but_the_first_and_stays_inside_the_set():
     probs_K = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01])
     generator = torch.Generator().manual_seed(0)

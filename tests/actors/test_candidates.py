@@ -43,6 +43,34 @@ def test_equal_logits_are_ordered_by_token_id():
     assert found.ids_BK[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_of_tokens_tied_at_the_border_the_lowest_ids_are_candidates():
+    logits = torch.zeros(3, 200)
+    logits[0, 7] = 2.0
+    logits[1, 150:] = 1.0
+    logits[2] = torch.arange(200.0)
+    found = truncate(logits, TruncationConfig(top_k=4, top_p=1.0))
+    assert found.ids_BK.tolist() == [[7, 0, 1, 2], [150, 151, 152, 153], [199, 198, 197, 196]]
+    total = torch.logsumexp(logits[0], -1)
+    torch.testing.assert_close(found.full_logprobs_BK[0], torch.tensor([2.0, 0.0, 0.0, 0.0]) - total)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 5),
+    vocabulary=st.integers(1, 60),
+    top_k=st.integers(1, 70),
+    levels=st.integers(1, 12),
+)
+def test_the_order_is_by_logit_and_then_by_id_however_many_are_equal(seed, rows, vocabulary, top_k, levels):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (rows, vocabulary), generator=generator).float()
+    found = truncate(logits, TruncationConfig(top_k=top_k, top_p=1.0))
+    for row in range(rows):
+        expected = sorted(range(vocabulary), key=lambda token: (-float(logits[row, token]), token))[:top_k]
+        assert found.ids_BK[row].tolist() == expected
+
+
 def test_one_certain_token_is_the_only_candidate():
     logits = torch.full((1, 8), -50.0)
     logits[0, 5] = 50.0

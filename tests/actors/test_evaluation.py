@@ -1,10 +1,33 @@
+"""Preference rates, fluency, and a whole evaluation of a tiny LLM against numbers computed anew."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from mara.actors.config import DecodingConfig, TruncationConfig
-from mara.actors.decoding.engine import Generation, Request
-from mara.actors.evaluation import fluency, preference_rate
+from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.decoding.engine import Engine, Generation, Request
+from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.evaluation import (
+    EvaluationReport,
+    ScoredAnswer,
+    answer_prompts,
+    evaluate,
+    fluency,
+    preference_rate,
+)
+from mara.actors.head_config import HeadShape
+from mara.actors.heads import RewardHead
+from mara.actors.llm import LLM, load_llm
+from mara.actors.prompts import Prompt
+from mara.common.agent import Agent
+from mara.common.config import AgentConfig
+from mara.common.seeding import derive_seed
 
 
 def test_the_rate_is_wins_less_losses_over_all():
@@ -31,16 +54,12 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def generation(logprobs, reason="length"):
-    made = Generation(Request([1]), 0.0)
-    made.token_logprobs = list(logprobs)
-    made.response_ids = [0] * len(logprobs)
-    made.finish_reason = reason
-    return made
+def answer(logprobs, reason="length"):
+    return ScoredAnswer([0] * len(logprobs), list(logprobs), reason, {}, [], 0, 0)
 
 
 def test_fluency_counts_as_its_names_say():
-    found = fluency([generation(np.log([0.5, 0.25])), generation(np.log([0.5]), "eos")], ["a b a b", "A c"])
+    found = fluency([answer(np.log([0.5, 0.25])), answer(np.log([0.5]), "eos")], ["a b a b", "A c"])
     assert found.perplexity == pytest.approx((2 * 4 * 2) ** (1 / 3))
     assert found.distinct_1 == pytest.approx(3 / 6)
     assert found.distinct_2 == pytest.approx(3 / 4)
@@ -55,3 +74,179 @@ def test_settings_of_the_decoder_have_the_papers_defaults():
     assert config.max_new_tokens == 512
     assert config.fallback == "last"
     assert torch.isfinite(torch.tensor(config.threshold))
+
+
+def test_sets_larger_than_a_rank_can_number_are_refused():
+    assert TruncationConfig(top_k=1024).top_k == 1024
+    with pytest.raises(ValidationError, match="top_k"):
+        TruncationConfig(top_k=1025)
+
+
+DECODING = DecodingConfig(max_new_tokens=4, truncation=TruncationConfig(top_k=4, top_p=0.97), threshold=0.4)
+TEXTS = ["why", "how so", "what", "when is it", "who", "a", "b c", "dd", "e e e", "no"]
+PROMPTS = [Prompt(f"p{n}", text) for n, text in enumerate(TEXTS)]
+WEIGHTS = {"helpful": 1.5, "cost": -0.5, "unused": 0.0}
+
+
+def make_head(seed: int) -> RewardHead:
+    head = RewardHead(HeadShape(hidden_size=32, width=8)).requires_grad_(False)
+    draws = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        parameter.normal_(generator=draws)
+    return head.eval()
+
+
+def make_agent(seed: int = 5, bias: float = -0.2) -> Agent:
+    """Rejects now and then, depending on the state."""
+    torch.manual_seed(seed)
+    agent = Agent(32, AgentConfig(widths=(16, 8), accept_bias=bias)).eval().requires_grad_(False)
+    torch.nn.init.normal_(agent.output_linear.weight, std=1.5)
+    return agent
+
+
+@pytest.fixture(scope="module")
+def llm(llm_folder) -> LLM:
+    return load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu"))
+
+
+HEADS = {name: make_head(seed) for seed, name in enumerate(WEIGHTS)}
+
+
+def run(llm: LLM, decoding: DecodingConfig = DECODING, rows: int = 4, **settings) -> EvaluationReport:
+    return evaluate(
+        llm,
+        make_agent(),
+        PROMPTS,
+        HEADS,
+        WEIGHTS,
+        decoding,
+        rows=rows,
+        max_prompt_tokens=40,
+        seed=3,
+        **settings,
+    )
+
+
+def answers_alone(llm: LLM, decoding: DecodingConfig, policy) -> list[Generation]:
+    """Every prompt answered by itself."""
+    found = []
+    for prompt in PROMPTS:
+        ids = llm.render(prompt.prompt)
+        engine = Engine(llm.model, llm.eos_ids, decoding, policy, 1, len(ids))
+        found += engine.generate([Request(ids, derive_seed(3, "answer", prompt.id))])
+    return found
+
+
+def read_anew(llm: LLM, generation: Generation) -> tuple[dict[str, float], float]:
+    """Scores by head of the answer's text, and the log-likelihood of its tokens, by plain forward passes."""
+    prompt, response = generation.request.prompt_ids, generation.response_ids
+    (states_LD,) = llm.hidden_states([prompt + response])
+    words = len(response) - (response[-1] in llm.eos_ids)
+    states_ND = states_LD[len(prompt) : len(prompt) + words]
+    scores = {name: float(head.score_states([states_ND])[0]) for name, head in HEADS.items()}
+    logits_LV = llm.model(torch.tensor([prompt + response])).logits[0].float()
+    logprobs_LV = torch.log_softmax(logits_LV, -1)[len(prompt) - 1 : -1]
+    return scores, float(logprobs_LV.gather(1, torch.tensor(response)[:, None]).sum())
+
+
+def outcome(better: list[bool], worse: list[bool]) -> int:
+    return 1 if all(better) else -1 if all(worse) else 0
+
+
+@pytest.mark.parametrize("fallback", ["last", "first"])
+def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
+    decoding = DECODING.model_copy(update={"fallback": fallback})
+    report = run(llm, decoding, num_samples=3)
+    policies = {"base": "greedy", "agent": AgentPolicy(make_agent(), threshold=0.4), "base_sampled": "sample"}
+    answers = {system: answers_alone(llm, decoding, policy) for system, policy in policies.items()}
+    anew = {system: [read_anew(llm, one) for one in of_system] for system, of_system in answers.items()}
+
+    assert report.num_prompts == len(PROMPTS)
+    for system, of_system in answers.items():
+        num_tokens = sum(len(one.response_ids) for one in of_system)
+        perplexity = np.exp(-sum(total for _, total in anew[system]) / num_tokens)
+        found = report.fluency[system]
+        assert found.perplexity == pytest.approx(perplexity, rel=1e-4)
+        assert found.mean_tokens == pytest.approx(num_tokens / len(PROMPTS))
+        ended = [one.response_ids[-1] == llm.eos_ids[0] for one in of_system]
+        assert found.eos_share == pytest.approx(np.mean(ended))
+        for name in HEADS:
+            mean = np.mean([scores[name] for scores, _ in anew[system]])
+            assert report.mean_scores[system][name] == pytest.approx(mean, abs=1e-4)
+
+    outcomes: dict[str, list[int]] = {"helpful": [], "cost": [], "joint": []}
+    for base, agent, (base_scores, _), (agent_scores, _) in zip(
+        answers["base"], answers["agent"], anew["base"], anew["agent"], strict=True
+    ):
+        same = base.response_ids == agent.response_ids
+        higher = not same and agent_scores["helpful"] > base_scores["helpful"]
+        lower = not same and agent_scores["helpful"] < base_scores["helpful"]
+        cheaper = not same and agent_scores["cost"] < base_scores["cost"]
+        dearer = not same and agent_scores["cost"] > base_scores["cost"]
+        outcomes["helpful"].append(outcome([higher], [lower]))
+        outcomes["cost"].append(outcome([cheaper], [dearer]))
+        outcomes["joint"].append(outcome([higher, cheaper], [lower, dearer]))
+    assert report.preference.keys() == outcomes.keys()
+    for name, each in outcomes.items():
+        rate = report.preference[name]
+        assert (rate.wins, rate.ties, rate.losses) == (each.count(1), each.count(0), each.count(-1)), name
+        assert rate.rate == pytest.approx(np.mean(each))
+        assert rate.low <= rate.rate <= rate.high
+    # The example would notice a cost that is taken for a reward, and has a tie.
+    assert outcomes["cost"].count(1) != outcomes["cost"].count(-1)
+    assert 0 in outcomes["helpful"]
+
+    decisions = [decision for one in answers["agent"] for decision in one.decisions]
+    taken = [decision for decision in decisions if decision.action == 1]
+    places = [sum(decision.rank == rank for decision in taken) / len(taken) for rank in range(5)]
+    assert report.accepted_ranks == pytest.approx([*places, 0.0])
+    forced = sum(decision.forced for decision in taken)
+    assert forced > 0
+    assert report.forced_share == pytest.approx(forced / len(taken))
+    num_tokens = sum(len(one.response_ids) for one in answers["agent"])
+    assert report.decisions_per_token == pytest.approx(len(decisions) / num_tokens)
+
+    assert [sample.prompt for sample in report.samples] == [PROMPTS[index].prompt for index in (0, 4, 9)]
+    for sample, index in zip(report.samples, (0, 4, 9), strict=True):
+        for system in ("base", "agent"):
+            assert sample.answers[system] == llm.decode(answers[system][index].response_ids)
+            assert sample.scores[system] == pytest.approx(anew[system][index][0], abs=1e-4)
+
+
+class Jitter(RewardHead):
+    """Scores every answer a little higher than the one before, as if it were rounded differently."""
+
+    def score_prefixes(self, states_ND: torch.Tensor) -> torch.Tensor:
+        self.base_mean -= 1e-5
+        return super().score_prefixes(states_ND)
+
+
+def test_answers_of_the_same_tokens_are_ties_however_their_scores_were_rounded(llm):
+    prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
+    agent = make_agent(seed=2, bias=0.0)
+    policies = ("greedy", AgentPolicy(agent, threshold=0.4))
+    base, guided = (answer_prompts(llm, prompts, DECODING, policy, 7, 60) for policy in policies)
+    num_same = sum(a.response_ids == b.response_ids for a, b in zip(base, guided, strict=True))
+    assert 0 < num_same < len(prompts)
+    heads = {name: Jitter(HeadShape(hidden_size=32, width=0)) for name in WEIGHTS}
+    report = evaluate(llm, agent, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
+    for name, rate in report.preference.items():
+        assert rate.ties == (num_same if name != "joint" else len(prompts))
+
+
+def test_no_more_answers_with_hidden_states_are_held_than_there_are_rows(llm):
+    alive: list[int] = []
+
+    def progress(system: str, done: int, total: int) -> None:
+        alive.append(sum(type(thing) is Generation for thing in gc.get_objects()))
+
+    gc.collect()
+    gc.freeze()  # What there was before is not listed.
+    try:
+        run(llm, rows=3, progress=progress)
+    finally:
+        gc.unfreeze()
+    assert len(alive) == 3 * len(PROMPTS)
+    assert 1 <= max(alive) <= 3
+    scored = answer_prompts(llm, PROMPTS, DECODING, "greedy", 3, 40, heads=HEADS)
+    assert not any(isinstance(value, torch.Tensor) for one in scored for value in asdict(one).values())

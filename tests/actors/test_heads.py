@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,34 @@ import torch
 from safetensors.torch import save_file
 
 import mara.deploy
+from mara.actors.answer_states import Answer
 from mara.actors.config import LLMConfig
 from mara.actors.head_config import FitConfig, FitReport, HeadShape
-from mara.actors.head_fit import fit_from_files, fit_reward_head
-from mara.actors.head_material import render_conversation
-from mara.actors.head_measure import bootstrap_interval, in_share
-from mara.actors.heads import HeadRewardModel, RewardHead, answer_ids, load_head, read_head_shape, save_head
+from mara.actors.head_fit import fit_from_files, fit_material, fit_reward_head
+from mara.actors.head_material import (
+    OWN_TEXT,
+    PREFERENCE,
+    SAMPLED,
+    SPLIT_SEED,
+    Comparison,
+    Material,
+    OwnAnswers,
+    build_material,
+    render_conversation,
+    sample_own_answers,
+)
+from mara.actors.head_measure import bootstrap_interval, in_share, measure
+from mara.actors.heads import (
+    HeadRewardModel,
+    RewardHead,
+    answer_ids,
+    load_head,
+    normalise,
+    read_head_shape,
+    save_head,
+)
 from mara.actors.llm import LLM, load_llm
-from mara.actors.preferences import Message, PreferencePair
+from mara.actors.preferences import Message, PreferencePair, prompt_fraction
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
 
@@ -120,6 +141,13 @@ def test_an_empty_answer_gets_the_lowest_score_and_leaves_the_others_alone():
     torch.testing.assert_close(scores[[0, 2]], head.score_states(states[:2]), atol=1e-5, rtol=1e-5)
 
 
+def test_a_batch_of_empty_answers_is_scored_like_any_other(llm):
+    model = HeadRewardModel(llm, random_head())
+    assert model.score([Conversation("why", "")]).tolist() == [-9.0]
+    assert model.score([Conversation("why", ""), Conversation("how", "")]).tolist() == [-9.0, -9.0]
+    assert model.score([]).tolist() == []
+
+
 def test_text_is_scored_as_the_states_that_decoding_would_have_left(llm):
     head = random_head()
     conversations = [
@@ -187,6 +215,140 @@ def test_separable_pairs_are_learnt(fitted):
     assert report.num_fit + report.num_held_out == report.num_pairs == 160
     assert report.num_held_out >= 10
     assert report.robustness["two tokens"].num > 0
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+CONFIG = FitConfig(pairs="pairs.jsonl", **{**SMALL, "held_out": 0.3})
+
+
+@pytest.fixture(scope="module")
+def own(llm) -> list[OwnAnswers]:
+    return sample_own_answers(llm, PROMPTS, CONFIG, quiet)
+
+
+@pytest.fixture(scope="module")
+def material(llm, own) -> Material:
+    return build_material(llm, separable_pairs(), own, CONFIG, quiet)
+
+
+def learnt(material: Material) -> dict[str, torch.Tensor]:
+    """Everything that a fit learns from texts, without the scale."""
+    head = fit_material(material, CONFIG, 32, quiet)
+    return {name: value for name, value in head.state_dict().items() if name not in ("base_mean", "base_std")}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, bool]:
+    return {name: torch.equal(first[name], second[name]) for name in first if name != "empty_score"}
+
+
+def turned_round(material: Material, held_out: bool) -> Material:
+    """The same with better and worse exchanged, where the prompt is held out or where it is not."""
+    comparisons = [
+        Comparison(c.worse, c.better, c.kind)
+        if (float(material.places_T[c.better]) < CONFIG.held_out) == held_out
+        else c
+        for c in material.comparisons
+    ]
+    return replace(material, comparisons=comparisons)
+
+
+def test_held_out_pairs_are_measured_with_and_not_fitted_to(material):
+    head = fit_material(material, CONFIG, 32, quiet)
+    found = learnt(material)
+    swapped = turned_round(material, held_out=True)
+    assert all(same(learnt(swapped), found).values())
+    report, other = measure(head, material, CONFIG), measure(head, swapped, CONFIG)
+    assert report.num_held_out == other.num_held_out >= 20
+    assert report.accuracy > 0.9
+    assert other.accuracy == pytest.approx(1 - report.accuracy)
+    # The check would notice: what is fitted to does count.
+    assert not same(learnt(turned_round(material, held_out=False)), found)["preference_D"]
+
+
+def test_no_text_of_a_held_out_prompt_is_fitted_to(material):
+    noisy = material.states_MD.clone()
+    held_out = (material.places_T < CONFIG.held_out).nonzero()[:, 0].tolist()
+    assert {material.kinds_T[text] for text in held_out} >= {PREFERENCE, OWN_TEXT, SAMPLED, "hot", "shuffled"}
+    for text in held_out:
+        start, count = int(material.starts_T[text]), int(material.counts_T[text])
+        noisy[start : start + count] = torch.randn(count, 32)
+    assert all(same(learnt(replace(material, states_MD=noisy)), learnt(material)).values())
+
+
+def test_the_llms_own_answers_to_held_out_prompts_are_not_fitted_to(llm, own, material):
+    def with_noise(held_out: bool) -> Material:
+        changed = []
+        for item in own:
+            group = " ".join(item.prompt.lower().split())
+            if (prompt_fraction(group, SPLIT_SEED) < CONFIG.held_out) == held_out:
+                noise = {
+                    kind: answer._replace(states_ND=torch.randn_like(answer.states_ND))
+                    for kind, answer in item.answers.items()
+                }
+                item = item._replace(answers=noise)
+            changed.append(item)
+        return build_material(llm, separable_pairs(), changed, CONFIG, quiet)
+
+    found = learnt(material)
+    assert all(same(learnt(with_noise(held_out=True)), found).values())
+    assert not any(same(learnt(with_noise(held_out=False)), found).values())
+
+
+def planted_material(num_prompts: int = 150, width: int = 12) -> Material:
+    """Texts whose states say in one direction that they are preferred and in another that they are broken.
+
+    The two are not at right angles: to a head that was shown no broken text, a broken one looks better.
+    """
+    draws = torch.Generator().manual_seed(0)
+    states: list[torch.Tensor] = []
+    kinds: list[str] = []
+    comparisons: list[Comparison] = []
+    preferred_D, other_D = torch.randn(2, 32, generator=draws)
+    broken_D = other_D + 0.4 * preferred_D
+
+    def add(kind: str, preferred: float, broken: float) -> int:
+        noise_ND = torch.randn(width, 32, generator=draws)
+        states.append(noise_ND + preferred * preferred_D + broken * broken_D)
+        kinds.append(kind)
+        return len(states) - 1
+
+    for _ in range(num_prompts):
+        chosen, rejected = add(PREFERENCE, 0.5, 0.0), add(PREFERENCE, -0.5, 0.0)
+        shuffled, _ = add("shuffled", 0.5, 1.0), add(SAMPLED, 0.0, 0.0)
+        comparisons.append(Comparison(chosen, rejected, PREFERENCE))
+        comparisons.append(Comparison(chosen, shuffled, "shuffled"))
+    counts_T = torch.full((len(states),), width)
+    return Material(
+        states_MD=torch.cat(states),
+        starts_T=counts_T.cumsum(0) - counts_T,
+        counts_T=counts_T,
+        kinds_T=kinds,
+        places_T=torch.rand(num_prompts, dtype=torch.float64, generator=draws).repeat_interleave(4),
+        comparisons=comparisons,
+        num_too_long=0,
+    )
+
+
+def test_broken_text_is_recognised_by_the_network_and_by_the_preference():
+    material, config = planted_material(), CONFIG.model_copy(update={"steps": 150})
+    head = fit_material(material, config, 32, quiet)
+    held_out_T = material.places_T < config.held_out
+    chances = {}
+    for kind in (PREFERENCE, "shuffled"):
+        texts_B = (held_out_T & torch.tensor([k == kind for k in material.kinds_T])).nonzero()[:, 0]
+        states_MD, counts_B = material.take(texts_B, torch.full_like(texts_B, 64))
+        chances[kind] = torch.sigmoid(head.soundness(normalise(states_MD), counts_B))
+    assert float(chances[PREFERENCE].mean()) > 0.8
+    assert float(chances["shuffled"].mean()) < 0.2
+    report = measure(head, material, config)
+    assert report.accuracy > 0.95 and report.robustness["shuffled"].share > 0.95
+
+    alone = config.model_copy(update={"sound_weight": 0.0})
+    report = measure(fit_material(material, alone, 32, quiet), material, alone)
+    assert report.accuracy > 0.95 and report.robustness["shuffled"].share > 0.95
 
 
 def test_the_llms_own_sampled_answers_score_zero_on_average(fitted):
@@ -278,10 +440,81 @@ def test_faults_in_the_files_come_before_the_llm_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_pairs_are_refused(llm):
-    config = FitConfig(pairs="few.jsonl", **SMALL)
-    with pytest.raises(UserError, match=r"few\.jsonl leaves \d+ pairs to fit to; give at least 20"):
-        fit_reward_head(llm, separable_pairs(12), PROMPTS, config, lambda *_: None)
+def not_held_out() -> list[PreferencePair]:
+    return [pair for pair in separable_pairs() if prompt_fraction(pair.group, SPLIT_SEED) >= 0.15]
+
+
+def unusable() -> list[PreferencePair]:
+    equal = [replace(pair, rejected=pair.chosen) for pair in separable_pairs()]
+    return separable_pairs(12) + equal + [replace(pair, chosen="") for pair in separable_pairs()]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "changes", "says"),
+    [
+        (separable_pairs(12), {}, r"few\.jsonl leaves \d+ pairs to fit to; give at least 20"),
+        (
+            unusable(),
+            {},
+            r"few\.jsonl leaves \d+ pairs to fit to; give at least 20 with two different answers",
+        ),
+        (separable_pairs(60), {"share": (0.0, 0.3)}, r"leaves \d+ pairs to fit to"),
+        (not_held_out(), {}, r"no pair of few\.jsonl falls into the held-out part; .* held_out=0\.15"),
+    ],
+)
+def test_pairs_that_are_too_few_are_counted_before_the_llm_is_loaded(
+    tmp_path, monkeypatch, pairs, changes, says
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": p.messages[0].content, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = FitConfig(pairs="few.jsonl", **SMALL, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        fit_from_files(LLMConfig(model="/nowhere"), config, tmp_path / "out", quiet)
+    assert "\n" not in str(caught.value)
+
+
+def stages_of(llm: LLM, pairs, prompts, own=None, **changes) -> tuple[list[str], str]:
+    """What a fit does before it is refused, and the reason."""
+    stages: list[str] = []
+    config = FitConfig(pairs="pairs.jsonl", **{**SMALL, **changes})
+    with pytest.raises(UserError) as caught:
+        fit_reward_head(llm, pairs, prompts, config, lambda stage, *_: stages.append(stage), own)
+    return stages, str(caught.value)
+
+
+def test_pairs_and_prompts_that_are_too_long_are_counted_before_the_llm_answers_anything(llm):
+    long = [
+        replace(p, messages=(Message("user", "x" * 200 + p.messages[0].content),)) for p in separable_pairs()
+    ]
+    stages, reason = stages_of(llm, long + separable_pairs(10), PROMPTS)
+    assert not stages and "pairs: pairs.jsonl leaves" in reason and "max_prompt_tokens=128" in reason
+    for prompts in (["tell me"], ["long " * 40 + letter for letter in "abcdefghijkl"] + PROMPTS[:3]):
+        stages, reason = stages_of(llm, separable_pairs(), prompts)
+        assert not stages
+        assert (
+            f"has {1 if len(prompts) == 1 else 3} prompts for the LLM to answer; give at least 10" in reason
+        )
+
+
+def test_too_few_prompts_in_a_file_are_refused_before_the_llm_is_loaded(tmp_path):
+    (tmp_path / "prompts.txt").write_text("tell me\ntell me\nwhy\n")
+    config = FitConfig(pairs=write_pairs(tmp_path / "p.jsonl"), prompts=tmp_path / "prompts.txt", **SMALL)
+    with pytest.raises(
+        UserError, match=r"prompts\.txt has 2 prompts for the LLM to answer; give at least 10"
+    ):
+        fit_from_files(LLMConfig(model="/nowhere"), config, tmp_path / "out", quiet)
+
+
+def test_an_llm_that_says_nothing_is_no_scale_for_a_head(llm, own):
+    silent = [
+        item._replace(
+            answers={kind: Answer((2,), answer.states_ND[:1]) for kind, answer in item.answers.items()}
+        )
+        for item in own
+    ]
+    stages, reason = stages_of(llm, separable_pairs(), PROMPTS, silent + own[:3])
+    assert not stages and "own answers to 33 prompts 3 say anything" in reason
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])

@@ -1,8 +1,10 @@
 import itertools
+import json
 
 import pytest
 
 from mara.actors.prompts import Prompt, endless, load_prompts
+from mara.buffer.codec import RecordLimits
 from mara.common.errors import UserError
 
 
@@ -34,6 +36,10 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path):
             "line 2: the id 'x' stands there twice",
         ),
         (b"\xff\xfe\x00", "not UTF-8"),
+        (
+            b'{"prompt": "a"}\n{"prompt": "b", "id": "' + "ä".encode() * 257 + b'"}\n',
+            "line 2: the id .* has 514 bytes; give one of at most 512",
+        ),
     ],
 )
 def test_a_malformed_file_is_one_line_that_names_the_place(tmp_path, content, says):
@@ -43,6 +49,27 @@ def test_a_malformed_file_is_one_line_that_names_the_place(tmp_path, content, sa
         load_prompts(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_id_of_the_greatest_length_survives_the_wire(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "id": "x" * 512}))
+    (prompt,) = load_prompts(path)
+    assert len(prompt.id) == RecordLimits().max_text_bytes
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1c", "\x0c"])
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    text = f"first{separator}second"
+    for name, line in (
+        ("asked.jsonl", json.dumps({"prompt": text}, ensure_ascii=False)),
+        ("asked.txt", text),
+    ):
+        (tmp_path / name).write_text(line + "\r\n" + line.replace("first", "other") + "\n", newline="")
+        assert [prompt.prompt for prompt in load_prompts(tmp_path / name)] == [
+            text,
+            f"other{separator}second",
+        ]
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """A rollout actor with a tiny LLM, against the replay log and the weight channel in memory."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -39,10 +40,10 @@ def make_worker(llm_folder, tmp_path):
     for seed, name in enumerate(("helpful", "harmless")):
         save_head(tmp_path / name, make_head(seed), {})
 
-    def make(sink, weights, seed=0, **rollout):
+    def make(sink, weights, seed=0, decoding=DECODING, llm=LLM_CONFIG, **rollout):
         return RolloutWorker(
-            LLMConfig(model=str(llm_folder), **LLM_CONFIG),
-            DECODING,
+            LLMConfig(model=str(llm_folder), **llm),
+            decoding,
             RolloutConfig(**{"rows": 3, "weights_poll_s": 0.0, **rollout}),
             AGENT,
             {name: tmp_path / name for name in ("helpful", "harmless")},
@@ -71,12 +72,12 @@ class StopAfter(MemoryEpisodeLog):
             self.should_stop.set()
 
 
-def run(make_worker, count, version=1, seed=0):
+def run(make_worker, count, version=1, seed=0, **settings):
     stop = threading.Event()
     log, weights = StopAfter(count, stop), MemoryWeightChannel()
     torch.manual_seed(5)
     weights.publish(version, Agent(32, AGENT).state_dict())
-    worker = make_worker(log, weights, seed)
+    worker = make_worker(log, weights, seed, **settings)
     worker.run(stop)
     return worker, log
 
@@ -97,6 +98,131 @@ def test_every_episode_is_whole_scored_and_survives_the_wire(make_worker):
     assert metrics["rollout/tokens_total"] == sum(episode.num_tokens for episode in log.kept)
     assert metrics["rollout/policy_version"] == 7
     assert 0 <= metrics["rollout/idle_ratio"] <= 1
+
+
+def test_episodes_in_which_the_first_candidate_was_retaken_survive_the_wire(make_worker):
+    decoding = DecodingConfig(
+        max_new_tokens=6, truncation=TruncationConfig(top_k=3, top_p=1.0), fallback="first"
+    )
+    _, log = run(make_worker, 40, decoding=decoding)
+    retaken = [episode.forced_T & (episode.ranks_T == 0) for episode in log.kept]
+    assert sum(int(retaken_T.sum()) for retaken_T in retaken) >= 5
+    for episode, retaken_T in zip(log.kept, retaken, strict=True):
+        again = decode_episode(encode_episode(episode))
+        assert np.array_equal(again.forced_T, retaken_T) and np.array_equal(again.ranks_T, episode.ranks_T)
+        # Every token was decided: each set had several candidates.
+        accepted_T = again.actions_T == 1
+        assert again.positions_T[accepted_T].tolist() == list(range(again.num_tokens))
+        for t in np.flatnonzero(retaken_T):
+            assert (again.ranks_T[t - 3 : t].tolist(), again.actions_T[t - 3 : t].tolist()) == (
+                [0, 1, 2],
+                [0] * 3,
+            )
+            assert torch.allclose(again.states_TD[t], again.states_TD[t - 3], atol=1e-2)
+            chances = np.exp(again.accept_logprobs_T[t - 3 : t])
+            expected = chances[0] + np.prod(1 - chances)
+            assert np.exp(policy_token_logprobs(again)[t]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_answer_without_decisions_has_states_of_the_same_kind_as_the_others(make_worker, dtype):
+    certain = DecodingConfig(max_new_tokens=3, truncation=TruncationConfig(top_k=1))
+    llm = {"dtype": dtype, "device": "cpu"}
+    for decoding in (certain, DECODING):
+        _, log = run(make_worker, 3, decoding=decoding, llm=llm)
+        for episode in log.kept:
+            assert (episode.num_decisions == 0) == (decoding is certain)
+            assert episode.states_TD.dtype == getattr(torch, dtype)
+            assert episode.states_TD.shape == (episode.num_decisions, 32)
+
+
+class PublishOnFirst(StopAfter):
+    """A log that has other weights published when the first episodes come."""
+
+    def __init__(self, count: int, should_stop: threading.Event, weights: MemoryWeightChannel) -> None:
+        super().__init__(count, should_stop)
+        self.weights = weights
+        self.agents: dict[int, Agent] = {}
+
+    def publish(self, version: int, bias: float) -> None:
+        agent = Agent(32, AgentConfig(widths=(8, 8), accept_bias=bias)).eval().requires_grad_(False)
+        # As if trained: the odds depend on the state.
+        torch.nn.init.normal_(agent.output_linear.weight, std=0.3)
+        self.agents[version] = agent
+        self.weights.publish(version, agent.state_dict())
+
+    def append(self, episodes) -> None:
+        if not self.kept:
+            self.publish(9, bias=-1.0)
+        super().append(episodes)
+
+
+def test_later_weights_are_taken_while_it_runs_and_decide(make_worker):
+    stop, weights = threading.Event(), MemoryWeightChannel()
+    log = PublishOnFirst(15, stop, weights)
+    log.publish(4, bias=1.0)
+    worker = make_worker(log, weights)
+    worker.run(stop)
+    versions = [episode.policy_versions_T.tolist() for episode in log.kept]
+    assert {version for one in versions for version in one} == {4, 9}
+    assert all(one == sorted(one) for one in versions)
+    assert any({4, 9} <= set(one) for one in versions), "no episode was under way"
+    assert set(versions[-1]) == {9}
+    assert worker.metrics()["rollout/policy_version"] == 9
+    for episode in log.kept:
+        for version, agent in log.agents.items():
+            asked_T = (episode.policy_versions_T == version) & ~episode.forced_T
+            if asked_T.any():
+                logprobs_T2 = agent(episode.states_TD[torch.tensor(asked_T)]).numpy()
+                # The record's states are rounded to 16 bit.
+                np.testing.assert_allclose(logprobs_T2[:, 1], episode.accept_logprobs_T[asked_T], atol=0.05)
+                np.testing.assert_allclose(logprobs_T2[:, 0], episode.reject_logprobs_T[asked_T], atol=0.05)
+
+
+def test_answers_without_a_finite_score_are_dropped_and_counted(make_worker, tmp_path):
+    broken = make_head(1)
+    broken.preference_D.fill_(torch.nan)
+    save_head(tmp_path / "harmless", broken, {})
+    stop, weights = threading.Event(), MemoryWeightChannel()
+    log = StopAfter(1, stop)
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    worker = make_worker(log, weights)
+    thread = threading.Thread(target=worker.run, args=(stop,))
+    thread.start()
+    while worker.metrics()["rollout/scores_failed"] < 5 and not stop.wait(0.01):
+        pass
+    stop.set()
+    thread.join(60)
+    metrics = worker.metrics()
+    assert metrics["rollout/scores_failed"] >= 5
+    assert metrics["rollout/episodes_total"] == metrics["rollout/tokens_total"] == 0
+    assert log.kept == []
+
+
+class SlowSink(StopAfter):
+    """A store that takes its time over every append."""
+
+    def append(self, episodes) -> None:
+        time.sleep(0.1)
+        super().append(episodes)
+
+
+@pytest.mark.parametrize(("slow", "idle"), [("store", True), ("heads", False)])
+def test_only_waiting_for_the_store_is_idle_and_scoring_is_work(make_worker, monkeypatch, slow, idle):
+    stop, weights = threading.Event(), MemoryWeightChannel()
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    log = (SlowSink if slow == "store" else StopAfter)(12, stop)
+    if slow == "heads":
+
+        def scored_slowly(*arguments):
+            time.sleep(0.05)
+            return score_prefixes(*arguments)
+
+        monkeypatch.setattr("mara.actors.rollout.score_prefixes", scored_slowly)
+    worker = make_worker(log, weights)
+    worker.run(stop)
+    idle_ratio = worker.metrics()["rollout/idle_ratio"]
+    assert (idle_ratio > 0.2) if idle else (idle_ratio < 0.1)
 
 
 def test_scores_are_those_of_the_heads_on_the_whole_answer_read_anew(make_worker, llm_folder):

@@ -137,7 +137,14 @@ def test_more_restarts_than_allowed_end_the_run(config: RunConfig, tmp_path: Pat
 
 def test_the_death_of_the_learner_ends_the_run_and_names_its_log(run: Run) -> None:
     run["learner"].ended = Ended(died=True)
-    with pytest.raises(RunFailed, match=r"learner died.*checkpoint.*learner\.log"):
+    with pytest.raises(RunFailed, match=r"learner died.*had not saved a checkpoint.*learner\.log"):
+        run.supervisor.poll()
+
+
+def test_the_death_of_the_learner_names_the_checkpoint_it_left(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    run["learner"].ended = Ended(died=True)
+    with pytest.raises(RunFailed, match=f"its last checkpoint is in {tmp_path / 'checkpoints'}"):
         run.supervisor.poll()
 
 

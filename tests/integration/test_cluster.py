@@ -182,7 +182,7 @@ def test_a_run_joins_a_cluster_uses_all_its_nodes_and_leaves_it_as_it_was(
     cluster: RayCluster, world: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output.txt"
-    with EmbeddedServer(1 << 28) as server, output.open("w") as stream:
+    with EmbeddedServer(1 << 29) as server, output.open("w") as stream:
         command = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mara.deploy.cli", "train", str(world / "run.yaml")),
@@ -219,6 +219,27 @@ def test_a_run_joins_a_cluster_uses_all_its_nodes_and_leaves_it_as_it_was(
     assert all(node.is_running for node in cluster.nodes)
     wait_until(lambda: not any(cluster.hosts().values()), 20, lambda: f"left running: {cluster.hosts()}")
     assert cluster.free_cpus() == [NUM_NODES, NUM_NODES * CPUS_PER_NODE]
+
+
+OWN_NETWORK = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
+"""Runs a command where nothing but a loopback exists, and where all it leaves running ends with it."""
+
+
+def test_the_run_on_two_nodes_passes_in_a_network_of_its_own() -> None:
+    """Ray's second node listens on the machine's address: here nobody outside can reach that."""
+    try:
+        allowed = subprocess.run([*OWN_NETWORK, "ip", "link", "set", "lo", "up"], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare (util-linux); `make test ARGS='-m cluster'` runs it on the open network")
+    if allowed.returncode != 0:
+        pytest.skip(f"may not make a network of its own: {allowed.stderr.decode().strip()}")
+    pytest_command = [sys.executable, "-m", "pytest", "-m", "cluster", "-p", "no:cacheprovider", __file__]
+    inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *pytest_command]
+
+    done = subprocess.run([*OWN_NETWORK, *inside], capture_output=True, text=True, timeout=380)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 1 passed" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(
     assert 0 <= latest["rollout/idle_ratio"] <= 1
     assert 0 <= latest["learner/idle_ratio"] <= 1
     assert 0 < latest["sac/entropy"] <= 0.694
+    versions = [row["rollout/policy_version"] for row in rows if "rollout/policy_version" in row]
+    assert max(versions) > max(versions[0], 0), "the actors never decided with what the learner learnt"
     assert {"policy/lag_max", "episode/reward", "episode/score/harmless", "rollout/tokens_per_s"} <= set(
         latest
     )

@@ -1,0 +1,89 @@
+"""Tiny random language models, made on the fly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+VOCABULARY = 61
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}:{% endif %}"
+)
+FAMILIES: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "llama": ("Llama", 0.5, {}),
+    "qwen2": ("Qwen2", 0.5, {}),
+    "gemma2": ("Gemma2", 0.5, {"head_dim": 8, "sliding_window": 256, "final_logit_softcapping": 6.0}),
+    "granite": ("Granite", 2.0, {"logits_scaling": 4.0}),
+    "cohere": ("Cohere", 2.0, {"logit_scale": 0.3, "bos_token_id": 1}),
+}
+"""Name of the classes, a deviation of the output weights with which the distributions are neither flat nor
+certain, and settings of its own."""
+
+
+@functools.cache
+def _make_model(
+    family: str = "llama", seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float64
+) -> Any:
+    classes, deviation, settings = FAMILIES[family]
+    config = getattr(transformers, f"{classes}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        attn_implementation="eager" if family == "gemma2" else attention,
+        tie_word_embeddings=False,
+        **settings,
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{classes}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.lm_head.weight, std=deviation)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """Makes a random two-layer model with grouped heads: ``make_model(family, seed, attention, dtype)``.
+
+    Float64 unless asked otherwise, so that two ways of computing the same thing agree to the last token.
+    The same arguments give the same object: copy it before changing it.
+    """
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    return _make_model()
+
+
+@pytest.fixture(scope="session")
+def eager_llama() -> Any:
+    """The same weights, with attention that adds its mask."""
+    return _make_model(attention="eager")
+
+
+@pytest.fixture(scope="session")
+def llm_folder(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, whose tokens are letters."""
+    letters = {letter: number for number, letter in enumerate("_^$abcdefghijklmnopqrstuvwxyz<>:? ")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="_", bos_token="^", eos_token="$", chat_template=TEMPLATE
+    )
+    path = tmp_path_factory.mktemp("llm")
+    llama.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path

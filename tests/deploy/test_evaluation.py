@@ -1,0 +1,92 @@
+"""``mara eval`` and ``mara generate`` on the folder of a run, with a tiny LLM and without Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mara.actors.head_config import HeadShape
+from mara.actors.heads import RewardHead, save_head
+from mara.common.agent import Agent, save_agent
+from mara.common.config import AgentConfig
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import load_config
+from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
+from mara.learner.loop import AGENT_FOLDER
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
+    """A run folder with a random agent, and its configuration."""
+    for seed, name in enumerate(("helpful", "cost")):
+        head = RewardHead(HeadShape(hidden_size=32, width=8)).requires_grad_(False)
+        for parameter in head.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(seed))
+        save_head(tmp_path / name, head, {})
+    for name, prompts in {"train": ["go"], "held_out": ["why", "how so", "what", "never asked"]}.items():
+        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tiny.yaml").write_text(
+        f"llm: {{model: {llm_folder}, dtype: float32, device: cpu}}\n"
+        "prompts: {train: train.jsonl, evaluation: held_out.jsonl}\n"
+        "rewards: {helpful: {path: helpful, weight: 1.0}, cost: {path: cost, weight: -0.5}}\n"
+        "decoding: {max_new_tokens: 4, truncation: {top_k: 4}}\n"
+        "rollout: {max_prompt_tokens: 30}\n"
+        "evaluation: {num_prompts: 3, rows: 2, num_samples: 1}\n"
+    )
+    folder = tmp_path / "run"
+    torch.manual_seed(0)
+    agent = Agent(32, AgentConfig(widths=(16, 8)))
+    torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
+    save_agent(agent, folder / AGENT_FOLDER, {})
+    return folder, load_config(tmp_path / "tiny.yaml")
+
+
+def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):
+    folder, config = tiny_run
+    figures = run_evaluation(folder, config)
+    content = json.loads((folder / REPORT_FILE).read_text())
+    (pair,) = content["pairs"]
+    assert (pair["dataset"], pair["num_prompts"], content["num_prompts"]) == ("held_out", 3, 3)
+    for name in ("helpful", "cost", "joint"):
+        rate = pair[name]
+        assert rate["wins"] + rate["ties"] + rate["losses"] == 3
+        assert figures[f"eval/preference/{name}"] == rate["rate"]
+    # The agent changes answers, so the rates are not empty.
+    assert pair["helpful"]["ties"] < 3 and pair["cost"]["ties"] < 3
+    assert content["mean_scores"].keys() == {"base", "agent", "base_sampled"}
+    assert content["mean_scores"]["agent"].keys() == {"helpful", "cost"}
+    ratio = content["fluency"]["agent"]["perplexity"] / content["fluency"]["base_sampled"]["perplexity"]
+    assert figures["eval/perplexity_ratio"] == pytest.approx(ratio)
+    assert sum(content["accepted_ranks"]) == pytest.approx(1.0)
+    assert [sample["prompt"] for sample in content["samples"]] == ["why"]
+    shown = capsys.readouterr().out
+    assert "prompt: why" in shown and "never asked" not in shown
+    assert f"{pair['cost']['rate']:+.1%}" in shown
+
+
+def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny_run, capsys):
+    folder, config = tiny_run
+    run_evaluation(folder, config)
+    (sample,) = json.loads((folder / REPORT_FILE).read_text())["samples"]
+    capsys.readouterr()
+    generate(folder, config, "why")
+    shown = capsys.readouterr().out
+    assert f"base LLM, greedy:\n{sample['answers']['base'].strip()}\n" in shown
+    assert f"with the agent, greedy:\n{sample['answers']['agent'].strip()}\n" in shown
+    assert sample["answers"]["base"] != sample["answers"]["agent"]
+
+
+def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run):
+    folder, config = tiny_run
+    with pytest.raises(UserError, match=r"agent\.safetensors is missing"):
+        run_evaluation(folder / "other", config)
+    with pytest.raises(UserError, match="PROMPT is empty"):
+        generate(folder, config, " ")
+    without = config.model_copy(update={"prompts": config.prompts.model_copy(update={"evaluation": None})})
+    with pytest.raises(UserError, match=r"prompts\.evaluation is not set"):
+        run_evaluation(folder, without)

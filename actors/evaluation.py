@@ -23,6 +23,7 @@ from mara.actors.prompts import Prompt
 from mara.actors.rollout import render_prompts, score_prefixes
 from mara.common.agent import Agent
 from mara.common.episode import FinishReason
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 NUM_RESAMPLES = 2000
@@ -133,6 +134,9 @@ def evaluate(
             LLM rounds differently in batches of another size.
         seed: of the sampled yardstick; the greedy systems draw nothing.
         num_samples: prompts whose answers are kept in the report, evenly spread.
+
+    Raises:
+        UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
     """
     policies: dict[str, Policy | Plain] = {
         "base": "greedy",
@@ -167,7 +171,11 @@ def answer_prompts(
     progress: Callable[[int, int], None] = lambda done, total: None,
     heads: Mapping[str, RewardHead] = MappingProxyType({}),
 ) -> list[ScoredAnswer]:
-    """One answer for each prompt, in their order, scored by ``heads`` as soon as it is finished."""
+    """One answer for each prompt, in their order, scored by ``heads`` as soon as it is finished.
+
+    Raises:
+        UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
+    """
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     engine = Engine(
         llm.model, llm.eos_ids, decoding, policy, min(rows, len(prompts)), max(map(len, rendered.values()))
@@ -180,7 +188,9 @@ def answer_prompts(
     )
     answers: list[ScoredAnswer | None] = [None] * len(prompts)
     for done, generation in enumerate(engine.generate(requests), start=1):
-        answers[generation.request.tag] = _scored(generation, heads, llm.eos_ids)
+        answer = _scored(generation, heads, llm.eos_ids)
+        _check_finite(answer, prompts[generation.request.tag])
+        answers[generation.request.tag] = answer
         progress(done, len(prompts))
     return [answer for answer in answers if answer is not None]
 
@@ -235,6 +245,21 @@ def _scored(generation: Generation, heads: Mapping[str, RewardHead], eos_ids: Se
         num_decisions=len(generation.decisions),
         num_forced=sum(decision.forced for decision in taken),
     )
+
+
+def _check_finite(answer: ScoredAnswer, prompt: Prompt) -> None:
+    """A comparison with NaN is neither a win nor a loss: it must not pass for a tie."""
+    for name, score in answer.scores.items():
+        if not np.isfinite(score):
+            raise UserError(
+                f"rewards.{name}.path: the head gives the answer to prompt {prompt.id!r} the score {score}; "
+                "fit it again, or try llm.dtype=float32"
+            )
+    if not np.isfinite(answer.token_logprobs).all():
+        raise UserError(
+            f"llm.model: the probabilities of the answer to prompt {prompt.id!r} are not finite; "
+            "try llm.dtype=float32"
+        )
 
 
 def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:

@@ -12,9 +12,9 @@ from mara.common.config import Config
 class HeadShape(Config):
     """What a reward head computes; stored in its ``head.json``."""
 
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
     """Hidden size D of the LLM it belongs to."""
-    width: int = Field(default=64, ge=0)
+    width: int = Field(default=64, ge=0, le=1 << 16)
     """Units of the token network that recognises broken text. 0: none. Usual range 32–128."""
     sound_weight: float = Field(default=1.0, ge=0)
     """What the log-probability of the text being sound counts. Usual range 0.5–2."""
@@ -56,7 +56,7 @@ class FitConfig(Config):
     """Pairs of which one text is also broken in every way."""
     ridge: float = Field(default=3e-4, ge=0)
     """Penalty on the preference weights, in units of standardised features. Usual range 1e-4–3e-3."""
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=1 << 16)
     """See ``HeadShape.width``."""
     steps: int = Field(default=1200, ge=1)
     """Gradient steps of the token network, 160 texts each."""

@@ -87,7 +87,7 @@ def fit_from_files(llm_config: LLMConfig, config: FitConfig, out: Path, progress
     if config.prompts is None:
         prompts = [pair.messages[-1].content for pair in pairs]
     else:
-        prompts = [prompt.prompt for prompt in load_prompts(config.prompts)]
+        prompts = [prompt.prompt for prompt in load_prompts(config.prompts, "--prompts")]
     check_prompts(len(set(prompts)), config)
     llm = load_llm(llm_config)
     fitted = fit_reward_head(llm, pairs, prompts, config, progress)

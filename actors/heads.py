@@ -205,9 +205,9 @@ def read_head_shape(folder: Path, hidden_size: int | None = None) -> HeadShape:
                 f"reward head: {folder / name} is missing; give a folder that `mara reward fit` wrote"
             )
     try:
-        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        card = _read_card(folder)
         shape = HeadShape.model_validate(card["head"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"reward head: {folder / CARD_FILE} cannot be read ({reason}); fit it again"
@@ -221,18 +221,33 @@ def read_head_shape(folder: Path, hidden_size: int | None = None) -> HeadShape:
     return shape
 
 
+def read_head_llm(folder: Path) -> str | None:
+    """Name of the LLM that the head in ``folder``, which can be read, was fitted for. None: not recorded."""
+    name = _read_card(folder).get("llm")
+    return name if isinstance(name, str) else None
+
+
+def _read_card(folder: Path) -> Any:
+    return json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+
+
 def load_head(folder: Path, hidden_size: int | None = None) -> RewardHead:
     """The head saved in ``folder``, in evaluation mode, without gradients, on the CPU.
 
     Raises:
-        UserError: a file is missing or damaged, or the head belongs to an LLM of another hidden size.
+        UserError: a file is missing or damaged, a number in it is not finite, or the head belongs to an LLM
+            of another hidden size.
     """
-    head = RewardHead(read_head_shape(folder, hidden_size))
+    shape = read_head_shape(folder, hidden_size)
     try:
+        head = RewardHead(shape)
         head.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"reward head: {folder / WEIGHTS_FILE} cannot be read ({reason}); fit it again"
         ) from error
+    for name, tensor in head.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"reward head: {folder / WEIGHTS_FILE}: {name} is not finite; fit it again")
     return head.eval().requires_grad_(False)

@@ -138,10 +138,22 @@ def locate_model(config: LLMConfig) -> tuple[str, str | None]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU."""
+    """``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+        # The one question that every kind of device answers, and that those which store nothing fail.
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"llm.device={device} cannot be used here ({_first_line(error)}); use auto, cpu, cuda or cuda:N"
+        ) from error
+    return chosen
 
 
 def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
@@ -192,8 +204,9 @@ def load_llm(config: LLMConfig) -> LLM:
     """Load the LLM, frozen, on its device.
 
     Raises:
-        UserError: the model cannot be found or read.
+        UserError: the model cannot be found or read, or its device is not there.
     """
+    device = resolve_device(config.device)
     name, gguf_file = locate_model(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -203,8 +216,12 @@ def load_llm(config: LLMConfig) -> LLM:
             name = str(expand_gguf(name, gguf_file, config.dtype))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"llm.model: {config.model!r} cannot be loaded: {reason}") from error
-    model.to(resolve_device(config.device)).eval().requires_grad_(False)
+    except Exception as error:
+        # Damaged weights, settings and tokenizers each fail with an error of the library that reads them.
+        raise UserError(f"llm.model: {config.model!r} cannot be loaded: {_first_line(error)}") from error
+    model.to(device).eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mara.actors.prompts import check_unicode
 from mara.common.errors import UserError
 
 FORMAT_HINT = (
@@ -97,7 +99,7 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
     if not path.is_file():
         raise UserError(f"pairs: {path} does not exist; give a JSON or JSONL file, or a Hub data set's name")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"pairs: {path} is not UTF-8 text (byte {error.start}); convert it") from error
     if path.suffix == ".json":
@@ -107,6 +109,8 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
             raise UserError(
                 f"pairs: {path}, line {error.lineno}: not JSON ({error.msg}); correct it"
             ) from error
+        except RecursionError as error:
+            raise UserError(f"pairs: {path}: not JSON ({error}); correct it") from error
         if not isinstance(content, list):
             raise UserError(f"pairs: {path} is not a JSON list; {FORMAT_HINT}")
         return [(f"{path}, row {number}", row) for number, row in enumerate(content, 1)]
@@ -116,10 +120,9 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
         if line.strip():
             try:
                 rows.append((f"{path}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"pairs: {path}, line {number}: not JSON ({error.msg}); correct it"
-                ) from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"pairs: {path}, line {number}: not JSON ({reason}); correct it") from error
     return rows
 
 
@@ -158,6 +161,8 @@ def _pair(row: Any, where: str) -> PreferencePair:
         raise UserError(f"pairs: {where}: neither 'prompt' nor 'messages' is given; {FORMAT_HINT}")
     if not any(message.role == "user" for message in messages):
         raise UserError(f"pairs: {where}: no message has the role 'user'; {FORMAT_HINT}")
+    for text in (chosen, rejected, *itertools.chain.from_iterable(messages)):
+        check_unicode(text, f"pairs: {where}")
     return PreferencePair(messages, chosen, rejected)
 
 

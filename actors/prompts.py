@@ -27,9 +27,12 @@ class Prompt:
     category: str = ""
 
 
-def load_prompts(path: Path) -> list[Prompt]:
+def load_prompts(path: Path, field: str = "prompts") -> list[Prompt]:
     """Read prompts from JSON lines (``prompt``, optional ``id`` and ``category``) or, in a ``.txt`` file,
     one prompt a line. Empty lines are skipped.
+
+    Args:
+        field: the setting that names the file, for messages.
 
     Raises:
         UserError: the file is missing, empty, or has a malformed line or an id that is too long; names the
@@ -37,47 +40,65 @@ def load_prompts(path: Path) -> list[Prompt]:
     """
     try:
         # Not splitlines(): JSON strings may hold U+2028 and its like.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(
-            f"prompts: {path} cannot be read ({error.strerror}); give a .jsonl or .txt file"
-        ) from error
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts: {path} is not UTF-8 text; convert it") from error
+        raise UserError(f"{field}: {path} is not UTF-8 text; convert it") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{field}: {path} cannot be read ({reason}); give a .jsonl or .txt file") from error
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt = _parse(line, path, number)
+        prompt = _parse(line, path, number, field)
         if prompt.id in prompts:
             raise UserError(
-                f"prompts: {path}, line {number}: the id {prompt.id!r} stands there twice; make ids unique"
+                f"{field}: {path}, line {number}: the id {prompt.id!r} stands there twice; make ids unique"
             )
         prompts[prompt.id] = prompt
     if not prompts:
-        raise UserError(f'prompts: {path} has no prompts; put one JSON object with "prompt" on each line')
+        raise UserError(f'{field}: {path} has no prompts; put one JSON object with "prompt" on each line')
     return list(prompts.values())
 
 
-def _parse(line: str, path: Path, number: int) -> Prompt:
+def _parse(line: str, path: Path, number: int, field: str) -> Prompt:
     name = f"{path.stem}-{number}"
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return Prompt(name, line.strip())
-    where = f"prompts: {path}, line {number}"
+    where = f"{field}: {path}, line {number}"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f'{where}: not JSON ({error}); write one object with "prompt" on each line'
         ) from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UserError(f'{where}: needs an object with a non-empty text "prompt", has {line.strip()[:60]!r}')
-    identity = str(row.get("id", name))
-    if (num_bytes := len(identity.encode("utf-8", "replace"))) > MAX_ID_BYTES:
+    identity = name if row.get("id") is None else str(row["id"])
+    prompt = Prompt(identity, row["prompt"], str(row.get("category", "")))
+    for text in (prompt.id, prompt.prompt, prompt.category):
+        check_unicode(text, where)
+    if (num_bytes := len(identity.encode())) > MAX_ID_BYTES:
         raise UserError(
             f"{where}: the id {identity[:20]!r}… has {num_bytes} bytes; give one of at most {MAX_ID_BYTES}"
         )
-    return Prompt(identity, row["prompt"], str(row.get("category", "")))
+    return prompt
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuse text with half a character (a lone surrogate), which no tokenizer and no file takes.
+
+    JSON can spell it, and a terminal that does not speak UTF-8 makes it of every letter beyond ASCII.
+
+    Raises:
+        UserError: names ``where`` and the character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start + 1} ({text[error.start]!a}) is not Unicode; write it in UTF-8"
+        ) from error
 
 
 def endless(prompts: Sequence[Prompt], seed: int) -> Iterator[Prompt]:

@@ -37,6 +37,7 @@ from mara.common.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 WEIGHTS_WAIT_S = 0.05
+MIN_FAILURES = 64
 
 
 class RolloutWorker:
@@ -94,7 +95,11 @@ class RolloutWorker:
         self._looked_for_weights_at = -1e9
 
     def run(self, should_stop: threading.Event) -> None:
-        """Decode, score and log until ``should_stop`` is set. Blocks."""
+        """Decode, score and log until ``should_stop`` is set. Blocks.
+
+        Raises:
+            UserError: published weights do not fit, or most answers cannot be scored.
+        """
         asked = (
             prompt
             for prompt in endless(self._prompts, self._seed)
@@ -168,14 +173,29 @@ class RolloutWorker:
             self._publish_to_applied_s = time.time() - newer.published_at_s
 
     def _score(self, generations: list[Generation]) -> list[Episode]:
-        """Episodes of the answers, with the raw scores of each reward head; unscorable ones are counted."""
-        episodes = []
+        """Episodes of the answers, with the raw scores of each reward head; unscorable ones are counted.
+
+        Raises:
+            UserError: at least 64 answers could not be scored, and most: the learner would wait for ever, or
+                learn from the few that are empty.
+        """
+        episodes: list[Episode] = []
         for generation in generations:
             prefix_scores = score_prefixes(self._heads, generation, self._llm.eos_ids)
-            if not all(np.isfinite(scores_N).all() for scores_N in prefix_scores.values()):
+            failed = [name for name, scores_N in prefix_scores.items() if not np.isfinite(scores_N).all()]
+            if failed:
                 with self._lock:
                     self._counts["scores_failed"] += 1
-                logger.warning("dropped an episode: not all of its scores are finite")
+                logger.warning("dropped an episode: the scores of %s are not finite", ", ".join(failed))
+                num_failed, num_scored = (
+                    self._counts["scores_failed"],
+                    self._counts["episodes"] + len(episodes),
+                )
+                if num_failed >= MIN_FAILURES and num_failed > num_scored:
+                    raise UserError(
+                        f"rewards.{failed[0]}.path: no finite score for {num_failed} of the first "
+                        f"{num_failed + num_scored} answers; fit the head again, or try llm.dtype=float32"
+                    )
                 continue
             prompt, number = generation.request.tag
             uid = f"{self.actor_id}-{self._seed:016x}-{number}"

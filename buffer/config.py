@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mara.common.config import Config
+from mara.common.config import LONGEST_S, Config
 
 READ_BYTES = 32 << 20
 """Episodes in one reply of the store, about; the store holds such a reply whole in its memory."""
@@ -32,13 +32,13 @@ class ReplayConfig(Config):
     log_max_bytes: int = Field(default=1 << 30, ge=1 << 14)
     """Bound on the episodes kept in the store, bytes; the oldest go first. It has to outlast the time in
     which the learner does not read. Usual range 256 MiB – 64 GiB."""
-    connect_timeout_s: float = Field(default=5.0, gt=0)
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """How long the store may take to accept a connection or to answer, seconds. Usual range 1–30."""
-    retry_first_s: float = Field(default=0.05, gt=0)
+    retry_first_s: float = Field(default=0.05, gt=0, le=LONGEST_S)
     """Pause before the second attempt when the store is away, seconds; it doubles at each further one."""
-    retry_longest_s: float = Field(default=2.0, gt=0)
+    retry_longest_s: float = Field(default=2.0, gt=0, le=LONGEST_S)
     """Bound on the pause between two attempts, seconds. Usual range 1–10."""
-    max_outage_s: float = Field(default=60.0, gt=0)
+    max_outage_s: float = Field(default=60.0, gt=0, le=LONGEST_S)
     """How long the store may be away before its users give up, seconds. Usual range 10–600."""
 
     @model_validator(mode="after")

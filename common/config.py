@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+LONGEST_S = 7 * 86400.0
+"""Bound on settings in seconds: operating systems refuse to wait for absurdly long."""
+
 
 class Config(BaseModel):
     """Frozen; unknown keys are errors; the text under each field is its documentation."""

@@ -12,6 +12,7 @@ import typer
 
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
+from mara.deploy.output import complain, open_missing_descriptors, steady_output
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,23 +47,29 @@ def train(
 
         settings = load_config(find_config(config), overrides or [])
         if dry_run:
-            sys.stdout.write(dump_config(settings))
+            if sys.stdout is not None:
+                sys.stdout.write(dump_config(settings))
+                sys.stdout.flush()
             return
         from mara.deploy.train import train as run
 
-        run(settings)
+        with steady_output():
+            run(settings)
 
 
 @app.command("eval")
 def evaluate(run: RunFolder, overrides: Overrides = None) -> None:
     """Compare the agent of a run with the LLM alone, on held-out prompts."""
     with _reported_errors():
-        from mara.deploy.run_folder import load_run
+        from mara.deploy.run_folder import check_agent, load_run
 
         settings = load_run(run, overrides or [])
-        from mara.deploy.evaluation import run_evaluation
+        check_agent(run)
+        from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
 
-        run_evaluation(run, settings)
+        check_used(overrides or [], EVALUATION_USES)
+        with steady_output():
+            run_evaluation(run, settings)
 
 
 @app.command()
@@ -73,12 +80,16 @@ def generate(
 ) -> None:
     """Answer a prompt with the LLM alone and with the agent of a run."""
     with _reported_errors():
-        from mara.deploy.run_folder import load_run
+        from mara.deploy.run_folder import check_agent, load_run
 
         settings = load_run(run, overrides or [])
+        check_agent(run)
+        from mara.deploy.evaluation import GENERATION_USES, check_used
         from mara.deploy.evaluation import generate as answer
 
-        answer(run, settings, prompt)
+        check_used(overrides or [], GENERATION_USES)
+        with steady_output():
+            answer(run, settings, prompt)
 
 
 @reward_app.command("fit")
@@ -115,15 +126,21 @@ def _reported_errors() -> Iterator[None]:
     except UserError as error:
         _complain(str(error))
         raise typer.Exit(exits.USER_ERROR) from error
+    except OSError as error:
+        _complain(f"{error.filename or 'output'}: {error.strerror or error}")
+        raise typer.Exit(exits.FAILED) from error
 
 
 def _complain(message: str) -> None:
-    for line in message.splitlines():
-        sys.stderr.write(f"mara: error: {line}\n")
+    from mara.deploy.config_file import hide_passwords
+
+    for line in hide_passwords(message).splitlines():
+        complain(f"mara: error: {line}")
 
 
 def main() -> None:
     """Entry point of the console script."""
+    open_missing_descriptors()
     app()
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
 from mara.buffer.config import ReplayConfig, ShapingConfig
-from mara.common.config import AgentConfig, Config
+from mara.common.config import LONGEST_S, AgentConfig, Config
 from mara.learner.config import LearnerConfig
 
 SHIPPED_PREFIX = "mara:"
@@ -37,6 +37,9 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
 class _IsDataPath:
     """Marks the settings whose relative values depend on where they were written."""
 
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+"""What names a run: it becomes part of a folder's name and of keys in the store."""
 
 DATA_PATH = _IsDataPath()
 DataPath = Annotated[Path, BeforeValidator(_resolve), DATA_PATH]
@@ -93,7 +96,7 @@ class RayConfig(Config):
     address: str | None = None
     """``auto`` or ``HOST:PORT`` joins a running cluster. None starts Ray on this machine, for this run only,
     listening on the loopback interface."""
-    start_timeout_s: float = Field(default=120.0, gt=0)
+    start_timeout_s: float = Field(default=120.0, gt=0, le=LONGEST_S)
     """Longest wait for the cluster to have room for the learner and for each rollout actor, seconds."""
     max_actor_restarts: int = Field(default=20, ge=0)
     """Rollout actors that may die and be replaced in one run before the run is given up."""
@@ -104,11 +107,11 @@ class RunFolderConfig(Config):
 
     dir: Path = Path("runs")
     """Where run folders are made. Relative to the current folder."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=RUN_NAME)
     """First part of the folder's name; the time follows. None: the name of the configuration file."""
     seed: int = Field(default=0, ge=0)
     """Every random stream of the run derives from it. How actors interleave still differs between runs."""
-    stop_timeout_s: float = Field(default=60.0, gt=0)
+    stop_timeout_s: float = Field(default=60.0, gt=0, le=LONGEST_S)
     """Longest wait for the learner to save when the run is stopped, seconds."""
 
 

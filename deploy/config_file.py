@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mara.common.errors import UserError
-from mara.deploy.config import DATA_PATH, SHIPPED_DIR, RunConfig, resolve_data_path
+from mara.deploy.config import DATA_PATH, RUN_NAME, SHIPPED_DIR, RunConfig, resolve_data_path
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -59,9 +59,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(content, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
     config = make_settings(RunConfig, content, overrides, folder=path.parent)
-    run = config.run.model_copy(
-        update={"name": config.run.name or path.stem, "dir": config.run.dir.expanduser().absolute()}
-    )
+    name = config.run.name or path.stem
+    if not re.fullmatch(RUN_NAME, name):
+        raise UserError(
+            f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add run.name=NAME"
+        )
+    run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
     return config.model_copy(update={"run": run})
 
 
@@ -93,23 +96,39 @@ def dump_config(config: RunConfig) -> str:
     """YAML that :func:`load_config` reads back as the same settings, except that passwords are hidden."""
     content = config.model_dump(mode="json")
     del content["shaping"]["score_weights"]
-    content["replay"]["redis_url"] = hide_password(config.replay.redis_url)
+    if config.replay.redis_url is not None:
+        content["replay"]["redis_url"] = hide_password(config.replay.redis_url)
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
 
 
-def hide_password(url: str | None) -> str | None:
-    """``redis://:secret@host`` becomes ``redis://:***@host``."""
-    if url is None:
-        return None
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user, _, rest = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:{HIDDEN}@{rest}"))
+def hide_password(url: str) -> str:
+    """``redis://me:secret@host`` becomes ``redis://me:***@host``, ``?password=secret`` is ``?password=***``.
+
+    An address that cannot be taken apart hides too much rather than too little: a user name alone may be a
+    password whose ``:`` was forgotten, and a password may hold ``/``, ``?`` and ``@``.
+    """
+    scheme, _, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
+    scheme += "://" if scheme else ""
+    user_info, at, place = rest.rpartition("@")
+    if _SECRET_OPTION.search(user_info):
+        return scheme + HIDDEN
+    if at:
+        user = re.match(r"([^:@/?#]*):", user_info)
+        user_info = f"{user[1]}:{HIDDEN}" if user else HIDDEN
+    return scheme + user_info + at + _SECRET_OPTION.sub(rf"\g<1>{HIDDEN}", place)
+
+
+def hide_passwords(text: str) -> str:
+    """``text`` with the password of every address in it hidden."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", lambda found: hide_password(found[0]), text)
+
+
+# A name with %XX in it may be "password" as well.
+_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:password|%)[^=&]*=)[^&]*", re.IGNORECASE | re.DOTALL)
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return hide_passwords(" ".join(str(error).split()))
 
 
 # Overrides
@@ -119,7 +138,8 @@ def _apply_override(content: dict[Any, Any], override: str, model: type[BaseMode
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r} is not of the form key=value, such as rollout.num_actors=4")
+        shown = hide_passwords(repr(override))
+        raise UserError(f"override {shown} is not of the form key=value, such as rollout.num_actors=4")
     node = content
     for part in parts[:-1]:
         child = node.get(part)
@@ -132,6 +152,8 @@ def _apply_override(content: dict[Any, Any], override: str, model: type[BaseMode
 def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any:
     """Text as it is where the setting is text, YAML everywhere else; ``1,2`` is a list where one belongs."""
     accepted = list(_types_at(model, parts))
+    if not text and parts[-1] == "redis_url":  # A variable of the shell that is not set, most likely.
+        raise UserError(f"{'.'.join(parts)} is empty; give an address, or null for a server of the run's own")
     if type(None) in accepted and text in ("null", "~", ""):
         return None
     if DATA_PATH in accepted:
@@ -143,7 +165,9 @@ def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{'.'.join(parts)}={text}: not a YAML value: {_one_line(error)}") from error
+        shown = HIDDEN if _may_hold_password(text) else text
+        reason = "" if _may_hold_password(text) else f": {_one_line(error)}"
+        raise UserError(f"{'.'.join(parts)}={shown}: not a YAML value{reason}") from error
 
 
 # The shape of the settings
@@ -202,7 +226,7 @@ def _describe(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
                 yield f"{path} is missing; add it to the configuration or give {path}=VALUE"
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")
-                yield message if not path or path in message else f"{path}: {message}"
+                yield hide_passwords(message if not path or path in message else f"{path}: {message}")
             case _:
                 yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}"
 
@@ -215,10 +239,15 @@ def _dotted(location: Sequence[int | str]) -> str:
 
 
 def _show(path: str, value: Any) -> str:
-    if path.endswith("redis_url"):
-        return HIDDEN
     text = json.dumps(value, default=str, ensure_ascii=False)
+    if path.endswith("redis_url") or _may_hold_password(text):
+        return HIDDEN
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _may_hold_password(text: str) -> bool:
+    """Whether there is an address with more than a host in ``text``, which need not be one alone."""
+    return "redis_url" in text or ("://" in text and ("@" in text or _SECRET_OPTION.search(text) is not None))
 
 
 def _expected(detail: Mapping[str, Any]) -> str:

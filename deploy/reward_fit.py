@@ -43,12 +43,15 @@ def fit(settings: FitSettings, out: Path) -> FitReport:
     """Fit a head, save it with its card in ``out``, and print what it is worth.
 
     Raises:
-        UserError: pairs, prompts or LLM cannot be read, or ``out`` cannot be written.
+        UserError: pairs, prompts or LLM cannot be read, its device is not there, or ``out`` cannot be
+            written.
     """
     from mara.actors.head_fit import fit_from_files
+    from mara.actors.llm import resolve_device
     from mara.deploy.preflight import check_writable
 
     check_writable("--out", out.absolute())
+    resolve_device(settings.llm.device)
     config = FitConfig.model_validate(settings.model_dump(exclude={"llm"}))
     report = fit_from_files(settings.llm, config, out, _Progress().tell)
     print_report(report)

@@ -9,6 +9,7 @@ from pathlib import Path
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
+from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOGS = "logs"
@@ -47,6 +48,28 @@ def _unused(wanted: Path) -> Path:
                 raise
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def what_is_saved(folder: Path) -> str:
+    """What a run that ends in an error has left in ``folder``, in a few words."""
+    if (checkpoints := folder / CHECKPOINT_FOLDER).is_dir():
+        return f"its last checkpoint is in {checkpoints}"
+    if (agent := folder / AGENT_FOLDER).is_dir():
+        return f"its agent is in {agent}"
+    return "it had not saved a checkpoint here"
+
+
+def check_agent(folder: Path) -> None:
+    """The run in ``folder`` has saved an agent.
+
+    Raises:
+        UserError: it has not: it goes on still, or ended before.
+    """
+    if not (folder / AGENT_FOLDER).is_dir():
+        raise UserError(
+            f"{folder.resolve()} has no agent: its run has not saved one yet, or ended before it could; "
+            "give the folder of another run"
+        )
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

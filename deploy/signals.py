@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to end and save, the second ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks the run to end and save, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM while it is entered. Enter it in the main thread."""
+    """Catches SIGINT, SIGTERM and SIGHUP while it is entered. Enter it in the main thread.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    """
 
     def __init__(self) -> None:
         self._requested = False
@@ -35,7 +38,8 @@ class StopSignal:
     def install(self) -> None:
         """Take the signals again. A library that is started in between may have put itself in our place."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or self._previous[number] != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.getsignal(number) for number in SIGNALS}
@@ -48,7 +52,10 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # A terminal that is closed is told twice, by the shell and by the system: nobody means it twice.
+        if number == signal.SIGHUP and self._requested and not self._interrupts:
+            return
         # Only sets a flag: a handler runs between any two instructions of the main thread, locks held.
         interrupts = self._interrupts or self._requested
         self._requested = True

@@ -6,6 +6,7 @@ are lost. The learner is not: its death ends the run, which keeps its last check
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import RUNNING
 from mara.deploy.rollout_host import RolloutSpec
-from mara.learner.loop import CHECKPOINT_FOLDER, LearnerSummary
+from mara.deploy.run_folder import what_is_saved
+from mara.learner.loop import LearnerSummary
 
 if TYPE_CHECKING:
     from mara.deploy.topology import Ended, Handle
@@ -148,11 +150,7 @@ class Supervisor:
         if ended.error is None and not ended.died:
             assert isinstance(ended.result, LearnerSummary)
             return ended.result
-        saved = member.spec.folder / CHECKPOINT_FOLDER
-        found = (
-            f"its last checkpoint is in {saved}" if saved.is_dir() else "it had not saved a checkpoint here"
-        )
-        raise self._failure(member, ended, f"the run ends; {found}")
+        raise self._failure(member, ended, f"the run ends; {what_is_saved(member.spec.folder)}")
 
     def _replace(self, index: int, member: _Member, ended: Ended) -> None:
         """Put a new rollout actor in the place of one that ended."""
@@ -181,7 +179,7 @@ class Supervisor:
         """First line of what happened; the traceback goes into the process's log."""
         if ended.error is None:
             return f"{member.handle.name} {'died' if ended.died else 'ended by itself'}"
-        with member.spec.log_file.open("a") as log:
+        with contextlib.suppress(OSError), member.spec.log_file.open("a") as log:  # The disk may be full.
             log.write(ended.trace.rstrip() + "\n")
         first_line = (str(ended.error).strip() or "no message").splitlines()[0]
         return f"{member.handle.name} failed: {type(ended.error).__name__}: {first_line}"

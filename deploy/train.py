@@ -30,7 +30,7 @@ from mara.deploy.process import RUNNING
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, make_run_folder
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, make_run_folder, what_is_saved
 from mara.deploy.signals import StopSignal
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 TICK_S = 0.05
 LAST_REPORT_S = 10.0
-WANDB_START_S = 70.0
+WANDB_START_S = 45.0
 
 
 class _StoppedEarly(Exception):
@@ -51,7 +51,7 @@ class _StoppedEarly(Exception):
 def train(config: RunConfig) -> None:
     """Train an agent and, if configured, evaluate it. Returns when all is saved and every process is gone.
 
-    Ctrl-C or SIGTERM ends it early, with the agent as it is then.
+    Ctrl-C, SIGTERM or SIGHUP ends it early, with the agent as it is then.
 
     Raises:
         UserError: the settings are wrong.
@@ -62,6 +62,7 @@ def train(config: RunConfig) -> None:
     with StopSignal() as stop, ExitStack() as exits:
         with open_display(view) as display:
             show = _Show(view, display, stop)
+            folder: Path | None = None
             try:
                 checked = preflight(config, show.state)
                 folder = make_run_folder(config)
@@ -72,14 +73,25 @@ def train(config: RunConfig) -> None:
             except _StoppedEarly:
                 display.say("stopped before training began; there is no agent to save")
                 return
+            except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
+                if folder is None:
+                    raise
+                raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
         say(_closing_line(summary))
-        draw_plots(folder)
+        try:
+            draw_plots(folder)
+        except OSError as error:
+            say(f"no plots: {_reason(error)}")
         try:
             _evaluate(config, folder, recorder, stop)
         except KeyboardInterrupt:
             say(f"no evaluation; `mara eval {folder}` does it later")
         finally:
             _print_places(folder, recorder)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename or 'output'}: {error.strerror or error}"
 
 
 @dataclass(frozen=True, slots=True)

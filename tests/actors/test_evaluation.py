@@ -27,6 +27,7 @@ from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
+from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 
@@ -232,6 +233,13 @@ def test_answers_of_the_same_tokens_are_ties_however_their_scores_were_rounded(l
     report = evaluate(llm, agent, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
     for name, rate in report.preference.items():
         assert rate.ties == (num_same if name != "joint" else len(prompts))
+
+
+def test_a_score_that_is_no_number_is_never_a_tie(llm):
+    head = make_head(0)
+    head.base_std.fill_(0.0)
+    with pytest.raises(UserError, match=r"rewards\.cost\.path: .* prompt 'p\d' the score (nan|-?inf);"):
+        answer_prompts(llm, PROMPTS, DECODING, "greedy", 3, 40, heads=HEADS | {"cost": head})
 
 
 def test_no_more_answers_with_hidden_states_are_held_than_there_are_rows(llm):

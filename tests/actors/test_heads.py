@@ -201,11 +201,21 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         "{}",
         '{"head": {"hidden_size": -1}}',
         '{"head": {"hidden_size": 32, "extra": 1}}',
+        '{"head": {"hidden_size": 32, "width": 1000000000000}}',
     ):
         card.write_text(damage)
         with pytest.raises(UserError, match=r"head\.json cannot be read") as caught:
             load_head(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_head_with_numbers_that_are_not_finite_is_refused(tmp_path, number):
+    head = random_head()
+    head.output.weight[0, 3] = number
+    save_head(tmp_path, head, {})
+    with pytest.raises(UserError, match=r"head\.safetensors: output\.weight is not finite; fit it again"):
+        load_head(tmp_path)
 
 
 def test_separable_pairs_are_learnt(fitted):

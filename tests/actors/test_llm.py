@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -56,6 +57,26 @@ def test_a_broken_model_folder_is_one_clear_line(tmp_path):
     transformers_logging.set_verbosity_error()
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_llm(LLMConfig(model=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("model.safetensors", b"junk"), ("tokenizer.json", b"{"), ("config.json", b'["a"]')]
+)
+def test_a_damaged_file_of_a_model_is_one_clear_line(tmp_path, llm_folder, name, content):
+    folder = shutil.copytree(llm_folder, tmp_path / "llm")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"llm\.model: .* cannot be loaded") as caught:
+        load_llm(LLMConfig(model=str(folder), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "xyz"])
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for(device):
+    with pytest.raises(
+        UserError, match=rf"llm\.device={device} cannot be used here .*use auto, cpu"
+    ) as caught:
+        load_llm(LLMConfig(model="./nowhere", device=device))
     assert "\n" not in str(caught.value)
 
 

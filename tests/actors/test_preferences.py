@@ -64,6 +64,9 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path: Path) -
         ('{"prompt": "a", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}', "'assistant'"),
         ("[1, 2]", "not an object"),
         ('{"prompt": ', "not JSON"),
+        ('{"prompt": "a", "chosen": "b\\ud800", "rejected": "c"}', "character 2"),
+        ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "character 1"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: str, fault: str) -> None:
@@ -73,6 +76,12 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: str, fau
         read_preferences(str(path))
     message = str(caught.value)
     assert f"{path}, line 3" in message and fault in message and "\n" not in message
+
+
+def test_the_mark_that_some_editors_put_first_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8-sig")
+    assert len(read_preferences(str(path))) == 1
 
 
 def test_missing_empty_binary_and_non_list_files_are_user_errors(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path):
         ),
         (b"\xff\xfe\x00", "not UTF-8"),
         (
+            b'{"prompt": "a"}\n{"prompt": "\\ud800 why?"}\n',
+            r"line 2: character 1 \('\\ud800'\) is not Unicode",
+        ),
+        (b'{"prompt": "a", "id": "x\\ud800"}\n', "line 1: character 2"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (
             b'{"prompt": "a"}\n{"prompt": "b", "id": "' + "ä".encode() * 257 + b'"}\n',
             "line 2: the id .* has 514 bytes; give one of at most 512",
         ),
@@ -72,9 +78,26 @@ def test_only_a_newline_ends_a_line(tmp_path, separator):
         ]
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
-        load_prompts(tmp_path / "nowhere.jsonl")
+def test_a_missing_file_is_named_with_the_setting_that_names_it(tmp_path):
+    with pytest.raises(UserError, match=r"^prompts\.train: .*nowhere\.jsonl cannot be read"):
+        load_prompts(tmp_path / "nowhere.jsonl", "prompts.train")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_prompts(tmp_path / "a\0b")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("asked.jsonl", '{"prompt": "Why?"}\n'), ("asked.txt", "Why?\n"), ("A.TXT", "Why?\n")],
+)
+def test_the_mark_that_some_editors_put_first_is_no_part_of_a_prompt(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [prompt.prompt for prompt in load_prompts(tmp_path / name)] == ["Why?"]
+
+
+def test_an_id_of_null_is_none(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "Why?", "id": null}\n{"prompt": "How?", "id": null}\n')
+    assert [prompt.id for prompt in load_prompts(path)] == ["asked-1", "asked-2"]
 
 
 def test_every_prompt_comes_once_in_each_round_in_another_order():

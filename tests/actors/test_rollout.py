@@ -179,24 +179,23 @@ def test_later_weights_are_taken_while_it_runs_and_decide(make_worker):
                 np.testing.assert_allclose(logprobs_T2[:, 0], episode.reject_logprobs_T[asked_T], atol=0.05)
 
 
-def test_answers_without_a_finite_score_are_dropped_and_counted(make_worker, tmp_path):
+def test_answers_without_a_finite_score_are_dropped_and_end_the_actor_once_they_are_most(
+    make_worker, tmp_path
+):
     broken = make_head(1)
-    broken.preference_D.fill_(torch.nan)
+    broken.base_std.fill_(0.0)  # Finite itself, unlike what is divided by it.
     save_head(tmp_path / "harmless", broken, {})
     stop, weights = threading.Event(), MemoryWeightChannel()
-    log = StopAfter(1, stop)
+    log = StopAfter(10_000, stop)
     weights.publish(0, Agent(32, AGENT).state_dict())
     worker = make_worker(log, weights)
-    thread = threading.Thread(target=worker.run, args=(stop,))
-    thread.start()
-    while worker.metrics()["rollout/scores_failed"] < 5 and not stop.wait(0.01):
-        pass
-    stop.set()
-    thread.join(60)
+    with pytest.raises(UserError, match=r"rewards\.harmless\.path: no finite score for 64 of the first"):
+        worker.run(stop)
     metrics = worker.metrics()
-    assert metrics["rollout/scores_failed"] >= 5
-    assert metrics["rollout/episodes_total"] == metrics["rollout/tokens_total"] == 0
-    assert log.kept == []
+    assert metrics["rollout/scores_failed"] == 64
+    # The score of an empty answer is stored in the head.
+    assert all(episode.response_ids_N.tolist() == [2] for episode in log.kept)
+    assert metrics["rollout/episodes_total"] == len(log.kept) < 64
 
 
 class SlowSink(StopAfter):

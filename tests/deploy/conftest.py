@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import load_config
@@ -17,7 +18,7 @@ def config_path(tmp_path: Path) -> Path:
     llm = tmp_path / "llm"
     llm.mkdir()
     (llm / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
-    (llm / "model.safetensors").write_bytes(b"")
+    save_file({}, llm / "model.safetensors")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "why?"}\n{"prompt": "how?"}\n')
     path = tmp_path / "tiny.yaml"
     path.write_text(

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mara.common.errors import UserError
 from mara.deploy.config import SHIPPED_DIR, RunConfig
-from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, hide_password, load_config
+from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, hide_passwords, load_config
 
 MINIMAL = """
 llm: {model: some/model}
@@ -95,6 +95,17 @@ def test_the_name_of_the_run_is_the_name_of_the_file_unless_given(minimal: Path)
     assert load_config(minimal, ["run.name=mine"]).run.name == "mine"
 
 
+@pytest.mark.parametrize("name", ["my run", "_x", "läuft", "x" * 81])
+def test_a_file_whose_name_cannot_name_a_run_is_refused_unless_another_is_given(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(MINIMAL)
+    message = error_of(path)
+    assert repr(name) in message and "run.name=NAME" in message and "\n" not in message
+    assert load_config(path, ["run.name=mine"]).run.name == "mine"
+
+
 def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
     config = load_config(minimal, ["rewards.helpful.weight=0.5"])
     assert config.weighted_shaping.score_weights == {"helpful": 0.5}
@@ -116,6 +127,8 @@ def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
         ("learner.sac.polyak=2", ["learner.sac.polyak=2", "less than or equal to 1"]),
         ("learner=3", ["learner=3", "group of settings"]),
         ("run.name=a b", ['run.name="a b"', "must match"]),
+        ("replay.connect_timeout_s=1e300", ["replay.connect_timeout_s=1e+300", "less than or equal"]),
+        ("run.stop_timeout_s=1e300", ["run.stop_timeout_s=1e+300", "less than or equal"]),
         ("learner.batch_size={", ["learner.batch_size={", "not a YAML value"]),
         ("learner.batch_size", ["'learner.batch_size' is not of the form key=value"]),
         ("rollout.num_actors=0", ["rollout.num_actors=0", "at least 1"]),
@@ -169,12 +182,45 @@ def test_an_unknown_configuration_name_lists_the_shipped_ones() -> None:
     assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
 
 
-def test_passwords_are_printed_nowhere(minimal: Path) -> None:
-    config = load_config(minimal, ["replay.redis_url=redis://me:s3cret@host:6379/0"])
-    assert "s3cret" not in dump_config(config)
-    assert "redis://me:***@host:6379/0" in dump_config(config)
-    assert "s3cret" not in repr(config)
-    assert hide_password("redis://host") == "redis://host"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:s3cret@host:6379/0", "redis://me:***@host:6379/0"),
+        ("redis://s3cret@host", "redis://***@host"),
+        ("redis://:s3cret/?#@s3cret@host", "redis://:***@host"),
+        ("redis://host/0?password=s3cret&db=1", "redis://host/0?password=***&db=1"),
+        ("redis://host/0?password=a@s3cret", "redis://***"),
+        ("rediss://host?ssl_Password=s3cret", "rediss://host?ssl_Password=***"),
+        ("unix:///socket?pass%77ord=s3cret", "unix:///socket?pass%77ord=***"),
+        (":s3cret@host", ":***@host"),
+        ("redis://[::1:s3cret@x", "redis://[:***@x"),
+        ("redis://host:6379/0", "redis://host:6379/0"),
+    ],
+)
+def test_passwords_are_printed_nowhere(minimal: Path, url: str, shown: str) -> None:
+    config = load_config(minimal, [f"replay.redis_url={url}"])
+    assert yaml.safe_load(dump_config(config))["replay"]["redis_url"] == shown
+    assert "s3cret" not in dump_config(config) + repr(config)
+    if "://" in url:
+        assert hide_passwords(f"no server at {url} today") == f"no server at {shown} today"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "replay=redis://:s3cret@host",
+        "replay={redis_url: redis://:s3cret@host",
+        "replay.connect_timeout_s=redis://host?password=s3cret",
+        "replay.redis_url:redis://:s3cret@host",
+    ],
+)
+def test_a_mistake_with_a_password_in_it_does_not_show_it(minimal: Path, override: str) -> None:
+    assert "s3cret" not in error_of(minimal, override)
+
+
+def test_an_empty_server_address_is_refused(minimal: Path) -> None:
+    assert "replay.redis_url is empty" in error_of(minimal, "replay.redis_url=")
+    assert load_config(minimal, ["replay.redis_url=null"]).replay.redis_url is None
 
 
 def undocumented(model: type[BaseModel], prefix: str = "") -> list[str]:

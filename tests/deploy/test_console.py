@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 import pytest
@@ -84,14 +85,22 @@ def test_a_sparkline_spans_the_least_and_the_greatest_value() -> None:
     assert sparkline(deque([2.0, 2.0])) == "▅▅"
 
 
-def test_what_is_no_terminal_gets_plain_lines(view: View) -> None:
+def test_what_is_no_terminal_gets_plain_lines_whatever_is_said_of_colours(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(open_display(view), PlainDisplay)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
     assert isinstance(open_display(view), PlainDisplay)
 
 
 def test_a_terminal_gets_the_live_display_but_not_in_ci(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("CI", raising=False)
-    assert isinstance(open_display(view), LiveDisplay)
-    monkeypatch.setenv("CI", "true")
-    assert isinstance(open_display(view), PlainDisplay)
+    reader, writer = os.openpty()
+    with open(reader, "rb"), open(writer, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("CI", raising=False)
+        assert isinstance(open_display(view), LiveDisplay)
+        monkeypatch.setenv("CI", "true")
+        assert isinstance(open_display(view), PlainDisplay)

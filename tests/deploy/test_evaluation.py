@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
+from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
-from mara.deploy.config_file import load_config
+from mara.deploy.config_file import dump_config, load_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
 from mara.learner.loop import AGENT_FOLDER
 
@@ -81,7 +83,77 @@ def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny
     assert sample["answers"]["base"] != sample["answers"]["agent"]
 
 
-def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run):
+def test_the_report_says_with_which_settings_it_was_made(tiny_run):
+    folder, config = tiny_run
+    run_evaluation(folder, config)
+    settings = json.loads((folder / REPORT_FILE).read_text())["settings"]
+    assert settings["llm"] == {**settings["llm"], "model": config.llm.model, "dtype": "float32"}
+    assert settings["rewards"]["cost"] == {"path": str(config.rewards["cost"].path), "weight": -0.5}
+    assert settings["decoding"]["truncation"]["top_k"] == 4
+    assert settings["evaluation"] == {"num_prompts": 3, "rows": 2, "num_samples": 1}
+    assert settings["prompts"] == {"evaluation": str(config.prompts.evaluation)}
+    assert settings["run"] == {"seed": 0} and settings["rollout"] == {"max_prompt_tokens": 30}
+    assert settings.keys() == {"llm", "rewards", "decoding", "evaluation", "prompts", "run", "rollout"}
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "why"]])
+def test_an_override_that_would_change_nothing_is_refused_without_its_value(tiny_run, command):
+    folder, config = tiny_run
+    (folder / "config.yaml").write_text(dump_config(config))
+    name, *prompt = command
+    unused = ["learner.num_episodes=5", "replay.redis_url=redis://:s3cret@h", "decoding.threshold=0.4"]
+    result = CliRunner().invoke(app, [name, str(folder), *prompt, *unused])
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert [line.split()[2] for line in lines] == ["learner.num_episodes", "replay.redis_url"]
+    assert all("changes nothing here" in line and "decoding" in line for line in lines)
+    assert "s3cret" not in result.output
+
+
+def test_an_agent_of_another_llm_of_the_same_size_is_a_line_with_both(tiny_run, capsys):
+    folder, config = tiny_run
+    card = {"llm": {"model": "other/model"}}
+    save_agent(Agent(32, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, card)
+    generate(folder, config, "why")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "the agent was trained for the LLM other/model" in line and config.llm.model in line
+
+
+def changed_llm(config: RunConfig, **settings: str) -> RunConfig:
+    return config.model_copy(update={"llm": config.llm.model_copy(update=settings)})
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Fail where the LLM is loaded."""
+
+    def load_llm(config):
+        raise AssertionError("the LLM is loaded")
+
+    monkeypatch.setattr("mara.deploy.evaluation.load_llm", load_llm)
+
+
+def test_what_does_not_fit_is_said_before_the_llm_is_loaded(tiny_run, tmp_path, no_loading):
+    folder, config = tiny_run
+    with pytest.raises(UserError, match=r"llm\.device=cuda:99 cannot be used here"):
+        run_evaluation(folder, changed_llm(config, device="cuda:99"))
+    with pytest.raises(UserError, match=r"PROMPT: character 4 .* is not Unicode"):
+        generate(folder, config, "caf\udce9")
+    head = RewardHead(HeadShape(hidden_size=32, width=8)).requires_grad_(False)
+    head.preference_D[0] = float("nan")
+    save_head(tmp_path / "cost", head, {})
+    with pytest.raises(UserError, match=r"rewards\.cost\.path: .*preference_D is not finite"):
+        run_evaluation(folder, config)
+    save_head(tmp_path / "cost", RewardHead(HeadShape(hidden_size=64)), {})
+    with pytest.raises(UserError, match=r"rewards\.cost\.path: .*hidden size 64, the LLM has 32"):
+        run_evaluation(folder, config)
+    save_agent(Agent(64, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, {})
+    for command in (lambda: run_evaluation(folder, config), lambda: generate(folder, config, "why")):
+        with pytest.raises(UserError, match="agent: .* hidden size 64, the LLM has 32"):
+            command()
+
+
+def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run, no_loading):
     folder, config = tiny_run
     with pytest.raises(UserError, match=r"agent\.safetensors is missing"):
         run_evaluation(folder / "other", config)

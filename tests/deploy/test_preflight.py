@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -84,6 +89,74 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_named(
     assert_one_line(result, "llm.model", "nobody/no-such-model", "Hub cannot be reached")
 
 
+def look_up(endpoint: str, cache: Path) -> tuple[float, str]:
+    """Seconds and message of a look-up of a model on a Hub at ``endpoint``, in a process of its own."""
+    code = (
+        "import time; import huggingface_hub, huggingface_hub.file_download;"
+        "from mara.actors.config import LLMConfig; from mara.common.errors import UserError;"
+        "from mara.deploy.model_shape import find_hidden_size\n"
+        "started = time.monotonic()\n"
+        "try: find_hidden_size(LLMConfig(model='nobody/none'))\n"
+        "except UserError as error: print(time.monotonic() - started, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "*"},
+    )
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    seconds, _, message = line.partition(" ")
+    return float(seconds), message
+
+
+def test_a_hub_that_nobody_answers_for_is_one_line_within_seconds(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for endpoint in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            seconds, message = look_up(endpoint, tmp_path)
+            assert message.startswith("llm.model: 'nobody/none'") and "cannot be reached" in message
+            assert seconds < 20
+
+
+def test_a_hub_that_hangs_up_in_the_middle_is_one_line(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), HangingUp) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        _, message = look_up(f"http://127.0.0.1:{hub.server_port}", tmp_path)
+        hub.shutdown()
+    assert message.startswith("llm.model: 'nobody/none'") and "cannot be reached" in message
+
+
+class HangingUp(BaseHTTPRequestHandler):
+    """Tells of a file and does not send it."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in (("X-Repo-Commit", "0" * 40), ("ETag", '"1"'), ("Content-Length", "10")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+def test_damaged_weights_and_descriptions_of_the_model_are_named(config_path: Path, tmp_path: Path) -> None:
+    description = tmp_path / "llm" / "config.json"
+    for content in ({"hidden_size": "x"}, {"hidden_size": 33, "num_attention_heads": "many"}, ["a"]):
+        full = {"model_type": "llama", **content} if isinstance(content, dict) else content
+        description.write_text(json.dumps(full))
+        assert_one_line(train(config_path), "llm.model: config.json of", "cannot be used")
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"junk")
+    assert_one_line(train(config_path), "llm.model", "model.safetensors cannot be read", "fetch it again")
+
+
+def test_a_path_that_no_file_can_have_is_one_line(config_path: Path) -> None:
+    assert_one_line(train(config_path, f"run.dir=/{'x' * 300}"), "run.dir=/xxx", "too long", "choose another")
+
+
 def test_a_missing_reward_head_is_named(config_path: Path) -> None:
     assert_one_line(train(config_path), "rewards.helpful.path", "helpful")
 
@@ -139,6 +212,23 @@ def test_settings_that_cannot_work_here_are_refused(
     assert_one_line(train(config_path, *override.split()), *parts)
 
 
+def test_going_online_without_a_login_is_refused_before_anything_starts(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert_one_line(train(config_path, "wandb.mode=online"), "wandb.mode=online", "wandb.mode=offline")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm" / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/.cache")
+    result = train(config_path, "llm.gguf_file=model.gguf")
+    assert_one_line(result, "/dev/null/.cache/mara", "set XDG_CACHE_HOME")
+
+
 def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:
     result = train(config_path, "learner.batchsize=3", "rollout.row=3")
     assert result.exit_code == 2
@@ -188,8 +278,29 @@ def test_what_is_right_passes(config_path: Path, tmp_path: Path) -> None:
     assert [prompt.prompt for prompt in checked.prompts] == ["why?", "how?"]
 
 
-def make_head(folder: Path, hidden_size: int) -> None:
-    save_head(folder, RewardHead(HeadShape(hidden_size=hidden_size)), card={})
+def test_a_head_of_another_llm_of_the_same_size_is_a_line_with_both(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for llm, said in (("other/model", True), (str(tmp_path / "llm"), False), ("/moved/llm", False)):
+        make_head(tmp_path / "helpful", HIDDEN_SIZE, llm=llm)
+        preflight(load_config(config_path))
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        assert len(lines) == said
+        if said:
+            assert "rewards.helpful.path" in lines[0] and "other/model" in lines[0]
+            assert str(tmp_path / "llm") in lines[0]
+
+
+def test_prompts_that_are_not_held_out_are_told(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    preflight(load_config(config_path, [f"prompts.evaluation={tmp_path / 'prompts.jsonl'}"]))
+    assert "prompts.evaluation is prompts.train" in capsys.readouterr().out
+
+
+def make_head(folder: Path, hidden_size: int, **card: str) -> None:
+    save_head(folder, RewardHead(HeadShape(hidden_size=hidden_size)), card)
 
 
 def gguf(*values: tuple[str, int, bytes]) -> bytes:
@@ -214,7 +325,12 @@ def test_the_hidden_size_is_found_behind_texts_and_arrays_of_a_gguf_file(tmp_pat
     assert read_gguf_hidden_size(path) == 576
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"GGUF\x03", gguf(("x", 99, b"")), gguf()])
+HUGE_TEXT = gguf(("x", 8, struct.pack("<Q", 1 << 62)))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"GGUF\x03", gguf(("x", 99, b"")), gguf(), HUGE_TEXT]
+)
 def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)

@@ -60,7 +60,12 @@ def test_options_and_overrides_reach_the_fit_and_its_figures_are_printed(
 
 @pytest.mark.parametrize(
     ("argument", "part"),
-    [("rigde=1", "did you mean ridge?"), ("share=0.5,0.1", "rising"), ("llm.dtype=int8", "llm.dtype")],
+    [
+        ("rigde=1", "did you mean ridge?"),
+        ("share=0.5,0.1", "rising"),
+        ("llm.dtype=int8", "llm.dtype"),
+        ("llm.device=xyz", "llm.device=xyz"),
+    ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, argument: str, part: str) -> None:
     result = fit(tmp_path, argument)

@@ -10,7 +10,7 @@ import pytest
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.plots import draw_plots, read_metrics
-from mara.deploy.run_folder import load_run, make_run_folder
+from mara.deploy.run_folder import check_agent, load_run, make_run_folder
 
 
 def test_a_run_folder_holds_the_settings_and_is_the_latest(config: RunConfig) -> None:
@@ -19,6 +19,14 @@ def test_a_run_folder_holds_the_settings_and_is_the_latest(config: RunConfig) ->
     assert load_run(folder) == config
     assert (config.run.dir / "latest").resolve() == folder
     assert load_run(config.run.dir / "latest", ["learner.batch_size=7"]).learner.batch_size == 7
+
+
+def test_a_run_without_an_agent_is_named_by_its_own_name(config: RunConfig) -> None:
+    folder = make_run_folder(config)
+    with pytest.raises(UserError, match=f"{folder} has no agent"):
+        check_agent(config.run.dir / "latest")
+    (folder / "agent").mkdir()
+    check_agent(config.run.dir / "latest")
 
 
 def test_two_runs_of_the_same_second_have_folders_of_their_own(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_only_asks_and_the_second_interrupts(number: signal.Signals) -> None:
     with StopSignal() as stop:
         assert not stop.requested
@@ -22,6 +22,23 @@ def test_the_first_signal_only_asks_and_the_second_interrupts(number: signal.Sig
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+def test_a_terminal_that_is_closed_asks_once_though_two_tell_of_it() -> None:
+    with StopSignal() as stop:
+        send(signal.SIGHUP)
+        send(signal.SIGHUP)
+        assert stop.requested
+
+
+def test_a_hangup_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            send(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_once_nothing_must_be_saved_the_first_signal_interrupts() -> None:

@@ -89,7 +89,7 @@ def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(
         assert str(folder / place) in command.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     mara: Start, number: signal.Signals
 ) -> None:

@@ -23,9 +23,25 @@ app = typer.Typer(
 reward_app = typer.Typer(no_args_is_help=True, help="Reward models fitted on human preferences.")
 app.add_typer(reward_app, name="reward")
 
-Overrides = Annotated[
+TrainOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as rollout.num_actors=4."),
+]
+EvalOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as evaluation.num_prompts=50."),
+]
+GenerateOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.max_new_tokens=80."),
+]
+FitOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings of the fit, such as max_answer_tokens=128, num_own_prompts=100 or data_licence=MIT; "
+        "with llm. before them those of the LLM, such as llm.dtype=float32.",
+    ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
@@ -35,7 +51,7 @@ def train(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart.")
     ],
-    overrides: Overrides = None,
+    overrides: TrainOverrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
 ) -> None:
     """Train an agent, then compare it with the LLM it steers.
@@ -58,7 +74,7 @@ def train(
 
 
 @app.command("eval")
-def evaluate(run: RunFolder, overrides: Overrides = None) -> None:
+def evaluate(run: RunFolder, overrides: EvalOverrides = None) -> None:
     """Compare the agent of a run with the LLM alone, on held-out prompts."""
     with _reported_errors():
         from mara.deploy.run_folder import check_agent, load_run
@@ -76,7 +92,7 @@ def evaluate(run: RunFolder, overrides: Overrides = None) -> None:
 def generate(
     run: RunFolder,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
-    overrides: Overrides = None,
+    overrides: GenerateOverrides = None,
 ) -> None:
     """Answer a prompt with the LLM alone and with the agent of a run."""
     with _reported_errors():
@@ -103,7 +119,7 @@ def fit_reward(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts for the LLM's own answers.", metavar="FILE")
     ] = None,
-    overrides: Overrides = None,
+    overrides: FitOverrides = None,
 ) -> None:
     """Fit a reward head on the hidden states of an LLM, from pairs of a better and a worse answer (Eq. 3)."""
     with _reported_errors():

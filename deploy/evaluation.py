@@ -74,9 +74,20 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
         progress=_Progress().tell,
     )
     content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
-    (folder / REPORT_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    path = folder / REPORT_FILE
+    kept = _keep_earlier(path)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report)
+    say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)
+
+
+def _keep_earlier(path: Path) -> Path | None:
+    """Give an earlier report the name of its time: a comparison on other prompts must not replace it."""
+    if not path.exists():
+        return None
+    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return path.rename(path.with_name(f"{path.stem}-{made}{path.suffix}"))
 
 
 def generate(folder: Path, config: RunConfig, prompt: str) -> None:

@@ -96,6 +96,18 @@ def test_the_report_says_with_which_settings_it_was_made(tiny_run):
     assert settings.keys() == {"llm", "rewards", "decoding", "evaluation", "prompts", "run", "rollout"}
 
 
+def test_a_second_evaluation_keeps_the_report_of_the_first(tiny_run, capsys):
+    folder, config = tiny_run
+    run_evaluation(folder, config)
+    first = (folder / REPORT_FILE).read_text()
+    fewer = config.evaluation.model_copy(update={"num_prompts": 1})
+    run_evaluation(folder, config.model_copy(update={"evaluation": fewer}))
+    (kept,) = folder.glob("report-*.json")
+    assert kept.read_text() == first
+    assert json.loads((folder / REPORT_FILE).read_text())["pairs"][0]["num_prompts"] == 1
+    assert kept.name in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", [["eval"], ["generate", "why"]])
 def test_an_override_that_would_change_nothing_is_refused_without_its_value(tiny_run, command):
     folder, config = tiny_run

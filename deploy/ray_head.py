@@ -59,6 +59,7 @@ class RayHead:
         self._num_cpus = num_cpus
         self._log_file = log_file
         self._process: subprocess.Popen[bytes] | None = None
+        self._folder: str | None = None
 
     def start(self) -> None:
         """Start the node. Blocks for seconds. Ray must not have been imported in this process yet.
@@ -70,10 +71,10 @@ class RayHead:
         os.environ.update(LOOPBACK_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
         os.environ.pop("RAY_ADDRESS", None)
         # Unix sockets have short names: the folder must be near the root.
-        folder = tempfile.mkdtemp(prefix="mara-ray-", dir="/tmp")
+        self._folder = tempfile.mkdtemp(prefix="mara-ray-", dir="/tmp")
         with self._log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mara.deploy.ray_head", folder, str(self._num_cpus)],
+                [sys.executable, "-m", "mara.deploy.ray_head", self._folder, str(self._num_cpus)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -85,7 +86,7 @@ class RayHead:
             raise RunFailed(f"Ray did not start on this machine; see {self._log_file}")
 
     def stop(self) -> None:
-        """End the node and everything it started. Does nothing twice, or before the start."""
+        """End the node and everything it started, also while it starts. Does nothing twice or before."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -98,6 +99,8 @@ class RayHead:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
         process.wait()
+        if self._folder is not None:  # A node that was killed could not do it.
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _session(leader: int) -> list[psutil.Process]:

@@ -119,8 +119,12 @@ class _Show:
         while not self.stop.requested and time.monotonic() < until:
             time.sleep(TICK_S)
 
-    def wait_for(self, work: Callable[[], None]) -> None:
-        """Do ``work`` in another thread, with the display alive and signals heard; raise what it raises."""
+    def wait_for(self, work: Callable[[], None], *, may_be_left: bool = False) -> None:
+        """Do ``work`` in another thread, with the display alive and signals heard; raise what it raises.
+
+        Raises:
+            _StoppedEarly: a signal has come, and the work ``may_be_left`` undone.
+        """
         errors: list[BaseException] = []
 
         def guarded() -> None:
@@ -133,6 +137,8 @@ class _Show:
         thread.start()
         while thread.is_alive():
             self.display.refresh()
+            if may_be_left and self.stop.requested:
+                raise _StoppedEarly
             thread.join(TICK_S)
         if errors:
             raise errors[0]
@@ -184,7 +190,7 @@ class _Training:
             num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus)
             head = RayHead(num_cpus, self._folder / LOGS / "ray.log")
             exits.callback(head.stop)
-            self._show.wait_for(head.start)
+            self._show.wait_for(head.start, may_be_left=True)
             address = head.address
         self._show.state("joining the Ray cluster")
         from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.

@@ -1,9 +1,10 @@
-"""Tiny random language models, made on the fly."""
+"""Tiny random language models, made on the fly, and the signals as a terminal has them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def _make_model(
     torch.nn.init.normal_(model.lm_head.weight, std=deviation)
     model.generation_config.eos_token_id = 2
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_count() -> Iterator[None]:
+    """Under ``nohup`` SIGHUP is ignored, and every process started from there inherits that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

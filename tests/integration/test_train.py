@@ -106,6 +106,17 @@ def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     assert "Traceback" not in command.text
 
 
+def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Start) -> None:
+    command = mara(FOR_EVER, NO_WANDB)
+    command.wait_until(lambda: "starting Ray" in command.text, "starting Ray")
+    command.signal_group(signal.SIGINT)
+
+    assert command.wait() == 0, command.text
+    assert command.left_running() == []
+    assert "there is no agent to save" in command.text
+    assert "joining the Ray cluster" not in command.text
+
+
 def test_a_run_whose_learner_dies_ends_with_a_message_and_nothing_running(mara: Start) -> None:
     command = mara(FOR_EVER, NO_WANDB, "rollout.num_actors=1")
     command.wait_until(lambda: is_training(command), "training")

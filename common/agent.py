@@ -99,4 +99,7 @@ def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dic
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"agent: {folder} cannot be read ({reason}); save it again") from error
+    for name, tensor in agent.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"agent: {folder / WEIGHTS_FILE}: {name} is not finite; train it again")
     return agent.eval(), card

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mara.deploy.recorder import EPISODES, METRICS_FILE
 
 if TYPE_CHECKING:
@@ -50,11 +52,25 @@ def reward_curve(records: Sequence[Record]) -> Figure:
     panels = figure.subplots(1 + len(scores), 1, sharex=True, squeeze=False)[:, 0]
     for panel, name in zip(panels, ("episode/reward", *scores), strict=True):
         points = [(r[EPISODES], r[name]) for r in records if r.get(name) is not None]
-        panel.plot(*zip(*points, strict=True), marker=".", linewidth=1)
+        episodes, values = (np.array(column) for column in zip(*points, strict=True))
+        panel.plot(episodes, values, marker=".", linewidth=0.5, alpha=0.35, label="each report")
+        # A report has a few dozen answers, and answers differ much more than the policy moves in its time.
+        panel.plot(episodes, _running_mean(values), linewidth=2, label="mean of the latest tenth")
         panel.set_ylabel(name.removeprefix("episode/").replace("score/", "score: "))
         panel.grid(alpha=0.3)
+    panels[0].legend(loc="lower right", fontsize="small")
+    panels[0].set_title("What the answers in training were worth")
     panels[-1].set_xlabel("episodes")
     return figure
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and those before it, as many as are a tenth of all."""
+    sums = np.concatenate([[0.0], values.cumsum()])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - max(1, len(values) // 10))
+    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
 
 
 def accepted_positions(records: Sequence[Record]) -> Figure:

@@ -127,3 +127,12 @@ def test_seeds_depend_on_every_name(seed, name, other):
     assert 0 <= derive_seed(seed, name) < 2**63
     if name != other:
         assert derive_seed(seed, name) != derive_seed(seed, other)
+
+
+def test_an_agent_that_is_not_finite_is_refused_by_the_name_of_the_tensor(tmp_path):
+    agent = Agent(8, AgentConfig(widths=(4, 4)))
+    with torch.no_grad():
+        agent.output_linear.weight[0, 0] = float("nan")
+    save_agent(agent, tmp_path, {})
+    with pytest.raises(UserError, match=r"agent\.safetensors: output_linear\.weight is not finite"):
+        load_agent(tmp_path)

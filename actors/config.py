@@ -19,8 +19,10 @@ class LLMConfig(Config):
     """Name of the GGUF file inside the model, for models stored that way. Its weights are expanded."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model. None: its default branch."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format of weights and hidden states. bfloat16 is 2–3 times faster on CPUs that have it."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of weights and hidden states. ``auto`` takes bfloat16 where the device multiplies it
+    itself (AVX-512 with BF16, AMX, ARM with BF16, GPUs since Ampere), float16 on older GPUs, else float32: a
+    CPU without such instructions is 5–10 times slower in bfloat16."""
     device: str = "auto"
     """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
     system_prompt: str | None = None

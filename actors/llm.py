@@ -27,6 +27,8 @@ from mara.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names that torch gives to a processor's instructions for bfloat16 (x86, ARM)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,16 @@ def resolve_device(device: str) -> torch.device:
     return chosen
 
 
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is 16 bit where ``device`` has instructions for it, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if any(can.get(name) for name in NATIVE_BF16) else torch.float32
+
+
 def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     """Return a folder with the model of a GGUF file as safetensors, made on first use.
 
@@ -207,15 +219,16 @@ def load_llm(config: LLMConfig) -> LLM:
         UserError: the model cannot be found or read, or its device is not there.
     """
     device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
     name, gguf_file = locate_model(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     options = {} if config.revision is None else {"revision": config.revision}
     try:
         if gguf_file is not None:
-            name = str(expand_gguf(name, gguf_file, config.dtype))
+            name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, config.dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:
         # Damaged weights, settings and tokenizers each fail with an error of the library that reads them.
         raise UserError(f"llm.model: {config.model!r} cannot be loaded: {_first_line(error)}") from error

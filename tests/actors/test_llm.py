@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
 from mara.actors.config import LLMConfig
-from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model
+from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model, resolve_dtype
 from mara.common.errors import UserError
 
 
@@ -98,3 +98,17 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
     for loaded in (llm, again):
         answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=2)
         assert "Paris" in loaded.decode(answer[0, len(ids) :])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+    ],
+)
+def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_dtype("auto", torch.device("cpu")) == expected
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from mara.actors.config import DecodingConfig
-from mara.actors.decoding.engine import Engine, Generation, Request
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
@@ -178,7 +180,13 @@ def answer_prompts(
     """
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     engine = Engine(
-        llm.model, llm.eos_ids, decoding, policy, min(rows, len(prompts)), max(map(len, rendered.values()))
+        llm.model,
+        llm.eos_ids,
+        decoding,
+        policy,
+        min(rows, len(prompts)),
+        max(map(len, rendered.values())),
+        common_prefix(list(rendered.values())),
     )
     # Longest first: the batch then empties evenly and its prefills are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(rendered[prompts[index].id]))

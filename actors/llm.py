@@ -52,7 +52,7 @@ class LLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(self.model.parameters()).dtype
+        dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property

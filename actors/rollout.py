@@ -22,8 +22,10 @@ import numpy as np
 import torch
 
 from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
-from mara.actors.decoding.engine import Engine, Generation, Request
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead, load_head
 from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, endless
@@ -86,6 +88,7 @@ class RolloutWorker:
             self._policy,
             num_rows=rollout.rows,
             max_prompt_tokens=max(map(len, self._prompt_ids.values())),
+            shared_prefix=common_prefix(list(self._prompt_ids.values())),
         )
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("tokens", "episodes", "decisions", "scores_failed"), 0)

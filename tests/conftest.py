@@ -18,38 +18,63 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}:{% endif %}"
 )
-FAMILIES: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "llama": ("Llama", 0.5, {}),
-    "qwen2": ("Qwen2", 0.5, {}),
-    "gemma2": ("Gemma2", 0.5, {"head_dim": 8, "sliding_window": 256, "final_logit_softcapping": 6.0}),
-    "granite": ("Granite", 2.0, {"logits_scaling": 4.0}),
-    "cohere": ("Cohere", 2.0, {"logit_scale": 0.3, "bos_token_id": 1}),
+FAMILIES: dict[str, tuple[str, str, float, dict[str, Any]]] = {
+    "llama": ("Llama", "LlamaForCausalLM", 0.5, {}),
+    "mistral": ("Mistral", "MistralForCausalLM", 0.5, {"sliding_window": 7}),
+    "qwen2": ("Qwen2", "Qwen2ForCausalLM", 0.5, {}),
+    "qwen2_mixed": (
+        "Qwen2",
+        "Qwen2ForCausalLM",
+        0.5,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM", 0.5, {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        0.5,
+        {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 6.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        0.5,
+        {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt2": ("GPT2", "GPT2LMHeadModel", 0.5, {"n_inner": 48}),
+    "gpt_neox": ("GPTNeoX", "GPTNeoXForCausalLM", 0.5, {}),
+    "granite": ("Granite", "GraniteForCausalLM", 2.0, {"logits_scaling": 4.0}),
+    "cohere": ("Cohere", "CohereForCausalLM", 2.0, {"logit_scale": 0.3, "bos_token_id": 1}),
 }
-"""Name of the classes, a deviation of the output weights with which the distributions are neither flat nor
-certain, and settings of its own."""
+"""Names of the classes, a deviation of the output weights with which the distributions are neither flat nor
+certain, and settings of its own: windows that hide part of a prompt, mixed with full attention."""
+WITHOUT_GROUPED_HEADS = ("gpt2", "gpt_neox")
+EAGER = ("gemma2",)
+"""Families whose attention torch's own kernels cannot compute."""
 
 
 @functools.cache
 def _make_model(
     family: str = "llama", seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float64
 ) -> Any:
-    classes, deviation, settings = FAMILIES[family]
-    config = getattr(transformers, f"{classes}Config")(
+    config_class, model_class, deviation, settings = FAMILIES[family]
+    grouped = {} if family in WITHOUT_GROUPED_HEADS else {"num_key_value_heads": 2}
+    config = getattr(transformers, f"{config_class}Config")(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         eos_token_id=2,
-        attn_implementation="eager" if family == "gemma2" else attention,
+        attn_implementation="eager" if family in EAGER else attention,
         tie_word_embeddings=False,
+        **grouped,
         **settings,
     )
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{classes}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.lm_head.weight, std=deviation)
+    model = getattr(transformers, model_class)(config).to(dtype).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=deviation)
     model.generation_config.eos_token_id = 2
     return model
 

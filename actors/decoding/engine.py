@@ -1,13 +1,18 @@
-"""The decoding engine: many prompts at once, one forward pass a candidate, no row ever waits for another.
+"""The decoding engine: many prompts at once, no row ever waits for another.
 
-Legend: B active rows, D hidden size, K candidates, V vocabulary.
+Legend: B active rows, Q candidates examined in one pass, D hidden size, K candidates, V vocabulary, N
+decisions.
 
-The forward pass that reads a candidate's hidden state also gives the logits of the position after it. So
-an accepted token costs one pass and every rejected candidate one more. A row is always at one candidate:
+The forward pass that reads a candidate's hidden state also gives the logits of the position after it. So an
+accepted token costs one pass, and a rejected candidate one more or none, by how many are examined together:
 
-    propose ──► forward pass ──► decide ──► accepted: keep, propose the first candidate of the next position
-                    ▲                  └──► rejected: propose the next candidate of the same position
-                    └──────────────────────────┘
+    propose ──► forward pass ──► decide ──► accepted: keep, propose the candidates of the next position
+                    ▲                  └──► all rejected: go on to the next candidates of the same position
+                    └───────────────────────────┘
+
+*Lazy* examines one candidate of every row in a pass: the fewest operations, best where arithmetic is dear.
+*Wide* examines several; each sees the text and itself. Where all of them are rejected the row widens. Both
+take the same decisions, with the same draws.
 
 Rows are independent: each has its own position, its own random stream and its own end. Active rows fill
 the front of the cache; a row that ends is replaced by the last one, and new prompts enter at the back.
@@ -16,98 +21,26 @@ the front of the cache; a row that ends is replaced by the last one, and new pro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mara.actors.config import DecodingConfig
+from mara.actors.decoding.acceptance import Verdict, examine
 from mara.actors.decoding.candidates import truncate
+from mara.actors.decoding.forward import Forward, Tokens
+from mara.actors.decoding.generation import Decision, Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import Plain, Policy
+from mara.actors.decoding.prefill import group_by_length
 from mara.actors.decoding.slots import SlotCache
+from mara.actors.decoding.support import check_supported, self_check
 from mara.common.agent import ACCEPT
-from mara.common.episode import FinishReason
-from mara.common.errors import UserError
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt to answer."""
-
-    prompt_ids: list[int]
-    """At least one token."""
-    seed: int = 0
-    """Of this answer's own random stream: the answer depends on no other row."""
-    tag: Any = None
-    """Handed back with the answer."""
-
-
-@dataclass(slots=True)
-class Decision:
-    """One accept-or-reject decision, as in :class:`mara.common.episode.Episode`."""
-
-    state_D: torch.Tensor
-    action: int
-    rank: int
-    num_candidates: int
-    position: int
-    forced: bool
-    reference_logprob: float
-    accept_logprob: float
-    reject_logprob: float
-    policy_version: int
-
-
-@dataclass(slots=True)
-class Generation:
-    """An answer, and how it came about."""
-
-    request: Request
-    started_at_s: float
-    response_ids: list[int] = field(default_factory=list)
-    """With the end-of-sequence token if one was taken."""
-    token_states: list[torch.Tensor] = field(default_factory=list)
-    """[D] each: the hidden state at every token of the answer."""
-    token_logprobs: list[float] = field(default_factory=list)
-    """Log-probability of every token under the LLM itself (temperature 1, whole vocabulary)."""
-    decisions: list[Decision] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-    finished_at_s: float = 0.0
-
-
-class _Row:
-    """A slot's current answer: the candidate set at its position and the candidate under question."""
-
-    __slots__ = (
-        "full_logprobs",
-        "generation",
-        "ids",
-        "length",
-        "num",
-        "rank",
-        "rng",
-        "reference_logprobs",
-        "retaken",
-    )
-
-    def __init__(self, generation: Generation) -> None:
-        self.generation = generation
-        self.rng = np.random.default_rng(generation.request.seed)
-        self.length = len(generation.request.prompt_ids)
-        self.ids: list[int] = []
-        self.reference_logprobs: list[float] = []
-        self.full_logprobs: list[float] = []
-        self.num = 0
-        self.rank = 0
-        self.retaken = False
-
-    @property
-    def undecided(self) -> bool:
-        """Whether anybody is to be asked about the candidate."""
-        return self.num > 1 and not self.retaken
+COMPILER = "inductor"
+"""Backend of torch.compile for passes with fixed shapes."""
 
 
 class Engine:
@@ -116,15 +49,20 @@ class Engine:
     Args:
         model: the causal language model, in evaluation mode.
         eos_ids: tokens that end an answer.
-        config: truncation, length limit and fallback.
+        config: truncation, length limit, fallback and mode.
         policy: who decides; a :class:`Policy`, or ``"greedy"`` / ``"sample"`` for the plain LLM.
         num_rows: prompts decoded at the same time.
         max_prompt_tokens: the longest prompt that will be submitted.
+        shared_prefix: tokens that most prompts begin with, such as a chat template's system message. They are
+            read once; prompts that begin otherwise, or have nothing else, are answered as well.
 
-    Memory: the cache holds ``num_rows * (max_prompt_tokens + config.max_new_tokens)`` tokens.
+    Memory: the cache holds ``num_rows * (max_prompt_tokens + config.max_new_tokens)`` tokens and, in wide
+    mode, a few candidates of each row; see :attr:`cache_nbytes`.
 
     Raises:
-        UserError: the engine cannot drive the model's attention, or does not know how it makes its logits.
+        UserError: the engine cannot drive the model's attention, does not know how it makes its logits,
+        computes
+            other states than the model by itself, or there is no memory for the cache.
     """
 
     def __init__(
@@ -135,6 +73,7 @@ class Engine:
         policy: Policy | Plain,
         num_rows: int,
         max_prompt_tokens: int,
+        shared_prefix: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.config = config
@@ -142,17 +81,28 @@ class Engine:
         self.num_rows = num_rows
         self.max_prompt_tokens = max_prompt_tokens
         self._eos_ids = frozenset(eos_ids)
-        self._device = next(model.parameters()).device
-        self._dtype = next(model.parameters()).dtype
-        num_slots = max_prompt_tokens + config.max_new_tokens
-        _check_supported(model.config.get_text_config(), num_slots)
+        self._device = model.device
+        asks = not isinstance(policy, str)
+        self._window, self._widest = config.candidates_a_pass(self._device.type) if asks else (1, 1)
+        num_tokens = max_prompt_tokens + config.max_new_tokens
+        check_supported(model, num_tokens)
         self._logit_head = make_logit_head(model)
-        self._cache = SlotCache(model.config, num_rows, num_slots, self._dtype, self._device)
-        self._rows: list[_Row] = []
-        self.num_passes = 0
-        """Forward passes so far, prefills included."""
-        self.num_positions = 0
-        """Tokens run through the LLM so far: prompt tokens and candidates."""
+        self_check(model)
+        self._cache = SlotCache(model, num_rows, num_tokens + self._widest - 1)
+        self._forward = Forward(model, self._cache, COMPILER if config.compile else None)
+        self._shared_prefix = tuple(shared_prefix)
+        self._prefix_cache: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rows: list[Row] = []
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes so far, those that read prompts included."""
+        return self._forward.num_passes
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens run through the LLM so far: prompt tokens, candidates, padding."""
+        return self._forward.num_positions
 
     @property
     def num_active(self) -> int:
@@ -164,6 +114,7 @@ class Engine:
 
     @property
     def cache_nbytes(self) -> int:
+        """Bytes of keys and values; the only memory that grows with rows and lengths."""
         return self._cache.nbytes
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
@@ -171,7 +122,7 @@ class Engine:
         waiting = iter(requests)
         exhausted = False
         while True:
-            # A prefill of a few prompts costs little more than one of a single prompt.
+            # A pass that reads a few prompts costs little more than one that reads a single prompt.
             if not exhausted and self.num_free >= max(1, self.num_rows // 8):
                 batch = [request for _, request in zip(range(self.num_free), waiting, strict=False)]
                 exhausted = len(batch) < self.num_free
@@ -182,13 +133,41 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self, requests: list[Request]) -> None:
-        """Put prompts into free rows and propose the first candidate of each.
+        """Put prompts into free rows and propose the first candidates of each.
 
         Raises:
-            ValueError: more requests than free rows, or a prompt that is empty or too long.
+            ValueError: more requests than free rows, a prompt that is empty or too long, or a limit above the
+                engine's own.
         """
         if not requests:
             return
+        self._check_requests(requests)
+        started_at_s = time.time()
+        # Equal prompts run through the LLM once; the others get a copy of the row.
+        firsts: dict[tuple[int, ...], int] = {}
+        for request in requests:
+            firsts.setdefault(tuple(request.prompt_ids), len(firsts))
+        prompts, states_UD = self._read(list(firsts))
+        order = {ids: place for place, ids in enumerate(prompts)}
+        sources = [order[tuple(request.prompt_ids)] for request in requests]
+        # Rows of the same prompt: the first to ask gets the row that was read, the others the rows behind.
+        begin, copies = len(self._rows), len(prompts)
+        placed: list[Request | None] = [None] * len(requests)
+        for request, source in zip(requests, sources, strict=True):
+            if placed[source] is None:
+                placed[source] = request
+            else:
+                self._cache.move_row(begin + source, begin + copies, len(request.prompt_ids))
+                placed[copies] = request
+                copies += 1
+        new_rows = [self._new_row(request, started_at_s) for request in placed if request is not None]
+        self._rows.extend(new_rows)
+        states_BD = states_UD[
+            self._index([order[tuple(row.generation.request.prompt_ids)] for row in new_rows])
+        ]
+        self._propose(new_rows, states_BD)
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
         if len(requests) > self.num_free:
             raise ValueError(f"{len(requests)} requests for {self.num_free} free rows")
         lengths = [len(request.prompt_ids) for request in requests]
@@ -196,134 +175,205 @@ class Engine:
             raise ValueError(
                 f"prompt lengths must be within 1 and {self.max_prompt_tokens}, got {sorted(lengths)}"
             )
-        started_at_s = time.time()
-        # Equal prompts run through the LLM once; the others get a copy of the row.
-        firsts: dict[tuple[int, ...], int] = {}
-        sources = [firsts.setdefault(tuple(request.prompt_ids), len(firsts)) for request in requests]
-        states_UD = self._prefill([list(ids) for ids in firsts])
-        # From the back: a copy's source stands before it, and no source is overwritten before it was copied.
-        begin = len(self._rows)
-        for offset, source in reversed(list(enumerate(sources))):
-            if offset != source:
-                self._cache.move_row(begin + source, begin + offset, len(requests[offset].prompt_ids))
-        new_rows = [_Row(Generation(request, started_at_s)) for request in requests]
-        self._rows.extend(new_rows)
-        self._propose(new_rows, states_UD[torch.tensor(sources)])
+        limits = [request.max_new_tokens for request in requests if request.max_new_tokens is not None]
+        if limits and (min(limits) < 1 or max(limits) > self.config.max_new_tokens):
+            raise ValueError(
+                f"max_new_tokens must be within 1 and {self.config.max_new_tokens}, got {sorted(limits)}"
+            )
 
-    def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Run U prompts into the first free rows; return the hidden state at the end of each, [U, D]."""
-        lengths = [len(ids) for ids in prompts]
-        begin, longest = len(self._rows), max(lengths)
-        ids_BQ = torch.zeros(len(prompts), longest, dtype=torch.long)
+    def _new_row(self, request: Request, started_at_s: float) -> Row:
+        limit = request.max_new_tokens or self.config.max_new_tokens
+        return Row(Generation(request, started_at_s), limit)
+
+    def _read(self, prompts: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+        """Read U different prompts into the first free rows: those prompts in the rows' order, and the hidden
+        state at the end of each, [U, D]."""
+        prefix = self._shared_prefix
+        shared = [ids for ids in prompts if len(ids) > len(prefix) and ids[: len(prefix)] == prefix]
+        others = [ids for ids in prompts if not (len(ids) > len(prefix) and ids[: len(prefix)] == prefix)]
+        order: list[tuple[int, ...]] = []
+        states: list[torch.Tensor] = []
+        for some, start in ((shared, len(prefix)), (others, 0)):
+            for group in group_by_length([len(ids) - start for ids in some]):
+                batch = [some[index] for index in group]
+                states.append(self._read_together(batch, len(self._rows) + len(order), start))
+                order += batch
+        return order, torch.cat(states)
+
+    def _read_together(self, prompts: list[tuple[int, ...]], begin: int, start: int) -> torch.Tensor:
+        """Read the prompts from token ``start`` on, in one pass, into the rows from ``begin`` on."""
+        rows = slice(begin, begin + len(prompts))
+        if start:
+            if self._prefix_cache is None:
+                self._read_together([self._shared_prefix], begin, 0)
+                self._prefix_cache = self._cache.read_prefix(begin, start)
+            self._cache.write_prefix(rows, self._prefix_cache)
+        longest = max(map(len, prompts))
+        ids_BQ = torch.zeros(len(prompts), longest - start, dtype=torch.long)
         for row, ids in enumerate(prompts):
-            ids_BQ[row, : lengths[row]] = torch.tensor(ids)
+            ids_BQ[row, : len(ids) - start] = torch.tensor(ids[start:])
         # Padding lies behind each prompt, in slots that the answer overwrites before it reads them.
-        positions_BQ = torch.arange(longest).expand(len(prompts), -1)
-        states_BQD = self._forward(slice(begin, begin + len(prompts)), ids_BQ, positions_BQ, longest)
-        return states_BQD[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        slots_BQ = torch.arange(start, longest).expand(len(prompts), -1)
+        states_BQD = self._forward(rows, Tokens(ids_BQ, slots_BQ, slots_BQ, slots_BQ), longest)
+        last_B = self._index([len(ids) - start - 1 for ids in prompts])
+        return states_BQD[torch.arange(len(prompts), device=self._device), last_B]
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """One forward pass over the current candidate of every active row; returns finished answers."""
+        """One forward pass over the current candidates of every active row; returns finished answers."""
         rows = self._rows
         if not rows:
             return []
-        ids_BQ = torch.tensor([[row.ids[row.rank]] for row in rows])
-        positions_BQ = torch.tensor([[row.length] for row in rows])
-        span = max(row.length for row in rows) + 1
-        states_BD = self._forward(slice(0, len(rows)), ids_BQ, positions_BQ, span)[:, 0]
-        taken = self._decide(rows, states_BD)
+        states_BQD = self._examine(rows)
+        taken = self._decide(rows, states_BQD)
+        kept = [(index, place) for index, place in enumerate(taken) if place is not None]
+        self._keep(rows, kept)
+        taken_BD = states_BQD[
+            self._index([index for index, _ in kept]), self._index([place for _, place in kept])
+        ]
         finished: list[int] = []
-        going_on: list[int] = []
-        for index, row in enumerate(rows):
-            if not taken[index]:
-                self._next_candidate(row)
-            elif self._take(row, states_BD[index]):
+        going_on: list[tuple[Row, int]] = []
+        for number, (index, place) in enumerate(kept):
+            row = rows[index]
+            row.rank += place
+            if self._take(row, taken_BD[number]):
                 finished.append(index)
             else:
-                going_on.append(index)
+                going_on.append((row, number))
         if going_on:
-            self._propose([rows[index] for index in going_on], states_BD[torch.tensor(going_on)])
+            numbers = [number for _, number in going_on]
+            states_BD = taken_BD if len(numbers) == len(kept) else taken_BD[self._index(numbers)]
+            self._propose([row for row, _ in going_on], states_BD)
         return self._release(finished)
 
-    def _forward(
-        self, rows: slice, ids_BQ: torch.Tensor, positions_BQ: torch.Tensor, span: int
-    ) -> torch.Tensor:
-        """Hidden states [B, Q, D] of ``ids_BQ`` at ``positions_BQ``; each sees the slots up to its own."""
-        positions_BQ = positions_BQ.to(self._device)
-        self._cache.aim(rows, positions_BQ, span)
-        visible_B1QS = torch.arange(span, device=self._device) <= positions_BQ[:, None, :, None]
-        if self.model.config._attn_implementation == "eager":
-            # Eager attention adds its mask; a boolean one would be wrong without a word.
-            blocked = torch.finfo(self._dtype).min
-            visible_B1QS = torch.zeros_like(visible_B1QS, dtype=self._dtype).masked_fill(
-                ~visible_B1QS, blocked
-            )
-        self.num_passes += 1
-        self.num_positions += ids_BQ.numel()
-        return self.model.base_model(  # type: ignore[no-any-return]
-            input_ids=ids_BQ.to(self._device),
-            attention_mask=visible_B1QS,
-            position_ids=positions_BQ,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+    def _examine(self, rows: list[Row]) -> torch.Tensor:
+        """Hidden states [B, Q, D] of the candidates from each row's own rank on, Q the most that a row
+        wants."""
+        fixed = self.config.compile
+        num_Q = self._window if fixed else max(row.num_examined for row in rows)
+        # Rows with fewer candidates left repeat their last one; with fixed shapes, idle rows read nothing but
+        # it.
+        ids = [[row.ids[min(row.rank + q, row.num - 1)] for q in range(num_Q)] for row in rows]
+        lengths = [row.length for row in rows]
+        if fixed:
+            ids += [[0] * num_Q] * self.num_free
+            lengths += [0] * self.num_free
+        lengths_BQ = torch.tensor(lengths)[:, None].expand(-1, num_Q)
+        tokens = Tokens(torch.tensor(ids), lengths_BQ, lengths_BQ + torch.arange(num_Q), lengths_BQ)
+        span = max(lengths) + num_Q
+        return (
+            self._forward.fixed(tokens, span) if fixed else self._forward(slice(0, len(rows)), tokens, span)
+        )
 
-    def _propose(self, rows: list[_Row], states_BD: torch.Tensor) -> None:
+    def _propose(self, rows: list[Row], states_BD: torch.Tensor) -> None:
         """Give every row the candidate set of its next position, from the state before it."""
         candidates = truncate(self._logit_head(states_BD), self.config.truncation)
-        # One transfer for all rows; from here on a row is plain Python.
-        ids, nums = candidates.ids_BK.tolist(), candidates.num_B.tolist()
-        reference, full = candidates.reference_logprobs_BK.tolist(), candidates.full_logprobs_BK.tolist()
-        for index, row in enumerate(rows):
-            num = nums[index]
-            row.num, row.rank, row.retaken = num, 0, False
-            row.ids = ids[index][:num]
-            row.reference_logprobs = reference[index][:num]
-            row.full_logprobs = full[index][:num]
+        # One transfer for all rows; from here on a row is plain Python. float64 holds ids and float32
+        # exactly.
+        parts = (candidates.num_B[:, None], *candidates[:1], *candidates[2:])
+        table = torch.cat([part.double() for part in parts], dim=1).tolist()
+        num_K = candidates.ids_BK.shape[1]
+        for row, numbers in zip(rows, table, strict=True):
+            num = int(numbers[0])
+            row.num, row.rank, row.retaken, row.width = num, 0, False, self._window
+            row.ids = [int(number) for number in numbers[1 : 1 + num]]
+            row.reference_logprobs = numbers[1 + num_K : 1 + num_K + num]
+            row.full_logprobs = numbers[1 + 2 * num_K : 1 + 2 * num_K + num]
             if self.policy == "sample":
                 weights = np.exp(np.array(row.full_logprobs))
                 row.rank = int(row.rng.choice(num, p=weights / weights.sum()))
 
-    def _decide(self, rows: list[_Row], states_BD: torch.Tensor) -> list[bool]:
-        """Whether each row's candidate is taken; records the decisions."""
+    def _decide(self, rows: list[Row], states_BQD: torch.Tensor) -> list[int | None]:
+        """Which of the examined candidates each row takes, if any; records the decisions."""
+        taken: list[int | None] = [0] * len(rows)
         if isinstance(self.policy, str):
-            return [True] * len(rows)
-        taken = [True] * len(rows)
+            return taken
         for index, row in enumerate(rows):
             if row.retaken:
-                self._record_fallback(row, states_BD[index])
-        asked = [index for index, row in enumerate(rows) if row.undecided]
+                self._record_fallback(row, states_BQD[index, 0])
+        asked = [
+            (index, q) for index, row in enumerate(rows) if row.undecided for q in range(row.num_examined)
+        ]
         if not asked:
             return taken
-        uniforms_B = torch.tensor([rows[index].rng.random(dtype=np.float32) for index in asked])
-        decisions = self.policy.decide(states_BD[torch.tensor(asked)], uniforms_B)
+        states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
+        draws = [draw for row in rows if row.undecided for draw in row.draws(row.num_examined)]
+        decisions = self.policy.decide(states_ND, torch.tensor(draws))
         accepts = decisions.accept_B.tolist()
-        accept_logprobs, reject_logprobs = (
-            decisions.accept_logprobs_B.tolist(),
-            decisions.reject_logprobs_B.tolist(),
-        )
-        for place, index in enumerate(asked):
-            row = rows[index]
-            forced = self.config.fallback == "last" and row.rank == row.num - 1
-            taken[index] = forced or accepts[place]
-            row.generation.decisions.append(
-                Decision(
-                    state_D=states_BD[index],
-                    action=int(taken[index]),
-                    rank=row.rank,
-                    num_candidates=row.num,
-                    position=len(row.generation.response_ids),
-                    forced=forced,
-                    reference_logprob=row.reference_logprobs[row.rank],
-                    accept_logprob=0.0 if forced else accept_logprobs[place],
-                    reject_logprob=-np.inf if forced else reject_logprobs[place],
-                    policy_version=decisions.policy_version,
+        logprobs = (decisions.accept_logprobs_B.tolist(), decisions.reject_logprobs_B.tolist())
+        verdicts: list[tuple[int, Row, int, Verdict]] = []
+        begin = 0
+        for index, row in enumerate(rows):
+            if row.undecided:
+                end = begin + row.num_examined
+                verdict = examine(accepts[begin:end], row.rank, row.num, self.config.fallback)
+                verdicts.append((index, row, begin, verdict))
+                begin = end
+        # What was examined beyond a row's decision is dropped here: records keep what they point into alive.
+        used = [begin + offset for _, _, begin, verdict in verdicts for offset in range(verdict.num_asked)]
+        used_ND = states_ND if len(used) == len(asked) else states_ND[self._index(used)]
+        states = iter(used_ND.unbind())
+        for index, row, begin, verdict in verdicts:
+            row.use_draws(verdict.num_asked)
+            for offset in range(verdict.num_asked):
+                place = begin + offset
+                row.generation.decisions.append(
+                    self._decision(
+                        row,
+                        next(states),
+                        row.rank + offset,
+                        offset == verdict.taken,
+                        (logprobs[0][place], logprobs[1][place]),
+                        decisions.policy_version,
+                    )
                 )
-            )
+            taken[index] = verdict.taken
+            if verdict.taken is None:
+                taken[index] = self._reject(row, states_BQD[index, 0].clone())
         return taken
 
-    def _record_fallback(self, row: _Row, state_D: torch.Tensor) -> None:
+    def _decision(
+        self,
+        row: Row,
+        state_D: torch.Tensor,
+        rank: int,
+        taken: bool,
+        logprobs: tuple[float, float],
+        policy_version: int,
+    ) -> Decision:
+        forced = self.config.fallback == "last" and rank == row.num - 1
+        return Decision(
+            state_D=state_D,
+            action=int(taken),
+            rank=rank,
+            num_candidates=row.num,
+            position=len(row.generation.response_ids),
+            forced=forced,
+            reference_logprob=row.reference_logprobs[rank],
+            accept_logprob=0.0 if forced else logprobs[0],
+            reject_logprob=-np.inf if forced else logprobs[1],
+            policy_version=policy_version,
+        )
+
+    def _reject(self, row: Row, first_state_D: torch.Tensor) -> int | None:
+        """All examined candidates were rejected: go on to the next ones, more of them at a time.
+
+        When all of the set were rejected, the first is taken in their place. If it was among those examined,
+        whose states are ``first_state_D`` and so on, that is done at once (0 is returned), else in the next
+        pass.
+        """
+        began_at = row.rank
+        row.rank += row.num_examined
+        row.width = min(2 * row.width, self._widest)
+        if row.rank < row.num:
+            return None
+        row.rank, row.retaken = 0, True
+        if began_at > 0:
+            return None
+        self._record_fallback(row, first_state_D)
+        return 0
+
+    def _record_fallback(self, row: Row, state_D: torch.Tensor) -> None:
         """The first candidate is taken because all were rejected: a decision that nobody was asked about."""
         decisions = row.generation.decisions
         decisions.append(
@@ -342,14 +392,15 @@ class Engine:
             )
         )
 
-    def _next_candidate(self, row: _Row) -> None:
-        """After a rejection: the next candidate, or the first once more when all were rejected."""
-        row.rank += 1
-        if row.rank == row.num:
-            row.rank = 0
-            row.retaken = True
+    def _keep(self, rows: list[Row], kept: list[tuple[int, int]]) -> None:
+        """Move the keys and values of taken candidates to the slot behind the row's text."""
+        moved = [(index, rows[index].length, place) for index, place in kept if place > 0]
+        if moved:
+            lengths_B = self._index([length for _, length, _ in moved])
+            places_B = self._index([place for _, _, place in moved])
+            self._cache.keep(self._index([index for index, _, _ in moved]), lengths_B + places_B, lengths_B)
 
-    def _take(self, row: _Row, state_D: torch.Tensor) -> bool:
+    def _take(self, row: Row, state_D: torch.Tensor) -> bool:
         """Append the row's candidate to its answer; returns whether the answer ends with it."""
         generation, token = row.generation, row.ids[row.rank]
         generation.response_ids.append(token)
@@ -359,7 +410,7 @@ class Engine:
         if token in self._eos_ids:
             generation.finish_reason = "eos"
             return True
-        return len(generation.response_ids) >= self.config.max_new_tokens
+        return len(generation.response_ids) >= row.limit
 
     def _release(self, finished: list[int]) -> list[Generation]:
         """Take finished rows out, the last active row moving into each gap."""
@@ -376,32 +427,5 @@ class Engine:
             self._rows.pop()
         return generations
 
-
-def _check_supported(text_config: Any, num_slots: int) -> None:
-    """Refuse by name what would be silently wrong."""
-    name = text_config.model_type
-    if text_config._attn_implementation not in ("sdpa", "eager"):
-        raise UserError(
-            f"llm.model: {name} runs with {text_config._attn_implementation!r} attention, which takes no "
-            "4-D mask; load it with sdpa or eager attention"
-        )
-    window = getattr(text_config, "sliding_window", None)
-    kinds = set(getattr(text_config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"llm.model: {name} has layers of the kind {sorted(kinds)}; only attention is supported"
-        )
-    uses_window = getattr(text_config, "use_sliding_window", True) and (
-        not kinds or "sliding_attention" in kinds
-    )
-    if window is not None and uses_window and num_slots > window:
-        raise UserError(
-            f"llm.model: {name} attends to {window} tokens only, prompt and answer may have {num_slots}; "
-            "lower rollout.max_prompt_tokens or decoding.max_new_tokens"
-        )
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None and num_slots > longest:
-        raise UserError(
-            f"llm.model: {name} has {longest} positions, prompt and answer may have {num_slots}; "
-            "lower rollout.max_prompt_tokens or decoding.max_new_tokens"
-        )
+    def _index(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._device)

@@ -1,42 +1,93 @@
 """The slot cache: keys and values of many rows, each at its own length.
 
-Legend: B rows of one forward pass, Q new tokens of each row, R rows of the cache, H key-value heads,
-S slots of each row, E head size.
+Legend: L layers, B rows of one forward pass, Q new tokens of each row, R rows of the cache, H key-value
+heads, S slots of each row, E head size, P slots of a prefix.
 
-A row's token at position p is kept in slot p. A forward pass writes its tokens into their slots; whether
-they count is the caller's business: a rejected candidate is simply overwritten by the next one, because
-the mask hides every slot past the row's length. Nothing is copied to drop it.
+A row's token at position p is kept in slot p. A forward pass writes its tokens into slots of the caller's
+choice; whether they count is the caller's business: a rejected candidate is simply overwritten by the next
+one, because the mask hides every slot past the row's length. Nothing is copied to drop it.
 
 The rows of a pass are a contiguous range, so attention reads views of the cache, never copies.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+
+from mara.common.errors import UserError
+
+
+class KeyShape(NamedTuple):
+    """What one layer keeps of one token."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+
+@torch.inference_mode()
+def probe_key_shape(model: Any) -> tuple[int, KeyShape, torch.dtype]:
+    """Layers, what each keeps of a token, and in which number format: from the model itself, one token long.
+
+    Raises:
+        UserError: layers differ, or some keep nothing or something other than keys and values.
+    """
+    name = model.config.get_text_config().model_type
+    cache = DynamicCache()
+    ids_BQ = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.base_model(input_ids=ids_BQ, past_key_values=cache, use_cache=True)
+    kept: list[tuple[Any, Any]] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+    ]
+    if len(kept) != model.config.get_text_config().num_hidden_layers or any(
+        keys is None or values is None or keys.ndim != 4 or values.ndim != 4 for keys, values in kept
+    ):
+        raise UserError(
+            f"llm.model: not every layer of {name} keeps keys and values of its own; use another model"
+        )
+    shapes = {KeyShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in kept}
+    if len(shapes) != 1:
+        raise UserError(
+            f"llm.model: the layers of {name} keep keys of different shapes ({sorted(shapes)}); "
+            "use another model"
+        )
+    return len(kept), shapes.pop(), kept[0][0].dtype
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """A preallocated cache for :func:`transformers` decoder models. Memory: rows × slots × bytes a token."""
+    """A preallocated cache for the decoder ``model``. Memory: rows × slots × bytes a token.
 
-    def __init__(
-        self, model_config: Any, num_rows: int, num_slots: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    Raises:
+        UserError: the layers keep what this cache cannot hold, or there is not enough memory.
+    """
+
+    def __init__(self, model: Any, num_rows: int, num_slots: int) -> None:
         super().__init__(layers=[])
-        text_config = model_config.get_text_config()
-        heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-        size = (
-            getattr(text_config, "head_dim", None)
-            or text_config.hidden_size // text_config.num_attention_heads
+        num_layers, shape, dtype = probe_key_shape(model)
+        device = model.device
+        self.nbytes_per_token = (
+            num_layers * shape.num_heads * (shape.key_size + shape.value_size) * dtype.itemsize
         )
-        shape = (text_config.num_hidden_layers, num_rows, heads, num_slots, size)
-        self.keys_LRHSE = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LRHSE = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.keys_LRHSE, self.values_LRHSE = (
+                torch.zeros(
+                    num_layers, num_rows, shape.num_heads, num_slots, size, dtype=dtype, device=device
+                )
+                for size in (shape.key_size, shape.value_size)
+            )
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise UserError(
+                f"rollout.rows: {num_rows} rows of {num_slots} tokens take "
+                f"{num_rows * num_slots * self.nbytes_per_token / 2**30:.1f} GiB of keys and values, and "
+                f"{device} has no room for them; lower rollout.rows, rollout.max_prompt_tokens or "
+                "decoding.max_new_tokens"
+            ) from error
         self._rows = slice(0, 0)
         self._row_index_BQ = torch.empty(0)
-        self._positions_BQ = torch.empty(0)
+        self._slots_BQ = torch.empty(0)
         self._span = 0
 
     @property
@@ -49,21 +100,35 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.keys_LRHSE.numel() * self.keys_LRHSE.element_size()
+        return self.num_rows * self.num_slots * self.nbytes_per_token
 
-    def aim(self, rows: slice, positions_BQ: torch.Tensor, span: int) -> None:
-        """Say where the next forward pass writes: ``rows``, at ``positions_BQ``; it reads ``span`` slots."""
+    def aim(self, rows: slice, slots_BQ: torch.Tensor, span: int) -> None:
+        """Say where the next forward pass writes: ``rows``, into ``slots_BQ``; it reads ``span`` slots."""
         self._rows = rows
-        self._positions_BQ = positions_BQ
-        self._row_index_BQ = torch.arange(rows.start, rows.stop, device=positions_BQ.device)[
-            :, None
-        ].expand_as(positions_BQ)
+        self._slots_BQ = slots_BQ
+        self._row_index_BQ = torch.arange(rows.start, rows.stop, device=slots_BQ.device)[:, None].expand_as(
+            slots_BQ
+        )
         self._span = span
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` slots of row ``source`` to row ``target``."""
-        self.keys_LRHSE[:, target, :, :length] = self.keys_LRHSE[:, source, :, :length]
-        self.values_LRHSE[:, target, :, :length] = self.values_LRHSE[:, source, :, :length]
+        for kept in (self.keys_LRHSE, self.values_LRHSE):
+            kept[:, target, :, :length] = kept[:, source, :, :length]
+
+    def keep(self, rows_B: torch.Tensor, sources_B: torch.Tensor, targets_B: torch.Tensor) -> None:
+        """In each of ``rows_B`` copy slot ``sources_B`` to slot ``targets_B``."""
+        for kept in (self.keys_LRHSE, self.values_LRHSE):
+            kept[:, rows_B, :, targets_B] = kept[:, rows_B, :, sources_B]
+
+    def read_prefix(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the first ``length`` slots of ``row``: keys and values [L, H, P, E]."""
+        return self.keys_LRHSE[:, row, :, :length].clone(), self.values_LRHSE[:, row, :, :length].clone()
+
+    def write_prefix(self, rows: slice, prefix: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Put what :meth:`read_prefix` returned at the front of every row of ``rows``."""
+        for kept, part_LHPE in zip((self.keys_LRHSE, self.values_LRHSE), prefix, strict=True):
+            kept[:, rows, :, : part_LHPE.shape[2]] = part_LHPE[:, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -71,12 +136,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Store [B, H, Q, E] keys and values; return those of all ``span`` slots, [B, H, span, E]."""
         keys_RHSE, values_RHSE = self.keys_LRHSE[layer_idx], self.values_LRHSE[layer_idx]
         # Advanced indices around a slice put the indexed dimensions first: [B, Q, H, E].
-        keys_RHSE[self._row_index_BQ, :, self._positions_BQ] = key_states.transpose(1, 2)
-        values_RHSE[self._row_index_BQ, :, self._positions_BQ] = value_states.transpose(1, 2)
+        keys_RHSE[self._row_index_BQ, :, self._slots_BQ] = key_states.transpose(1, 2)
+        values_RHSE[self._row_index_BQ, :, self._slots_BQ] = value_states.transpose(1, 2)
         return keys_RHSE[self._rows, :, : self._span], values_RHSE[self._rows, :, : self._span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._span - self._positions_BQ.shape[1]
+        return self._span - self._slots_BQ.shape[1]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._span, 0

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.decoding import engine as engine_module
 from mara.actors.decoding.candidates import truncate
-from mara.actors.decoding.engine import Engine, Request
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Request
 from mara.actors.decoding.policies import AgentPolicy, Decisions
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
@@ -36,7 +39,7 @@ class Coin:
         return Decisions(accept_B > uniforms_B, accept_B.log(), (1 - accept_B).log(), 7)
 
 
-def sequential(model, config, policy, request):
+def sequential(model, config, policy, request, stops=(EOS,)):
     """Steps 1 to 4 of section 3.2: batch 1, no cache, the whole sequence anew for every candidate.
 
     Returns tokens, finish reason and (action, rank, candidates, position, forced, reference, state) rows.
@@ -48,7 +51,7 @@ def sequential(model, config, policy, request):
         out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
         return out.logits[0, -1:], out.hidden_states[-1][0, -1]
 
-    while len(tokens) < config.max_new_tokens:
+    while len(tokens) < (request.max_new_tokens or config.max_new_tokens):
         logits, _ = run(request.prompt_ids + tokens)
         found = truncate(logits, config.truncation)
         ids = found.ids_BK[0, : int(found.num_B[0])].tolist()
@@ -79,7 +82,7 @@ def sequential(model, config, policy, request):
                     (1, 0, len(ids), len(tokens), True, float(found.reference_logprobs_BK[0, 0]), state)
                 )
         tokens.append(ids[chosen])
-        if tokens[-1] == EOS:
+        if tokens[-1] in stops:
             return tokens, "eos", rows
     return tokens, "length", rows
 
@@ -92,43 +95,84 @@ def make_requests(seed, lengths):
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "cohere"])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FLOAT32_NORMS = ("gemma2", "gemma3")
+"""Families whose norms compute in float32 whatever the dtype."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2_mixed",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "cohere",
+    ],
+)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     model_seed=st.integers(0, 2),
     seed=st.integers(0, 1000),
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     rows=st.integers(1, 5),
-    top_k=st.integers(1, 6),
+    top_k=st.integers(1, 9),
     top_p=st.sampled_from([0.5, 0.9, 1.0]),
     limit=st.integers(1, 9),
+    own_limit=st.integers(1, 9),
+    stops=st.sampled_from([(EOS,), (EOS, 17, 40), ()]),
     bias=st.sampled_from([0.0, 1.0, 0.5, -1.0]),
     fallback=st.sampled_from(["last", "first"]),
+    shared=st.integers(0, 4),
 )
 def test_the_engine_equals_the_sequential_procedure(
-    make_model, family, model_seed, seed, lengths, rows, top_k, top_p, limit, bias, fallback
+    make_model,
+    family,
+    model_seed,
+    seed,
+    lengths,
+    rows,
+    top_k,
+    top_p,
+    limit,
+    own_limit,
+    stops,
+    bias,
+    fallback,
+    shared,
 ):
     model = make_model(family, model_seed)
-    # Gemma's norms compute in float32 whatever the dtype.
-    tolerance = 1e-5 if family == "gemma2" else 1e-9
-    config = DecodingConfig(
-        truncation=TruncationConfig(top_k=top_k, top_p=top_p), max_new_tokens=limit, fallback=fallback
-    )
+    tolerance = 1e-5 if family in FLOAT32_NORMS else 1e-9
+    truncation = TruncationConfig(top_k=top_k, top_p=top_p)
+    config = DecodingConfig(truncation=truncation, max_new_tokens=limit, fallback=fallback)
     requests = make_requests(seed, lengths)
-    engine = Engine(model, [EOS], config, Coin(bias), rows, max(lengths))
-    answers = {generation.request.tag: generation for generation in engine.generate(requests)}
-    assert sorted(answers) == list(range(len(requests)))
-    for request in requests:
-        tokens, reason, expected = sequential(model, config, Coin(bias), request)
-        found = answers[request.tag]
-        assert found.response_ids == tokens
-        assert found.finish_reason == reason
-        assert [(d.action, d.rank, d.num_candidates, d.position, d.forced) for d in found.decisions] == [
-            row[:5] for row in expected
-        ]
-        for decision, row in zip(found.decisions, expected, strict=True):
-            assert decision.reference_logprob == pytest.approx(row[5], abs=1e-5)
-            torch.testing.assert_close(decision.state_D, row[6], atol=tolerance, rtol=1e-7)
+    # One prompt has a limit of its own, and begins otherwise than those that share a beginning.
+    prefix = requests[-1].prompt_ids[:shared]
+    requests = [replace(request, prompt_ids=prefix + request.prompt_ids) for request in requests[:-1]] + [
+        replace(requests[-1], max_new_tokens=min(limit, own_limit))
+    ]
+    expected = [sequential(model, config, Coin(bias), request, stops) for request in requests]
+    for mode, window in [("lazy", 3), ("wide", 1), ("wide", 2), ("wide", 4), ("wide", 8)]:
+        in_mode = config.model_copy(update={"mode": mode, "window": window})
+        longest = max(len(request.prompt_ids) for request in requests)
+        engine = Engine(model, stops, in_mode, Coin(bias), rows, longest, prefix)
+        answers = {generation.request.tag: generation for generation in engine.generate(requests)}
+        assert sorted(answers) == list(range(len(requests)))
+        for request, (tokens, reason, decisions) in zip(requests, expected, strict=True):
+            found = answers[request.tag]
+            assert found.response_ids == tokens, (mode, window)
+            assert found.finish_reason == reason
+            assert [(d.action, d.rank, d.num_candidates, d.position, d.forced) for d in found.decisions] == [
+                decision[:5] for decision in decisions
+            ]
+            for decision, (*_, reference, state) in zip(found.decisions, decisions, strict=True):
+                assert decision.reference_logprob == pytest.approx(reference, abs=1e-5)
+                torch.testing.assert_close(decision.state_D, state, atol=tolerance, rtol=1e-7)
 
 
 def test_always_accepting_is_greedy_generation(llama):
@@ -285,11 +329,6 @@ def test_too_many_or_too_long_prompts_are_refused(llama):
         ({"max_position_embeddings": 20}, "llama has 20 positions, prompt and answer may have 24"),
         ({"_attn_implementation": "flash_attention_2"}, "'flash_attention_2' attention, which takes no 4-D"),
         ({"layer_types": ["full_attention", "linear_attention"]}, r"layers of the kind .*linear_attention"),
-        ({"sliding_window": 16}, "llama attends to 16 tokens only, prompt and answer may have 24"),
-        (
-            {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
-            "llama attends to 16 tokens only",
-        ),
         ({"logits_scaling": 4.0}, r"llama has logits_scaling=4\.0, and what that does"),
     ],
 )
@@ -302,16 +341,63 @@ def test_a_model_that_would_be_silently_wrong_is_refused_by_name(llama, settings
     assert str(caught.value).startswith("llm.model: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"sliding_window": 24},
-        {"sliding_window": 16, "use_sliding_window": False},
-        {"sliding_window": 16, "layer_types": ["full_attention", "full_attention"]},
-    ],
-)
-def test_a_sliding_window_that_hides_nothing_is_no_obstacle(llama, settings):
-    model = copy.deepcopy(llama)
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    Engine(model, [EOS], DecodingConfig(max_new_tokens=20), "greedy", 1, 4)
+@pytest.mark.parametrize("mode", ["lazy", "wide"])
+def test_passes_with_fixed_shapes_give_the_same_answers(make_model, mode, monkeypatch):
+    """The traced graph must have no break: on a GPU it becomes one CUDA graph."""
+    monkeypatch.setattr(engine_module, "COMPILER", "aot_eager")
+    model = make_model("qwen2_mixed", 1)
+    requests = make_requests(21, [4, 9, 6, 11, 3])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6), max_new_tokens=10, mode=mode)
+    answers = []
+    for compiled in (False, True):
+        in_mode = config.model_copy(update={"compile": compiled})
+        engine = Engine(model, [EOS], in_mode, Coin(0.3), 3, 11)
+        answers.append({g.request.tag: (g.response_ids, g.decisions) for g in engine.generate(requests)})
+    for tag, (tokens, decisions) in answers[0].items():
+        assert answers[1][tag][0] == tokens
+        for one, other in zip(decisions, answers[1][tag][1], strict=True):
+            assert (one.rank, one.action) == (other.rank, other.action)
+            torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+
+
+def test_wide_decoding_needs_one_pass_where_lazy_decoding_needs_one_for_each_rejection(llama):
+    (request,) = make_requests(8, [4])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=3, top_p=1.0), max_new_tokens=4)
+    passes = {}
+    for mode in ("lazy", "wide"):
+        engine = Engine(llama, [], config.model_copy(update={"mode": mode}), Coin(0.0), 1, 4)
+        list(engine.generate([request]))
+        passes[mode] = engine.num_passes
+    assert passes == {"lazy": 1 + 4 * 3, "wide": 1 + 4}
+
+
+def test_a_row_that_rejects_its_window_examines_twice_as_many(llama):
+    (request,) = make_requests(8, [4])
+    config = DecodingConfig(
+        truncation=TruncationConfig(top_k=7, top_p=1.0), max_new_tokens=1, mode="wide", window=1
+    )
+    engine = Engine(llama, [], config, Coin(0.0), 1, 4)
+    list(engine.generate([request]))
+    assert engine.num_passes == 1 + 3  # one, two, four candidates
+    assert engine.num_positions == 4 + 1 + 2 + 4
+
+
+def test_what_all_prompts_begin_with_is_read_once(llama):
+    one, two, three = ([5, 6, 7, *tail] for tail in ([8, 9], [10], [11, 12, 13]))
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=1)
+    engine = Engine(llama, [], config, "greedy", 3, 6, [5, 6, 7])
+    engine.admit([Request(one), Request(two)])
+    assert engine.num_positions == 3 + 2 * 2
+    engine.admit([Request(three)])
+    assert engine.num_positions == 3 + 2 * 2 + 3
+
+
+def test_a_limit_above_that_of_the_engine_is_refused(llama):
+    engine = Engine(llama, [EOS], DecodingConfig(max_new_tokens=4), "greedy", 1, 4)
+    with pytest.raises(ValueError, match="max_new_tokens must be within 1 and 4"):
+        engine.admit([Request([3, 4], max_new_tokens=5)])
+
+
+def test_a_cache_too_large_for_the_memory_is_refused_with_its_size(llama):
+    with pytest.raises(UserError, match=r"rollout\.rows: 1000000000 rows of 8 tokens take .* GiB"):
+        Engine(llama, [EOS], DecodingConfig(max_new_tokens=4), "greedy", 10**9, 4)

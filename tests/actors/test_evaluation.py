@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
-from mara.actors.decoding.engine import Engine, Generation, Request
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AgentPolicy
 from mara.actors.evaluation import (
     EvaluationReport,

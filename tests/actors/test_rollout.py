@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig, TruncationConfig
-from mara.actors.decoding.engine import Generation, Request
+from mara.actors.decoding.generation import Generation, Request
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.actors.prompts import Prompt

@@ -1,0 +1,169 @@
+"""One forward pass of the frozen LLM over rows of the slot cache.
+
+Legend: B rows of the pass, Q tokens of each row, S slots that are read, D hidden size.
+
+A token is described by three numbers: its ``position`` in the text, the ``slot`` that keeps it, and its
+``base``, the number of slots from the front of the row that it sees. It also sees itself. So a prompt's token
+at position p has slot p and base p, and the candidates of a row of n tokens all have position n and base n,
+in slots n, n + 1, …: each sees the text before it and itself, and none sees another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from mara.actors.decoding.slots import SlotCache
+
+SPAN_STEP = 256
+"""With fixed shapes a pass reads a multiple of so many slots: each multiple is compiled once."""
+
+
+class Tokens(NamedTuple):
+    """What one forward pass reads, int64 [B, Q] each; see the head of the module."""
+
+    ids_BQ: torch.Tensor
+    positions_BQ: torch.Tensor
+    slots_BQ: torch.Tensor
+    bases_BQ: torch.Tensor
+
+
+class Windows(NamedTuple):
+    """How far the LLM's layers look back."""
+
+    full: bool
+    """Some layers see everything."""
+    sliding: int | None
+    """The others see so many tokens, themselves included. None: there are no others."""
+
+
+def attention_windows(text_config: Any) -> Windows:
+    """Which windows the layers of a Hugging Face model attend to."""
+    size = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None)
+    if size is None or not getattr(text_config, "use_sliding_window", True):
+        return Windows(full=True, sliding=None)
+    if not kinds:
+        return Windows(full=False, sliding=size)
+    slides = [kind == "sliding_attention" for kind in kinds]
+    return Windows(full=not all(slides), sliding=size if any(slides) else None)
+
+
+class Forward:
+    """Runs the LLM's body on chosen rows of the cache and counts what it ran.
+
+    Args:
+        model: a Hugging Face causal language model whose attention takes a 4-D mask.
+        cache: its keys and values.
+        backend: None runs the model as it is. Else passes that :meth:`fixed` is asked for go through
+            ``torch.compile`` with this backend, and on a GPU through a CUDA graph for each span.
+    """
+
+    def __init__(self, model: Any, cache: SlotCache, backend: str | None = None) -> None:
+        self.model = model
+        self.cache = cache
+        self.num_passes = 0
+        """Forward passes so far, prompts included."""
+        self.num_positions = 0
+        """Tokens run through the LLM so far, padding included."""
+        self._device = model.device
+        self._windows = attention_windows(model.config.get_text_config())
+        # Eager attention adds its mask; a boolean one would be wrong without a word.
+        self._additive = model.config._attn_implementation == "eager"
+        self._compiled = (
+            None if backend is None else torch.compile(self._run, fullgraph=True, backend=backend)
+        )
+        self._fixed: dict[tuple[int, int], _FixedPass] = {}
+
+    def __call__(self, rows: slice, tokens: Tokens, span: int) -> torch.Tensor:
+        """Hidden states [B, Q, D], after the final norm, of ``tokens`` in ``rows``; reads ``span`` slots."""
+        self._count(tokens)
+        on_device = Tokens(*(part.to(self._device) for part in tokens))
+        self.cache.aim(rows, on_device.slots_BQ, span)
+        return self._run(on_device, span)
+
+    def fixed(self, tokens: Tokens, span: int) -> torch.Tensor:
+        """The same for all rows of the cache at once, in shapes that repeat, so that it can be compiled.
+
+        The result is overwritten by the next call.
+        """
+        self._count(tokens)
+        span = min(-(-span // SPAN_STEP) * SPAN_STEP, self.cache.num_slots)
+        key = (tokens.ids_BQ.shape[1], span)
+        if key not in self._fixed:
+            on_device = Tokens(*(part.to(self._device) for part in tokens))
+            self._fixed[key] = _FixedPass(self._compiled or self._run, self.cache, on_device, span)
+        return self._fixed[key].replay(tokens)
+
+    def _count(self, tokens: Tokens) -> None:
+        self.num_passes += 1
+        self.num_positions += tokens.ids_BQ.numel()
+
+    def _run(self, tokens: Tokens, span: int) -> torch.Tensor:
+        return self.model.base_model(  # type: ignore[no-any-return]
+            input_ids=tokens.ids_BQ,
+            attention_mask=self._masks(tokens, span),
+            position_ids=tokens.positions_BQ,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _masks(self, tokens: Tokens, span: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask [B, 1, Q, S] of all layers, or one for each kind of layer."""
+        slots_S = torch.arange(span, device=tokens.slots_BQ.device)
+        itself_BQS = slots_S == tokens.slots_BQ[..., None]
+        seen_BQS = slots_S < tokens.bases_BQ[..., None]
+        full, sliding = self._windows
+        if sliding is None:
+            return self._mask(seen_BQS | itself_BQS)
+        near_BQS = seen_BQS & (slots_S > tokens.positions_BQ[..., None] - sliding)
+        if not full:
+            return self._mask(near_BQS | itself_BQS)
+        return {
+            "full_attention": self._mask(seen_BQS | itself_BQS),
+            "sliding_attention": self._mask(near_BQS | itself_BQS),
+        }
+
+    def _mask(self, visible_BQS: torch.Tensor) -> torch.Tensor:
+        if not self._additive:
+            return visible_BQS[:, None]
+        dtype = self.cache.keys_LRHSE.dtype
+        mask_BQS = torch.zeros_like(visible_BQS, dtype=dtype)
+        return mask_BQS.masked_fill(~visible_BQS, torch.finfo(dtype).min)[:, None]
+
+
+class _FixedPass:
+    """A forward pass whose inputs are copied into buffers that stay; on a GPU, a captured CUDA graph."""
+
+    def __init__(self, run: Any, cache: SlotCache, tokens: Tokens, span: int) -> None:
+        self._run, self._span = run, span
+        self._cache = cache
+        self._tokens = Tokens(*(part.clone() for part in tokens))
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if tokens.ids_BQ.is_cuda:
+            self._capture()
+
+    def replay(self, tokens: Tokens) -> torch.Tensor:
+        for buffer, part in zip(self._tokens, tokens, strict=True):
+            buffer.copy_(part, non_blocking=True)
+        if self._graph is None:
+            return self._once()
+        self._graph.replay()
+        return self._states_BQD
+
+    def _once(self) -> torch.Tensor:
+        self._cache.aim(slice(0, self._cache.num_rows), self._tokens.slots_BQ, self._span)
+        return self._run(self._tokens, self._span)  # type: ignore[no-any-return]
+
+    def _capture(self) -> None:
+        # What is compiled or chosen on first use must not happen during the capture.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._once()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._states_BQD = self._once()

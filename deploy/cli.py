@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 reward_app = typer.Typer(no_args_is_help=True, help="Reward models fitted on human preferences.")
 app.add_typer(reward_app, name="reward")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Measure this machine: each figure against a peer, in one run."
+)
+app.add_typer(bench_app, name="bench")
 
 TrainOverrides = Annotated[
     list[str] | None,
@@ -43,6 +47,12 @@ FitOverrides = Annotated[
         "with llm. before them those of the LLM, such as llm.dtype=float32.",
     ),
 ]
+BenchOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.mode=wide."),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", metavar="FILE")]
+NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
 
@@ -126,6 +136,42 @@ def fit_reward(
         from mara.deploy.reward_fit import fit, fit_settings
 
         fit(fit_settings(pairs, name, llm, prompts, overrides or []), out)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    run: RunFolder,
+    overrides: BenchOverrides = None,
+    json_file: JsonFile = None,
+    num_rounds: NumRounds = 3,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Prompts at a time; may be repeated.  [1, 16]")
+    ] = None,
+) -> None:
+    """Greedy decoding with the agent of a run against plain generate() of its LLM."""
+    with _reported_errors():
+        from mara.deploy.bench.runs import decode
+
+        with steady_output():
+            decode(run, overrides or [], json_file, num_rounds, batches or [1, 16])
+
+
+@bench_app.command("rollout")
+def bench_rollout(
+    run: RunFolder,
+    overrides: BenchOverrides = None,
+    json_file: JsonFile = None,
+    num_rounds: NumRounds = 3,
+    peer_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that the peer, which is slow, answers in a round.")
+    ] = 1,
+) -> None:
+    """Rollouts with the agent of a run, at the paper's k and p, against the paper's procedure."""
+    with _reported_errors():
+        from mara.deploy.bench.runs import rollout
+
+        with steady_output():
+            rollout(run, overrides or [], json_file, num_rounds, peer_prompts)
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class Engine:
         self._shared_prefix = tuple(shared_prefix)
         self._prefix_cache: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows: list[Row] = []
+        self._decoding = (0, 0)
 
     @property
     def num_passes(self) -> int:
@@ -103,6 +104,16 @@ class Engine:
     def num_positions(self) -> int:
         """Tokens run through the LLM so far: prompt tokens, candidates, padding."""
         return self._forward.num_positions
+
+    @property
+    def num_decoding_passes(self) -> int:
+        """Forward passes so far over candidates alone."""
+        return self._decoding[0]
+
+    @property
+    def num_decoding_positions(self) -> int:
+        """Candidates run through the LLM so far, those that only fill a shape included."""
+        return self._decoding[1]
 
     @property
     def num_active(self) -> int:
@@ -261,6 +272,7 @@ class Engine:
         lengths_BQ = torch.tensor(lengths)[:, None].expand(-1, num_Q)
         tokens = Tokens(torch.tensor(ids), lengths_BQ, lengths_BQ + torch.arange(num_Q), lengths_BQ)
         span = max(lengths) + num_Q
+        self._decoding = self._decoding[0] + 1, self._decoding[1] + tokens.ids_BQ.numel()
         return (
             self._forward.fixed(tokens, span) if fixed else self._forward(slice(0, len(rows)), tokens, span)
         )

@@ -1,0 +1,1 @@
+"""``mara bench``: each figure is a ratio to a peer, both measured in turn in one run."""

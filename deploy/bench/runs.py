@@ -1,0 +1,88 @@
+"""The benchmarks of decoding on the LLM, the agent and the prompts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mara.actors.llm import LLM, load_llm
+from mara.actors.prompts import load_prompts
+from mara.actors.rollout import render_prompts
+from mara.common.agent import load_agent
+from mara.common.errors import UserError
+from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
+from mara.deploy.bench.figures import check_json_path, report
+from mara.deploy.config import RunConfig
+from mara.deploy.console import say
+from mara.deploy.evaluation import check_used
+from mara.deploy.run_folder import check_agent, load_run
+from mara.learner.loop import AGENT_FOLDER
+
+BENCH_USES = ("llm", "decoding", "rollout.rows", "rollout.max_prompt_tokens", "prompts.evaluation")
+NEW_TOKENS = "decoding.max_new_tokens=64"
+PAPER_SETS = (
+    "decoding.truncation.top_k=40",
+    "decoding.truncation.top_p=0.95",
+    "decoding.truncation.temperature=0.8",
+)
+"""The candidate sets of the paper's experiments."""
+
+
+def decode(
+    run: Path, overrides: Sequence[str], json_file: Path | None, num_rounds: int, batches: Sequence[int]
+) -> None:
+    """``mara bench decode``.
+
+    Raises:
+        UserError: the run has no agent or too few prompts, or a setting is wrong.
+    """
+    subject, config = _subject(run, [NEW_TOKENS, *overrides], json_file, max(8, 2 * max(batches)))
+    report(bench_decode(subject, config.decoding, batches, num_rounds, say), json_file)
+
+
+def rollout(
+    run: Path, overrides: Sequence[str], json_file: Path | None, num_rounds: int, peer_prompts: int
+) -> None:
+    """``mara bench rollout``.
+
+    Raises:
+        UserError: the run has no agent or too few prompts, or a setting is wrong.
+    """
+    subject, config = _subject(run, [NEW_TOKENS, *PAPER_SETS, *overrides], json_file, peer_prompts)
+    if config.decoding.fallback != "last":
+        raise UserError("decoding.fallback=first: the paper's procedure takes the last; leave it at last")
+    report(
+        bench_rollout(subject, config.decoding, config.rollout.rows, num_rounds, peer_prompts, say), json_file
+    )
+
+
+def _subject(
+    run: Path, overrides: Sequence[str], json_file: Path | None, least_prompts: int
+) -> tuple[Subject, RunConfig]:
+    check_used(overrides, BENCH_USES)
+    check_json_path(json_file)
+    config = load_run(run, overrides)
+    check_agent(run)
+    if config.prompts.evaluation is None:
+        raise UserError("prompts.evaluation is not set; give a file of prompts to measure with")
+    prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")
+    if len(prompts) < least_prompts:
+        raise UserError(
+            f"prompts.evaluation: {config.prompts.evaluation} has {len(prompts)} prompts, this takes "
+            f"{least_prompts}; give more, or a smaller --batch or --peer-prompts"
+        )
+    say("loading the LLM")
+    llm: LLM = load_llm(config.llm)
+    agent, _ = load_agent(run / AGENT_FOLDER, llm.hidden_size)
+    rendered = render_prompts(llm, prompts, config.rollout.max_prompt_tokens)
+    return (
+        Subject(
+            model=llm.model,
+            name=llm.name,
+            eos_ids=llm.eos_ids,
+            agent=agent.requires_grad_(False).to(llm.device),
+            agent_name=run.resolve().name,
+            prompts=list(rendered.values()),
+        ),
+        config,
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from mara.actors.config import LLMConfig
@@ -168,6 +168,21 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(can.get(name) for name in NATIVE_BF16) else torch.float32
 
 
+def check_quantization(config: LLMConfig) -> None:
+    """Refuse ``llm.quantization`` where it cannot be done.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"llm.quantization={config.quantization} needs the bitsandbytes package; pip install "
+            "'mara-rl[quantized]', or use none"
+        )
+
+
 def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     """Return a folder with the model of a GGUF file as safetensors, made on first use.
 
@@ -220,20 +235,34 @@ def load_llm(config: LLMConfig) -> LLM:
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_quantization(config)
     name, gguf_file = locate_model(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    options = {} if config.revision is None else {"revision": config.revision}
+    options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
     try:
         if gguf_file is not None:
             name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if config.quantization != "none":
+            options |= {
+                "quantization_config": _quantized(config.quantization, dtype),
+                "device_map": {"": device},
+            }
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:
         # Damaged weights, settings and tokenizers each fail with an error of the library that reads them.
         raise UserError(f"llm.model: {config.model!r} cannot be loaded: {_first_line(error)}") from error
-    model.to(device).eval().requires_grad_(False)
+    if config.quantization == "none":
+        model.to(device)
+    model.eval().requires_grad_(False)
     return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
+
+
+def _quantized(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mara.actors.heads import RewardHead, load_head, read_head_llm
-from mara.actors.llm import locate_model
+from mara.actors.llm import check_quantization, locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
@@ -105,6 +105,7 @@ def check_devices(config: RunConfig) -> None:
     if config.ray.address is not None:
         return
     learner_device(config.learner.device)
+    check_quantization(config.llm)
     num_gpus = torch.cuda.device_count()
     if torch.device("cpu" if config.llm.device == "auto" else config.llm.device).type == "cuda":
         if num_gpus == 0:

@@ -258,12 +258,10 @@ class Engine:
         return self._release(finished)
 
     def _examine(self, rows: list[Row]) -> torch.Tensor:
-        """Hidden states [B, Q, D] of the candidates from each row's own rank on, Q the most that a row
-        wants."""
+        """Hidden states [B, Q, D] of the candidates from each row's own rank on; Q: the most a row wants."""
         fixed = self.config.compile
         num_Q = self._window if fixed else max(row.num_examined for row in rows)
-        # Rows with fewer candidates left repeat their last one; with fixed shapes, idle rows read nothing but
-        # it.
+        # Rows with fewer candidates left repeat their last one; with fixed shapes, free rows read a dummy.
         ids = [[row.ids[min(row.rank + q, row.num - 1)] for q in range(num_Q)] for row in rows]
         lengths = [row.length for row in rows]
         if fixed:
@@ -280,8 +278,7 @@ class Engine:
     def _propose(self, rows: list[Row], states_BD: torch.Tensor) -> None:
         """Give every row the candidate set of its next position, from the state before it."""
         candidates = truncate(self._logit_head(states_BD), self.config.truncation)
-        # One transfer for all rows; from here on a row is plain Python. float64 holds ids and float32
-        # exactly.
+        # One transfer for all rows (float64 holds ids and float32 exactly); from here on a row is plain Python.
         parts = (candidates.num_B[:, None], *candidates[:1], *candidates[2:])
         table = torch.cat([part.double() for part in parts], dim=1).tolist()
         num_K = candidates.ids_BK.shape[1]
@@ -341,7 +338,7 @@ class Engine:
                 )
             taken[index] = verdict.taken
             if verdict.taken is None:
-                taken[index] = self._reject(row, states_BQD[index, 0].clone())
+                taken[index] = self._reject(row, states_BQD[index, 0])
         return taken
 
     def _decision(
@@ -390,7 +387,7 @@ class Engine:
         decisions = row.generation.decisions
         decisions.append(
             Decision(
-                state_D=state_D,
+                state_D=state_D.clone(),
                 action=ACCEPT,
                 rank=0,
                 num_candidates=row.num,

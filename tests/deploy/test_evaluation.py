@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from mara.actors.head_config import HeadShape
@@ -16,36 +14,9 @@ from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
-from mara.deploy.config_file import dump_config, load_config
+from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
 from mara.learner.loop import AGENT_FOLDER
-
-
-@pytest.fixture
-def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
-    """A run folder with a random agent, and its configuration."""
-    for seed, name in enumerate(("helpful", "cost")):
-        head = RewardHead(HeadShape(hidden_size=32, width=8)).requires_grad_(False)
-        for parameter in head.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(seed))
-        save_head(tmp_path / name, head, {})
-    for name, prompts in {"train": ["go"], "held_out": ["why", "how so", "what", "never asked"]}.items():
-        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "tiny.yaml").write_text(
-        f"llm: {{model: {llm_folder}, dtype: float32, device: cpu}}\n"
-        "prompts: {train: train.jsonl, evaluation: held_out.jsonl}\n"
-        "rewards: {helpful: {path: helpful, weight: 1.0}, cost: {path: cost, weight: -0.5}}\n"
-        "decoding: {max_new_tokens: 4, truncation: {top_k: 4}}\n"
-        "rollout: {max_prompt_tokens: 30}\n"
-        "evaluation: {num_prompts: 3, rows: 2, num_samples: 1}\n"
-    )
-    folder = tmp_path / "run"
-    torch.manual_seed(0)
-    agent = Agent(32, AgentConfig(widths=(16, 8)))
-    torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
-    save_agent(agent, folder / AGENT_FOLDER, {})
-    return folder, load_config(tmp_path / "tiny.yaml")
 
 
 def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):

@@ -1,0 +1,201 @@
+"""The decoding engine on a GPU, on random weights: speed against ``generate`` and the paper's procedure,
+memory, and whether lazy, wide and compiled passes still give the same answers.
+
+The agent is random too, with a bias at which it accepts about 70 % of the first candidates, as the paper's
+do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Request
+from mara.actors.decoding.policies import AgentPolicy
+from mara.common.agent import ACCEPT, REJECT, Agent
+from mara.common.config import AgentConfig
+from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
+from mara.deploy.bench.figures import Figure, machine, report
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "tiny": {
+        "vocab_size": 2000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    },
+}
+PROMPT_TOKENS = range(40, 121)
+ACCEPTED_FIRST = 0.7
+NEW_TOKENS = 64
+ROLLOUT_TOKENS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--limit-s", type=float, default=540.0, help="no new measurement is begun after this")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    end_s = time.monotonic() + options.limit_s
+    subject = make_subject(options.shape, device)
+    figures: list[Figure] = []
+    for title, measure in measurements(subject, options.rounds):
+        if time.monotonic() > end_s:
+            print(f"no time left for {title}")
+            continue
+        print(f"{title} ({end_s - time.monotonic():.0f} s left)", flush=True)
+        try:
+            figures += measure()
+        except Exception as error:  # one that fails must not cost the others
+            print(f"{title} failed: {type(error).__name__}: {error}")
+            figures.append(
+                Figure(figure=f"failed: {title}", value=0, unit="", conditions={"error": repr(error)})
+            )
+        path = options.out / f"decoding-{options.shape}.json"
+        path.write_text(json.dumps([figure.model_dump(mode="json") for figure in figures], indent=2) + "\n")
+    report(figures, None)
+
+
+def measurements(subject: Subject, num_rounds: int) -> list[tuple[str, Any]]:
+    """Titles and what to call for their figures, the most important first."""
+
+    def decode(batch: int, **changes: Any) -> Any:
+        return lambda: bench_decode(subject, decoding(**changes), [batch], num_rounds, print)
+
+    def rollout(**changes: Any) -> Any:
+        changed = decoding(max_new_tokens=ROLLOUT_TOKENS, **changes)
+        return lambda: bench_rollout(subject, changed, 64, num_rounds, 1, print)
+
+    return [
+        ("the same answers in every mode", lambda: same_answers(subject)),
+        *[(f"decode, batch {batch}, compiled", decode(batch, compile=True)) for batch in (1, 16, 64)],
+        ("rollout, 64 rows, compiled", rollout(compile=True)),
+        *[(f"decode, batch {batch}", decode(batch)) for batch in (1, 16, 64)],
+        ("memory", lambda: [memory(subject)]),
+        ("decode, batch 64, lazy", decode(64, mode="lazy")),
+    ]
+
+
+def decoding(**changes: Any) -> DecodingConfig:
+    truncation = TruncationConfig(top_k=40, top_p=0.95, temperature=0.8)
+    return DecodingConfig(
+        **{"truncation": truncation, "max_new_tokens": NEW_TOKENS, "mode": "wide"} | changes
+    )
+
+
+def make_subject(shape: str, device: torch.device) -> Subject:
+    """A model of random weights, prompts of random tokens, and an agent that accepts 70 % of first
+    candidates."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    draws = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(0, SHAPES[shape]["vocab_size"], (length,), generator=draws).tolist()
+        for length in torch.randint(PROMPT_TOKENS.start, PROMPT_TOKENS.stop, (128,), generator=draws).tolist()
+    ]
+    agent = Agent(SHAPES[shape]["hidden_size"], AgentConfig()).to(device).eval().requires_grad_(False)
+    torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
+    engine = Engine(model, [], decoding(max_new_tokens=16), "greedy", 16, max(map(len, prompts)))
+    generations = list(engine.generate(map(Request, prompts[:16])))
+    states_ND = torch.stack([state for generation in generations for state in generation.token_states])
+    logprobs_N2 = agent(states_ND)
+    odds_N = logprobs_N2[:, ACCEPT] - logprobs_N2[:, REJECT]
+    agent.output_linear.bias[ACCEPT] -= torch.quantile(odds_N, 1 - ACCEPTED_FIRST)
+    return Subject(model, f"random Llama {shape}", (), agent, "random, 70 % accepted", prompts)
+
+
+def same_answers(subject: Subject) -> list[Figure]:
+    """Share of answers that are the same tokens as lazy decoding gives. In 16 bit batches of other shapes
+    round differently, so it need not be 1; one token that differs changes all after it."""
+    answers: dict[str, dict[int, list[int]]] = {}
+    first_shares = {}
+    for name, changes in {
+        "lazy": {"mode": "lazy"},
+        "wide": {},
+        "wide, compiled": {"compile": True},
+    }.items():
+        policy = AgentPolicy(subject.agent, 0.5)
+        longest = max(map(len, subject.prompts))
+        engine = Engine(subject.model, [], decoding(**changes), policy, 16, longest)
+        generations = list(
+            engine.generate(Request(ids, tag=tag) for tag, ids in enumerate(subject.prompts[:16]))
+        )
+        answers[name] = {generation.request.tag: generation.response_ids for generation in generations}
+        taken = [d.rank for generation in generations for d in generation.decisions if d.action]
+        first_shares[name] = round(taken.count(0) / len(taken), 3)
+    return [
+        Figure(
+            figure=f"same_tokens_as_lazy: {name}",
+            value=_same_tokens(found, answers["lazy"]),
+            unit="share of tokens up to the first that differs",
+            conditions={"first_candidate_accepted": first_shares, **machine()},
+        )
+        for name, found in answers.items()
+        if name != "lazy"
+    ]
+
+
+def _same_tokens(found: dict[int, list[int]], expected: dict[int, list[int]]) -> float:
+    same = total = 0
+    for tag, tokens in expected.items():
+        differs = [i for i, (a, b) in enumerate(zip(found[tag], tokens, strict=False)) if a != b]
+        same += differs[0] if differs else len(tokens)
+        total += len(tokens)
+    return same / total
+
+
+def memory(subject: Subject) -> Figure:
+    """Bytes of keys and values of a row, and what a decoding of 64 rows adds to the weights at its peak."""
+    longest = max(map(len, subject.prompts))
+    on_gpu = subject.model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    engine = Engine(
+        subject.model, [], decoding(), AgentPolicy(subject.agent, 0.5), min(64, len(subject.prompts)), longest
+    )
+    list(engine.generate(map(Request, subject.prompts[:64])))
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    return Figure(
+        figure="cache_bytes_per_row",
+        value=engine.cache_nbytes / engine.num_rows,
+        unit="bytes",
+        conditions={
+            "tokens_a_row": longest + NEW_TOKENS,
+            "rows": engine.num_rows,
+            "peak_beside_weights_bytes": peak,
+            **machine(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The benchmarks: the peers are honest, and what is written can be read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Request
+from mara.actors.decoding.logits import make_logit_head
+from mara.actors.decoding.policies import AgentPolicy
+from mara.common.agent import Agent
+from mara.common.config import AgentConfig
+from mara.deploy.bench.figures import in_turn
+from mara.deploy.bench.paper_procedure import answer
+from mara.deploy.cli import app
+
+
+@pytest.mark.parametrize("every_candidate", [True, False])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_the_papers_procedure_says_what_the_engine_says(llama, every_candidate, threshold):
+    torch.manual_seed(3)
+    agent = Agent(32, AgentConfig(widths=(16, 8))).double()
+    torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
+    policy = AgentPolicy(agent.eval(), threshold)
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=12)
+    requests = [Request(list(range(3, 8 + n)), seed=n, tag=n) for n in range(6)]
+    engine = Engine(llama, [2], config, policy, 3, 16)
+    for generation in engine.generate(requests):
+        found = answer(
+            llama, make_logit_head(llama), [2], config, policy, generation.request, every_candidate
+        )
+        assert found.response_ids == generation.response_ids
+        singles = len(generation.response_ids) - sum(d.action for d in generation.decisions)
+        if every_candidate:
+            candidates = sum(d.num_candidates for d in generation.decisions if d.action)
+            assert found.num_passes == singles + candidates
+        else:
+            assert found.num_passes == singles + len(generation.decisions)
+
+
+def test_rounds_are_paired_and_the_first_side_changes():
+    calls = []
+
+    def side(name, values):
+        def measure(number):
+            calls.append(name + str(number))
+            return values[number]
+
+        return measure
+
+    rounds = in_turn(side("a", [4.0, 9.0, 1.0]), side("b", [2.0, 3.0, 1.0]), 3)
+    assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert rounds.ratio == 2.0
+
+
+def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"{'a' * n}?"}) for n in range(1, 9)))
+    out = tmp_path / "figures.json"
+    result = CliRunner().invoke(
+        app,
+        f"bench decode {folder} prompts.evaluation={prompts} --json {out} --rounds 1 --batch 1 --batch 4 "
+        "decoding.max_new_tokens=6",
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert [f["figure"] for f in figures] == ["aligned_vs_generate_batch_1", "aligned_vs_generate_batch_4"]
+    for figure in figures:
+        assert set(figure) == {"figure", "value", "unit", "peer", "ratio", "conditions"}
+        assert figure["ratio"] == pytest.approx(
+            figure["value"] / figure["conditions"]["peer_value"], rel=0.01
+        )
+        # Greedy generate runs its last token through no pass, and each other one through one.
+        assert figure["conditions"]["theirs"]["passes_per_token"] <= 1
+        assert figure["conditions"]["ours"]["positions_per_token"] >= 1
+
+
+def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    out = tmp_path / "figures.json"
+    result = CliRunner().invoke(
+        app,
+        f"bench rollout {folder} --json {out} --rounds 1 rollout.rows=2 decoding.max_new_tokens=5",
+    )
+    assert result.exit_code == 0, result.output
+    every, stopping = json.loads(out.read_text())
+    assert every["figure"] == "rollout_vs_paper_procedure"
+    assert every["conditions"]["top_k"] == 40
+    assert (
+        every["conditions"]["theirs"]["passes_per_token"]
+        > stopping["conditions"]["theirs"]["passes_per_token"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "decode", "{run}", "--json", "{tmp}/none/f.json"], "--json: "),
+        (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
+        (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
+        (["bench", "decode", "{tmp}/none"], "is not a run folder"),
+        (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper's procedure takes the last"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(
+    tiny_run, tmp_path, arguments, says
+):
+    folder, _ = tiny_run
+    result = CliRunner().invoke(app, [a.format(run=folder, tmp=tmp_path) for a in arguments])
+    assert result.exit_code == 2
+    assert says in result.stderr and "loading" not in result.output
+    assert len(result.stderr.splitlines()) == 1

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from mara.common.config import LONGEST_S, Config
 
 WIDENING = 4
-"""A row that rejects all it examines widens up to so many times its first window."""
+"""In wide mode a row that rejects all it examines widens up to so many times its first window."""
+WIDEST_TUNED = 8
+"""Most candidates that a pass examines where the number is measured."""
 
 
 class LLMConfig(Config):
@@ -61,20 +63,30 @@ class DecodingConfig(Config):
     mode: Literal["auto", "lazy", "wide"] = "auto"
     """Candidates of a row that one forward pass examines. ``lazy``: one, the fewest operations. ``wide``:
     ``window``, nearly always one pass a token, which pays where reading the LLM's weights is what takes the
-    time. ``auto``: wide on a GPU, lazy on a CPU. The answers are the same."""
+    time. ``auto``: as many as measured to be quickest, on this device and with these rows. The answers are
+    the same but for rounding: in 16 bit a few tokens may differ, so set another mode to repeat a run."""
     window: int = Field(default=3, ge=1, le=64)
     """Candidates a row examines at first in wide mode; all of them rejected, twice as many, and so on.
     Usual range 2–8: over 95 % of acceptances are among the first three."""
     compile: bool = False
-    """Decode in passes of one shape (all rows, the window), compiled by torch and, on a GPU, replayed as CUDA
-    graphs. Takes minutes at the start; pays for long runs on a GPU."""
+    """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto), compiled by torch
+    and, on a GPU, replayed as CUDA graphs. Takes minutes at the start; pays for long runs on a GPU."""
 
-    def candidates_a_pass(self, device_type: str) -> tuple[int, int]:
-        """Candidates of a row that a pass examines at first, and at most, on ``cpu``, ``cuda``, …"""
-        if self.mode == "lazy" or (self.mode == "auto" and device_type == "cpu"):
+    @property
+    def tunes_window(self) -> bool:
+        """Whether the candidates of a pass follow from measurements."""
+        return self.mode == "auto" and not self.compile
+
+    @property
+    def candidates_a_pass(self) -> tuple[int, int]:
+        """Candidates of a row that a pass examines at first, and at most."""
+        if self.mode == "lazy":
             return 1, 1
         first = min(self.window, self.truncation.top_k)
-        return first, first if self.compile else min(WIDENING * first, self.truncation.top_k)
+        if self.compile:
+            return first, first
+        most = WIDEST_TUNED if self.mode == "auto" else WIDENING * first
+        return first, min(most, self.truncation.top_k)
 
 
 class RolloutConfig(Config):

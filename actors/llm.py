@@ -20,6 +20,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from mara.actors import packing
 from mara.actors.config import LLMConfig
 from mara.actors.decoding.logits import LogitHead, make_logit_head
 from mara.common.errors import UserError
@@ -227,8 +228,8 @@ def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
         ready.rename(expanded)
 
 
-def load_llm(config: LLMConfig) -> LLM:
-    """Load the LLM, frozen, on its device.
+def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
+    """Load the LLM, frozen, on its device; on a CPU with packed linear layers if ``pack``.
 
     Raises:
         UserError: the model cannot be found or read, or its device is not there.
@@ -256,6 +257,8 @@ def load_llm(config: LLMConfig) -> LLM:
     if config.quantization == "none":
         model.to(device)
     model.eval().requires_grad_(False)
+    if pack and device.type == "cpu" and config.quantization == "none" and dtype in packing.TOLERANCE:
+        packing.pack_linears(model)
     return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
 
 

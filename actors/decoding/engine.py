@@ -37,6 +37,7 @@ from mara.actors.decoding.policies import Plain, Policy
 from mara.actors.decoding.prefill import group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, self_check
+from mara.actors.decoding.tuning import WindowTuner
 from mara.common.agent import ACCEPT
 
 COMPILER = "inductor"
@@ -82,8 +83,10 @@ class Engine:
         self.max_prompt_tokens = max_prompt_tokens
         self._eos_ids = frozenset(eos_ids)
         self._device = model.device
-        asks = not isinstance(policy, str)
-        self._window, self._widest = config.candidates_a_pass(self._device.type) if asks else (1, 1)
+        # A plain policy asks nobody: one candidate is enough.
+        self._window, self._widest = (1, 1) if isinstance(policy, str) else config.candidates_a_pass
+        tunes = config.tunes_window and not isinstance(policy, str)
+        self._tuner = WindowTuner(config.truncation.top_k) if tunes else None
         num_tokens = max_prompt_tokens + config.max_new_tokens
         check_supported(model, num_tokens)
         self._logit_head = make_logit_head(model)
@@ -235,7 +238,14 @@ class Engine:
         rows = self._rows
         if not rows:
             return []
-        states_BQD = self._examine(rows)
+        started_s = time.perf_counter()
+        if self._tuner is not None:
+            self._window = self._tuner.window(len(rows))
+        for row in rows:
+            width = min(self._window << row.misses, self._widest) if self._tuner is None else self._window
+            row.num_examined = min(width, row.num - row.rank) if row.undecided else 1
+        num_rows, num_Q = len(rows), max(row.num_examined for row in rows)
+        states_BQD = self._examine(rows, num_Q)
         taken = self._decide(rows, states_BQD)
         kept = [(index, place) for index, place in enumerate(taken) if place is not None]
         self._keep(rows, kept)
@@ -244,9 +254,11 @@ class Engine:
         ]
         finished: list[int] = []
         going_on: list[tuple[Row, int]] = []
+        ranks: list[int] = []
         for number, (index, place) in enumerate(kept):
             row = rows[index]
             row.rank += place
+            ranks.append(row.rank)
             if self._take(row, taken_BD[number]):
                 finished.append(index)
             else:
@@ -255,12 +267,15 @@ class Engine:
             numbers = [number for _, number in going_on]
             states_BD = taken_BD if len(numbers) == len(kept) else taken_BD[self._index(numbers)]
             self._propose([row for row, _ in going_on], states_BD)
+        if self._tuner is not None:
+            self._tuner.taken(ranks)
+            self._tuner.measured(num_rows, num_Q, time.perf_counter() - started_s)
         return self._release(finished)
 
-    def _examine(self, rows: list[Row]) -> torch.Tensor:
-        """Hidden states [B, Q, D] of the candidates from each row's own rank on; Q: the most a row wants."""
+    def _examine(self, rows: list[Row], num_Q: int) -> torch.Tensor:
+        """Hidden states [B, Q, D] of Q candidates of each row, from its own rank on."""
         fixed = self.config.compile
-        num_Q = self._window if fixed else max(row.num_examined for row in rows)
+        num_Q = self._window if fixed else num_Q
         # Rows with fewer candidates left repeat their last one; with fixed shapes, free rows read a dummy.
         ids = [[row.ids[min(row.rank + q, row.num - 1)] for q in range(num_Q)] for row in rows]
         lengths = [row.length for row in rows]
@@ -278,13 +293,13 @@ class Engine:
     def _propose(self, rows: list[Row], states_BD: torch.Tensor) -> None:
         """Give every row the candidate set of its next position, from the state before it."""
         candidates = truncate(self._logit_head(states_BD), self.config.truncation)
-        # One transfer for all rows (float64 holds ids and float32 exactly); from here on a row is plain Python.
+        # One transfer for all rows (float64 holds ids and float32 exactly); from here on, plain Python.
         parts = (candidates.num_B[:, None], *candidates[:1], *candidates[2:])
         table = torch.cat([part.double() for part in parts], dim=1).tolist()
         num_K = candidates.ids_BK.shape[1]
         for row, numbers in zip(rows, table, strict=True):
             num = int(numbers[0])
-            row.num, row.rank, row.retaken, row.width = num, 0, False, self._window
+            row.num, row.rank, row.retaken, row.misses = num, 0, False, 0
             row.ids = [int(number) for number in numbers[1 : 1 + num]]
             row.reference_logprobs = numbers[1 + num_K : 1 + num_K + num]
             row.full_logprobs = numbers[1 + 2 * num_K : 1 + 2 * num_K + num]
@@ -373,7 +388,7 @@ class Engine:
         """
         began_at = row.rank
         row.rank += row.num_examined
-        row.width = min(2 * row.width, self._widest)
+        row.misses += 1
         if row.rank < row.num:
             return None
         row.rank, row.retaken = 0, True

@@ -70,12 +70,13 @@ class Row:
         "ids",
         "length",
         "limit",
+        "misses",
+        "num_examined",
         "num",
         "rank",
         "reference_logprobs",
         "retaken",
         "rng",
-        "width",
     )
 
     def __init__(self, generation: Generation, limit: int) -> None:
@@ -95,18 +96,15 @@ class Row:
         """The first candidate that has not been rejected."""
         self.retaken = False
         """All were rejected, and the first is taken in their place."""
-        self.width = 1
-        """Candidates to examine in the next pass, if there are so many left."""
+        self.num_examined = 1
+        """Candidates that the current pass examines, from ``rank`` on."""
+        self.misses = 0
+        """Passes at this position in which all examined candidates were rejected."""
 
     @property
     def undecided(self) -> bool:
         """Whether anybody is to be asked about the candidate."""
         return self.num > 1 and not self.retaken
-
-    @property
-    def num_examined(self) -> int:
-        """Candidates that the next pass examines."""
-        return min(self.width, self.num - self.rank) if self.undecided else 1
 
     def draws(self, num: int) -> list[float]:
         """The next ``num`` uniform draws of the row's own stream, float32 in [0, 1), without using them

@@ -32,7 +32,9 @@ class Subject:
     """What is measured."""
 
     model: Any
-    """A Hugging Face causal language model, in evaluation mode."""
+    """A Hugging Face causal language model, in evaluation mode, as rollout actors load it."""
+    plain_model: Any
+    """The same as transformers loads it, for ``generate``."""
     name: str
     eos_ids: tuple[int, ...]
     agent: Agent
@@ -253,7 +255,7 @@ class _Generate:
             mask_BL[row, longest - len(ids) :] = 1
         device = self._subject.model.device
         with torch.inference_mode():
-            found_BL = self._subject.model.generate(
+            found_BL = self._subject.plain_model.generate(
                 ids_BL.to(device), attention_mask=mask_BL.to(device), **self._options
             )[:, longest:]
         # The last token is not run through the model.

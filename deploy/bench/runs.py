@@ -36,7 +36,8 @@ def decode(
     Raises:
         UserError: the run has no agent or too few prompts, or a setting is wrong.
     """
-    subject, config = _subject(run, [NEW_TOKENS, *overrides], json_file, max(8, 2 * max(batches)))
+    config = _settings(run, [NEW_TOKENS, *overrides], json_file)
+    subject = _subject(run, config, max(8, 2 * max(batches)))
     report(bench_decode(subject, config.decoding, batches, num_rounds, say), json_file)
 
 
@@ -48,21 +49,26 @@ def rollout(
     Raises:
         UserError: the run has no agent or too few prompts, or a setting is wrong.
     """
-    subject, config = _subject(run, [NEW_TOKENS, *PAPER_SETS, *overrides], json_file, peer_prompts)
+    config = _settings(run, [NEW_TOKENS, *PAPER_SETS, *overrides], json_file)
     if config.decoding.fallback != "last":
-        raise UserError("decoding.fallback=first: the paper's procedure takes the last; leave it at last")
+        raise UserError(
+            "decoding.fallback=first: the paper's procedure takes the last; add decoding.fallback=last"
+        )
+    subject = _subject(run, config, peer_prompts)
     report(
         bench_rollout(subject, config.decoding, config.rollout.rows, num_rounds, peer_prompts, say), json_file
     )
 
 
-def _subject(
-    run: Path, overrides: Sequence[str], json_file: Path | None, least_prompts: int
-) -> tuple[Subject, RunConfig]:
+def _settings(run: Path, overrides: Sequence[str], json_file: Path | None) -> RunConfig:
     check_used(overrides, BENCH_USES)
     check_json_path(json_file)
     config = load_run(run, overrides)
     check_agent(run)
+    return config
+
+
+def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of prompts to measure with")
     prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")
@@ -75,14 +81,12 @@ def _subject(
     llm: LLM = load_llm(config.llm)
     agent, _ = load_agent(run / AGENT_FOLDER, llm.hidden_size)
     rendered = render_prompts(llm, prompts, config.rollout.max_prompt_tokens)
-    return (
-        Subject(
-            model=llm.model,
-            name=llm.name,
-            eos_ids=llm.eos_ids,
-            agent=agent.requires_grad_(False).to(llm.device),
-            agent_name=run.resolve().name,
-            prompts=list(rendered.values()),
-        ),
-        config,
+    return Subject(
+        model=llm.model,
+        plain_model=load_llm(config.llm, pack=False).model,
+        name=llm.name,
+        eos_ids=llm.eos_ids,
+        agent=agent.requires_grad_(False).to(llm.device),
+        agent_name=run.resolve().name,
+        prompts=list(rendered.values()),
     )

@@ -9,7 +9,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
-from mara.actors.config import LLMConfig
+from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.generation import Request
 from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model, resolve_dtype
 from mara.common.errors import UserError
 
@@ -112,3 +114,22 @@ def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypat
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_dtype("auto", torch.device("cpu")) == expected
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize(("bits", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer):
+    llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
+    assert layer in {type(module).__name__ for module in llm.model.modules()}
+    assert llm.dtype == torch.float32
+    config = DecodingConfig(truncation=TruncationConfig(top_k=4), max_new_tokens=5)
+    engine = Engine(llm.model, llm.eos_ids, config, "greedy", 2, 4)
+    (generation,) = engine.generate([Request([3, 4, 5])])
+    assert generation.token_states[0].dtype == torch.float32
+
+
+def test_fewer_bits_without_the_package_for_them_are_refused_with_the_remedy(llm_folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"llm\.quantization=4bit needs the bitsandbytes package; pip install"
+    ):
+        load_llm(LLMConfig(model=str(llm_folder), quantization="4bit", device="cpu"))

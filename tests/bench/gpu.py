@@ -128,7 +128,7 @@ def make_subject(shape: str, device: torch.device) -> Subject:
     logprobs_N2 = agent(states_ND)
     odds_N = logprobs_N2[:, ACCEPT] - logprobs_N2[:, REJECT]
     agent.output_linear.bias[ACCEPT] -= torch.quantile(odds_N, 1 - ACCEPTED_FIRST)
-    return Subject(model, f"random Llama {shape}", (), agent, "random, 70 % accepted", prompts)
+    return Subject(model, model, f"random Llama {shape}", (), agent, "random, 70 % accepted", prompts)
 
 
 def same_answers(subject: Subject) -> list[Figure]:

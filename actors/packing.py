@@ -1,0 +1,79 @@
+"""Linear layers for the CPU, their weights arranged once as oneDNN's kernels read them.
+
+torch's own linear layer arranges the weights anew in every call when a batch has few rows, which costs more
+than the multiplication: on two cores without AVX-512 a forward pass of SmolLM2 in float32 over four
+candidates takes 91 ms so and 60 ms packed (one candidate 73 and 65 ms, sixteen rows 115 and 89 ms). The
+operators are those that torch's own compiler emits.
+
+Legend: B rows in all, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+ROWS_HINT = 16
+"""Rows that the arrangement is chosen for; it is right for any number."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Number formats that are packed, and the largest relative difference to the layer as it was."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference that keeps only the packed form of its weights."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        # Not a buffer: it has no layout that could be copied, moved or saved.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., I] → [..., O]."""
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            inputs, self._weight, self.bias, "none", [], ""
+        )
+        return found
+
+
+@torch.inference_mode()
+def pack_linears(model: nn.Module) -> int:
+    """Replace the linear layers of ``model``, which is on the CPU, by packed ones; return how many.
+
+    A layer stays as it is where this build of torch or this processor cannot pack it, or where the packed one
+    gives other results on random inputs.
+    """
+    num_packed = 0
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is not nn.Linear:
+                continue
+            try:
+                packed = PackedLinear(child)
+                _check(child, packed)
+            except (RuntimeError, AttributeError) as error:
+                logger.info("%s is not packed: %s", name, str(error).splitlines()[0])
+                continue
+            # The original goes at once: two copies of all weights need not fit.
+            setattr(parent, name, packed)
+            num_packed += 1
+    return num_packed
+
+
+def _check(plain: nn.Linear, packed: PackedLinear) -> None:
+    """Compare the two layers on random inputs of three rows.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    draws = torch.Generator().manual_seed(0)
+    inputs_BI = torch.randn(3, plain.in_features, generator=draws).to(plain.weight.dtype)
+    expected_BO, found_BO = plain(inputs_BI).float(), packed(inputs_BI).float()
+    difference = float((found_BO - expected_BO).norm() / expected_BO.norm().clamp(min=1e-12))
+    if not difference <= TOLERANCE[plain.weight.dtype]:
+        raise RuntimeError(f"a packed linear layer differs by {difference:.2g}")

@@ -96,7 +96,7 @@ class Engine:
         self._shared_prefix = tuple(shared_prefix)
         self._prefix_cache: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows: list[Row] = []
-        self._decoding = (0, 0)
+        self._decoding_work = (0, 0)
 
     @property
     def num_passes(self) -> int:
@@ -109,14 +109,10 @@ class Engine:
         return self._forward.num_positions
 
     @property
-    def num_decoding_passes(self) -> int:
-        """Forward passes so far over candidates alone."""
-        return self._decoding[0]
-
-    @property
-    def num_decoding_positions(self) -> int:
-        """Candidates run through the LLM so far, those that only fill a shape included."""
-        return self._decoding[1]
+    def decoding_work(self) -> tuple[int, int]:
+        """Passes so far, each counted once for every row in it, and candidates run through the LLM, those that
+        only fill a shape included. The reading of prompts is left out."""
+        return self._decoding_work
 
     @property
     def num_active(self) -> int:
@@ -285,7 +281,8 @@ class Engine:
         lengths_BQ = torch.tensor(lengths)[:, None].expand(-1, num_Q)
         tokens = Tokens(torch.tensor(ids), lengths_BQ, lengths_BQ + torch.arange(num_Q), lengths_BQ)
         span = max(lengths) + num_Q
-        self._decoding = self._decoding[0] + 1, self._decoding[1] + tokens.ids_BQ.numel()
+        passes, candidates = self._decoding_work
+        self._decoding_work = passes + len(rows), candidates + tokens.ids_BQ.numel()
         return (
             self._forward.fixed(tokens, span) if fixed else self._forward(slice(0, len(rows)), tokens, span)
         )

@@ -50,7 +50,9 @@ class _Work:
 
     tokens: int = 0
     passes: int = 0
+    """Forward passes, each counted once for every row in it."""
     positions: int = 0
+    """Tokens run through the LLM."""
 
     def per_token(self) -> dict[str, float]:
         return {
@@ -94,14 +96,14 @@ def _decode_figure(
     plain.answer(prompts[:batch], _Work())
 
     def ours(number: int) -> float:
-        before = engine.num_decoding_passes, engine.num_decoding_positions
+        before = engine.decoding_work
         started = _now(subject.model)
         # Longest first, as the evaluation does.
         tokens = sum(len(g.response_ids) for g in engine.generate(map(Request, reversed(prompts))))
         speed = tokens / (_now(subject.model) - started)
         aligned.tokens += tokens
-        aligned.passes += engine.num_decoding_passes - before[0]
-        aligned.positions += engine.num_decoding_positions - before[1]
+        aligned.passes += engine.decoding_work[0] - before[0]
+        aligned.positions += engine.decoding_work[1] - before[1]
         progress(f"batch {batch}, round {number + 1}: aligned {speed:.1f} tokens/s")
         return speed
 
@@ -173,13 +175,13 @@ def bench_rollout(
     work = _Work()
 
     def ours(number: int) -> float:
-        before = engine.num_decoding_passes, engine.num_decoding_positions
+        before = engine.decoding_work
         started = _now(subject.model)
         tokens = sum(len(g.response_ids) for g in engine.generate(requests))
         speed = tokens / (_now(subject.model) - started)
         work.tokens += tokens
-        work.passes += engine.num_decoding_passes - before[0]
-        work.positions += engine.num_decoding_positions - before[1]
+        work.passes += engine.decoding_work[0] - before[0]
+        work.positions += engine.decoding_work[1] - before[1]
         progress(f"round {number + 1}: {speed:.1f} tokens/s")
         return speed
 
@@ -259,7 +261,7 @@ class _Generate:
                 ids_BL.to(device), attention_mask=mask_BL.to(device), **self._options
             )[:, longest:]
         # The last token is not run through the model.
-        work.passes += found_BL.shape[1] - 1
+        work.passes += len(prompts) * (found_BL.shape[1] - 1)
         work.positions += len(prompts) * (found_BL.shape[1] - 1)
         for ids in found_BL.tolist():
             ends = [place for place, token in enumerate(ids) if token in self._subject.eos_ids]

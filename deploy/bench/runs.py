@@ -51,9 +51,7 @@ def rollout(
     """
     config = _settings(run, [NEW_TOKENS, *PAPER_SETS, *overrides], json_file)
     if config.decoding.fallback != "last":
-        raise UserError(
-            "decoding.fallback=first: the paper's procedure takes the last; add decoding.fallback=last"
-        )
+        raise UserError("decoding.fallback=first: the paper takes the last; set it to last")
     subject = _subject(run, config, peer_prompts)
     report(
         bench_rollout(subject, config.decoding, config.rollout.rows, num_rounds, peer_prompts, say), json_file

@@ -105,7 +105,7 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
         (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
         (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
         (["bench", "decode", "{tmp}/none"], "is not a run folder"),
-        (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper's procedure takes the last"),
+        (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper takes the last"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(

@@ -110,8 +110,8 @@ class Engine:
 
     @property
     def decoding_work(self) -> tuple[int, int]:
-        """Passes so far, each counted once for every row in it, and candidates run through the LLM, those that
-        only fill a shape included. The reading of prompts is left out."""
+        """Passes so far, counted once for every row in them, and candidates run through the LLM, those that
+        only fill a shape included. The reading of prompts is not in it."""
         return self._decoding_work
 
     @property

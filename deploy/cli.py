@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain, open_missing_descriptors, steady_output
@@ -148,8 +149,6 @@ def _reported_errors() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    from mara.deploy.config_file import hide_passwords
-
     for line in hide_passwords(message).splitlines():
         complain(f"mara: error: {line}")
 

@@ -178,7 +178,7 @@ def test_a_server_with_too_little_memory_is_refused_before_a_model_is_looked_for
     config_path: Path, server: EmbeddedServer
 ) -> None:
     result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
-    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory 67108864", "replay.log_max_bytes")
+    assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory 67108864", "replay.log_max_bytes")
 
 
 def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
@@ -188,7 +188,7 @@ def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
     owner.config_set("maxmemory-policy", "allkeys-lru")
     result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
     owner.config_set("maxmemory-policy", "noeviction")
-    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory-policy allkeys-lru", "noeviction")
+    assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory-policy allkeys-lru", "noeviction")
 
 
 def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: Path) -> None:

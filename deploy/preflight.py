@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mara.actors.heads import RewardHead, load_head, read_head_llm
-from mara.actors.llm import locate_model
+from mara.actors.llm import cache_folder, locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
@@ -70,7 +70,7 @@ def check_server(config: RunConfig) -> None:
 def check_cache(config: RunConfig) -> None:
     """Where the weights of a GGUF file are unpacked can be written, unless they are there already."""
     gguf_file = locate_model(config.llm)[1]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+    cache = cache_folder()
     if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
         return
     try:

@@ -77,7 +77,7 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
     path = folder / REPORT_FILE
     kept = _keep_earlier(path)
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print_report(report)
+    print_report(report, config.decoding.truncation.top_k)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)
 
@@ -156,8 +156,8 @@ def headline(report: EvaluationReport) -> dict[str, float]:
     return figures
 
 
-def print_report(report: EvaluationReport) -> None:
-    """The report for people: preference, fluency, accepted positions, samples."""
+def print_report(report: EvaluationReport, top_k: int) -> None:
+    """The report for people: preference, fluency, accepted positions up to ``top_k``, samples."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title=f"Agent against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)")
     for column in ("judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
@@ -188,9 +188,8 @@ def print_report(report: EvaluationReport) -> None:
             f"{value.eos_share:.0%}",
         )
     console.print(table)
-    places = [f"{place}: {share:.0%}" for place, share in enumerate(report.accepted_ranks[:-1], start=1)]
     console.print(
-        f"Accepted candidate by its place: {', '.join(places)}, later: {report.accepted_ranks[-1]:.0%}; "
+        f"Accepted candidate by its place: {', '.join(_places(report.accepted_ranks, top_k))}; "
         f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
         "tokens were forced (all others rejected)."
     )
@@ -201,6 +200,13 @@ def print_report(report: EvaluationReport) -> None:
             scores = ", ".join(f"{name} {value:+.2f}" for name, value in sample.scores[system].items())
             console.print(f"{system} ({scores}): {answer.strip()}", markup=False, highlight=False)
     console.rule(style="dim")
+
+
+def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
+    """The share of each place that a candidate can have; the last of ``accepted_ranks`` is the rest."""
+    *shares, rest = accepted_ranks
+    places = [f"{place}: {share:.0%}" for place, share in enumerate(shares[:top_k], start=1)]
+    return [*places, f"later: {rest:.0%}"] if top_k > len(shares) else places
 
 
 def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> Agent:

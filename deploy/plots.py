@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mara.deploy.recorder import EPISODES, METRICS_FILE
+from mara.learner.statistics import NUM_RANKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,16 +23,17 @@ SCORE_PREFIX = "episode/score/"
 Record = dict[str, float | None]
 
 
-def draw_plots(folder: Path) -> list[Path]:
+def draw_plots(folder: Path, top_k: int) -> list[Path]:
     """Draw the reward curve and the accepted positions of the run in ``folder`` into it.
 
-    Returns the files; none where the run ended before there was anything to draw.
+    ``top_k`` is the most candidates that a position of the run had. Returns the files; none where the run
+    ended before there was anything to draw.
     """
     records = [r for r in read_metrics(folder / METRICS_FILE) if r.get("episode/reward") is not None]
     if not records:
         return []
     reward = _save(reward_curve(records), folder / REWARD_PLOT)
-    return [reward, _save(accepted_positions(records), folder / POSITION_PLOT)]
+    return [reward, _save(accepted_positions(records, top_k), folder / POSITION_PLOT)]
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -73,9 +75,13 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def accepted_positions(records: Sequence[Record]) -> Figure:
-    """Share of the acceptances by the candidate's place: in the first and the last quarter of the run."""
-    names = sorted({name for record in records for name in record if name.startswith(POSITION_PREFIX)})
+def accepted_positions(records: Sequence[Record], top_k: int) -> Figure:
+    """Share of the acceptances by the candidate's place: in the first and the last quarter of the run.
+
+    Places that no candidate can have, those beyond ``top_k``, are left out.
+    """
+    recorded = {name for record in records for name in record if name.startswith(POSITION_PREFIX)}
+    names = sorted(name for name in recorded if _first_rank(name) < top_k)
     quarter = max(1, len(records) // 4)
     figure = _figure(height=3.5)
     panel = figure.subplots()
@@ -89,9 +95,15 @@ def accepted_positions(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def _first_rank(name: str) -> int:
+    """The least rank that a metric counts: its own, or the first of those that are counted together."""
+    rank = name.removeprefix(POSITION_PREFIX)
+    return int(rank) if rank.isdigit() else NUM_RANKS
+
+
 def _place(name: str) -> str:
-    place = name.removeprefix(POSITION_PREFIX)
-    return str(int(place) + 1) if place.isdigit() else "later"
+    rank = name.removeprefix(POSITION_PREFIX)
+    return str(int(rank) + 1) if rank.isdigit() else "later"
 
 
 def _mean(records: Sequence[Record], name: str) -> float:

@@ -79,7 +79,7 @@ def train(config: RunConfig) -> None:
                 raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
         say(_closing_line(summary))
         try:
-            draw_plots(folder)
+            draw_plots(folder, config.decoding.truncation.top_k)
         except OSError as error:
             say(f"no plots: {_reason(error)}")
         try:

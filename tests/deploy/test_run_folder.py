@@ -9,7 +9,7 @@ import pytest
 
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.plots import draw_plots, read_metrics
+from mara.deploy.plots import accepted_positions, draw_plots, read_metrics
 from mara.deploy.run_folder import check_agent, load_run, make_run_folder
 
 
@@ -59,14 +59,23 @@ def test_the_plots_show_reward_scores_and_positions(tmp_path: Path) -> None:
             }
         )
     write(tmp_path, rows)
-    files = draw_plots(tmp_path)
+    files = draw_plots(tmp_path, top_k=5)
     assert [file.name for file in files] == ["reward.png", "accepted_positions.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+@pytest.mark.parametrize(("top_k", "places"), [(1, 1), (3, 3), (5, 5), (6, 6), (40, 6)])
+def test_the_plot_of_positions_has_only_those_that_a_candidate_can_have(top_k: int, places: int) -> None:
+    shares = {f"episode/accepted_rank_{rank}": 0.2 for rank in range(5)}
+    panel = accepted_positions([{**shares, "episode/accepted_rank_rest": 0.0}], top_k).axes[0]
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels == ["1", "2", "3", "4", "5", "later"][:places]
+    assert len(panel.patches) == 2 * places
+
+
 def test_a_run_without_episodes_has_no_plots(tmp_path: Path) -> None:
     write(tmp_path, [{"time_s": 1.0, "episodes/total": 0.0}])
-    assert draw_plots(tmp_path) == []
+    assert draw_plots(tmp_path, top_k=5) == []
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:

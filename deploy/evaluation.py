@@ -20,7 +20,7 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
-from mara.deploy.preflight import check_head, warn_of_another_llm
+from mara.deploy.preflight import check_head, warn_of_another_llm, warn_of_head
 from mara.learner.loop import AGENT_FOLDER
 
 REPORT_FILE = "report.json"
@@ -40,10 +40,11 @@ EVALUATION_USES = (
 GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
-def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
+def run_evaluation(folder: Path, config: RunConfig, *, warn: bool = True) -> dict[str, float]:
     """Compare the agent in ``folder`` with the LLM alone on the held-out prompts; print and save the report.
 
-    Returns the headline figures by metric name.
+    Returns the headline figures by metric name. Without ``warn`` heads of another LLM are not told of: a
+    training has done so when it began.
 
     Raises:
         UserError: there is no agent, no evaluation prompts were configured, a head does not fit, or a score
@@ -55,10 +56,10 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
     say(f"evaluation: {len(prompts)} held-out prompts, the LLM alone and with the agent")
     hidden_size = find_hidden_size(config.llm)
     agent = _read_agent(folder, config, hidden_size)
-    heads = {
-        name: check_head(name, head.path, config.llm.model, hidden_size)
-        for name, head in config.rewards.items()
-    }
+    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
+    if warn:
+        for name, head in config.rewards.items():
+            warn_of_head(name, head.path, config.llm.model)
     llm = _load(config)
     report = evaluate(
         llm,

@@ -55,7 +55,8 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
     for name, head in config.rewards.items():
-        check_head(name, head.path, config.llm.model, hidden_size)
+        check_head(name, head.path, hidden_size)
+        warn_of_head(name, head.path, config.llm.model)
     return Checked(tuple(prompts), hidden_size)
 
 
@@ -121,14 +122,17 @@ def check_devices(config: RunConfig) -> None:
         )
 
 
-def check_head(name: str, path: Path, model: str, hidden_size: int) -> RewardHead:
-    """The reward head ``name``, which can be read and fits the LLM ``model``."""
+def check_head(name: str, path: Path, hidden_size: int) -> RewardHead:
+    """The reward head ``name``, which can be read and fits the LLM's hidden size."""
     try:
-        head = load_head(path, hidden_size)
+        return load_head(path, hidden_size)
     except UserError as error:
         raise UserError(f"rewards.{name}.path: {error}") from error
+
+
+def warn_of_head(name: str, path: Path, model: str) -> None:
+    """Say in one line that the reward head ``name``, which can be read, was fitted for another LLM."""
     warn_of_another_llm(f"rewards.{name}.path", "fitted", read_head_llm(path), model)
-    return head
 
 
 def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str) -> None:

@@ -306,7 +306,7 @@ def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSig
     stop.interrupt_from_here()
     from mara.deploy.evaluation import run_evaluation
 
-    recorder.summarise(run_evaluation(folder, config))
+    recorder.summarise(run_evaluation(folder, config, warn=False))
 
 
 def _print_places(folder: Path, recorder: Recorder) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mara.actors.heads import RewardHead, load_head, read_head_llm
+from mara.actors.heads import RewardHead, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
@@ -29,6 +29,9 @@ class Checked:
     """Prompts to train on."""
     hidden_size: int
     """Of the LLM."""
+    base_scores: dict[str, dict[str, float]]
+    """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
+    them on this LLM."""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
@@ -54,10 +57,13 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         check_server(config)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
+    base_scores = {}
     for name, head in config.rewards.items():
         check_head(name, head.path, hidden_size)
         warn_of_head(name, head.path, config.llm.model)
-    return Checked(tuple(prompts), hidden_size)
+        is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
+        base_scores[name] = read_base_scores(head.path) if is_own else {}
+    return Checked(tuple(prompts), hidden_size, base_scores)
 
 
 def check_server(config: RunConfig) -> None:
@@ -138,11 +144,14 @@ def warn_of_head(name: str, path: Path, model: str) -> None:
 def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str) -> None:
     """Say in one line that what ``field`` names was ``made`` for another LLM of the same hidden size.
 
-    To go from a model to a fine-tuned one may be meant. Folders count as the same by their last name alone:
-    a model may have been moved.
+    To go from a model to a fine-tuned one may be meant.
     """
+    if recorded is not None and not _is_same_llm(recorded, model):
+        say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+
+
+def _is_same_llm(recorded: str | None, model: str) -> bool:
+    """Whether ``model`` is the one ``recorded``. Of folders the last name counts: a model may have moved."""
     if recorded is None or recorded == model:
-        return
-    if Path(model).is_dir() and Path(model).name == Path(recorded).name:
-        return
-    say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+        return recorded is not None
+    return Path(model).is_dir() and Path(model).name == Path(recorded).name

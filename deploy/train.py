@@ -24,7 +24,7 @@ from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say
 from mara.deploy.exit import RunFailed
 from mara.deploy.learner_host import LearnerSpec
-from mara.deploy.plots import draw_plots
+from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.process import RUNNING
 from mara.deploy.ray_head import RayHead
@@ -79,7 +79,8 @@ def train(config: RunConfig) -> None:
                 raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
         say(_closing_line(summary))
         try:
-            draw_plots(folder, config.decoding.truncation.top_k)
+            levels = llm_levels(checked.base_scores, config.score_weights)
+            draw_plots(folder, config.decoding.truncation.top_k, levels)
         except OSError as error:
             say(f"no plots: {_reason(error)}")
         try:

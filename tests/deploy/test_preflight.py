@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -289,6 +290,31 @@ def test_a_head_of_another_llm_of_the_same_size_is_a_line_with_both(
         if said:
             assert "rewards.helpful.path" in lines[0] and "other/model" in lines[0]
             assert str(tmp_path / "llm") in lines[0]
+
+
+def test_what_the_plain_llm_scores_is_known_from_a_head_of_this_llm_alone(
+    config_path: Path, tmp_path: Path
+) -> None:
+    report = {"base_scores": {"greedy": 0.5, "sampled": 0.0}}
+    for llm, known in ((str(tmp_path / "llm"), report["base_scores"]), ("other/model", {})):
+        save_head(
+            tmp_path / "helpful",
+            RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)),
+            {"llm": llm, "report": report},
+        )
+        assert preflight(load_config(config_path)).base_scores == {"helpful": known}
+    for card in (
+        {},
+        {"report": None},
+        {"report": {"base_scores": [1]}},
+        {"report": {"base_scores": {"greedy": math.inf}}},
+    ):
+        save_head(
+            tmp_path / "helpful",
+            RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)),
+            {"llm": str(tmp_path / "llm"), **card},
+        )
+        assert preflight(load_config(config_path)).base_scores == {"helpful": {}}
 
 
 def test_prompts_that_are_not_held_out_are_told(

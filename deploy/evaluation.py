@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
-from mara.actors.evaluation import EvaluationReport, answer_prompts, evaluate
+from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
@@ -25,6 +25,12 @@ from mara.learner.loop import AGENT_FOLDER
 
 REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
+OUTCOMES: dict[Outcome, str] = {
+    "better": "the agent's answer is better by all rewards",
+    "worse": "the agent's answer is worse by all rewards",
+    "mixed": "the rewards disagree, or one of them ties",
+    "same": "both answers are the same",
+}
 SAY_EVERY_S = 10.0
 EVALUATION_USES = (
     "llm",
@@ -197,6 +203,7 @@ def print_report(report: EvaluationReport, top_k: int) -> None:
     for sample in report.samples:
         console.rule(style="dim")
         console.print(f"prompt: {sample.prompt}", markup=False, highlight=False)
+        console.print(f"({OUTCOMES[sample.outcome]})", highlight=False)
         for system, answer in sample.answers.items():
             scores = ", ".join(f"{name} {value:+.2f}" for name, value in sample.scores[system].items())
             console.print(f"{system} ({scores}): {answer.strip()}", markup=False, highlight=False)

@@ -33,6 +33,7 @@ def make_report() -> EvaluationReport:
         samples=[
             Sample(
                 "Why [not]?",
+                "worse",
                 {"base": "No.", "agent": "Because [bold]so[/bold]."},
                 {name: {"helpful": 1.0, "harmless": -1.0} for name in ("base", "agent")},
             )
@@ -56,6 +57,7 @@ def test_the_report_for_programs_has_the_agreed_form():
     }
     assert all(pair[name]["low"] <= pair[name]["rate"] <= pair[name]["high"] for name in ("helpful", "joint"))
     assert content["fluency"]["agent"]["perplexity"] == 3.0
+    assert [sample["outcome"] for sample in content["samples"]] == ["worse"]
 
 
 def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
@@ -67,6 +69,7 @@ def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
 def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys):
     print_report(make_report(), top_k=40)
     shown = capsys.readouterr().out
+    assert "the agent's answer is worse by all rewards" in shown
     for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Why [not]?", "Because [bold]so[/bold]."):
         assert expected in shown
 

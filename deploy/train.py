@@ -77,7 +77,8 @@ def train(config: RunConfig) -> None:
                 if folder is None:
                     raise
                 raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
-        say(_closing_line(summary))
+        for line in closing_lines(summary):
+            say(line)
         try:
             levels = llm_levels(checked.base_scores, config.score_weights)
             draw_plots(folder, config.decoding.truncation.top_k, levels)
@@ -288,12 +289,16 @@ def describe(status: Status, view: View) -> str:
     return "training"
 
 
-def _closing_line(summary: LearnerSummary) -> str:
-    return (
+def closing_lines(summary: LearnerSummary) -> list[str]:
+    """What the run came to, and a second line if nothing was learnt: the agent looks like any other."""
+    lines = [
         f"{'stopped' if summary.stopped else 'trained'}: {summary.num_episodes} episodes, "
         f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
         f"the learner was idle {summary.idle_ratio:.0%} of the time"
-    )
+    ]
+    if summary.gradient_steps == 0:
+        lines.append("warning: the saved agent is untrained: the run ended before the first gradient step")
+    return lines
 
 
 def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal) -> None:

@@ -20,6 +20,9 @@ from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
 
+CROWDED = 2
+"""Threads of the rollout actors for each core, above which a run is warned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -52,6 +55,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
+    warn_of_few_cores(config)
     if config.replay.redis_url is not None:
         say("checking the server")
         check_server(config)
@@ -125,6 +129,21 @@ def check_devices(config: RunConfig) -> None:
         raise UserError(
             f"rollout.num_gpus={config.rollout.num_gpus:g} for {config.rollout.num_actors} actors is more "
             f"than the {num_gpus} GPUs here; lower it or rollout.num_actors"
+        )
+
+
+def warn_of_few_cores(config: RunConfig) -> None:
+    """Say in one line that the rollout actors of a run on this machine are far more than it has cores for.
+
+    They would be slow, not wrong. Two threads a core are no reason: they are not all busy at once.
+    """
+    rollout, num_cores = config.rollout, len(os.sched_getaffinity(0))
+    num_threads = rollout.num_actors * rollout.num_threads
+    if config.ray.address is None and num_threads > CROWDED * num_cores:
+        say_line(
+            f"warning: rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
+            f"is {num_threads} threads on {num_cores} cores, and each actor loads an LLM of its own; "
+            "lower one of these settings"
         )
 
 

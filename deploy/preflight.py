@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mara.actors.heads import RewardHead, load_head, read_base_scores, read_head_llm
+from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
@@ -32,6 +32,8 @@ class Checked:
     """Prompts to train on."""
     hidden_size: int
     """Of the LLM."""
+    head_digests: dict[str, dict[str, str]]
+    """Reward head → file → SHA-256."""
     base_scores: dict[str, dict[str, float]]
     """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
     them on this LLM."""
@@ -61,13 +63,14 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         check_server(config)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
-    base_scores = {}
+    digests, base_scores = {}, {}
     for name, head in config.rewards.items():
         check_head(name, head.path, hidden_size)
         warn_of_head(name, head.path, config.llm.model)
+        digests[name] = head_digests(head.path)
         is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
         base_scores[name] = read_base_scores(head.path) if is_own else {}
-    return Checked(tuple(prompts), hidden_size, base_scores)
+    return Checked(tuple(prompts), hidden_size, digests, base_scores)
 
 
 def check_server(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from mara.buffer.server import EmbeddedServer
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say
 from mara.deploy.exit import RunFailed
-from mara.deploy.learner_host import LearnerSpec
+from mara.deploy.learner_host import LearnerSpec, agent_card
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.process import RUNNING
@@ -206,7 +206,8 @@ class _Training:
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = f"{self._folder.name}-{secrets.token_hex(4)}"
-        learner = LearnerSpec("learner", config, run_id, self._folder, self._checked.hidden_size)
+        card = agent_card(config, self._checked.head_digests)
+        learner = LearnerSpec("learner", config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
             RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts)
             for number in range(config.rollout.num_actors)

@@ -59,7 +59,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     check_devices(config)
     warn_of_few_cores(config)
     if config.replay.redis_url is not None:
-        say("checking the server")
+        say("checking the server at replay.redis_url")
         check_server(config)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)

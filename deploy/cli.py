@@ -14,8 +14,10 @@ from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain, open_missing_descriptors, steady_output
+from mara.deploy.usage import CommandLine
 
 app = typer.Typer(
+    cls=CommandLine,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -79,11 +79,17 @@ class ScoredAnswer:
     """Acceptances without a choice: every other candidate was rejected, or all were."""
 
 
+Outcome = Literal["better", "worse", "mixed", "same"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt with its answers and their raw scores."""
 
     prompt: str
+    outcome: Outcome
+    """Of the agent's answer against the greedy LLM's: ``better`` or ``worse`` by all reward models that have
+    a weight; ``same``: the same tokens; ``mixed``: anything else. The last two are ties."""
     answers: dict[str, str]
     scores: dict[str, dict[str, float]]
 
@@ -203,6 +209,12 @@ def answer_prompts(
     return [answer for answer in answers if answer is not None]
 
 
+def outcomes(differences: Sequence[np.ndarray]) -> np.ndarray:
+    """int [N]: 1 where every judge's difference, float [N], is above 0, -1 where all are below, else 0."""
+    signs_JN = np.sign(np.stack(differences))
+    return np.where((signs_JN > 0).all(0), 1, np.where((signs_JN < 0).all(0), -1, 0))
+
+
 def preference_rate(differences: Sequence[np.ndarray], seed: int = 0) -> PreferenceRate:
     """Rate of a system whose score differences to another are given, one float array [N] for each judge.
 
@@ -210,8 +222,7 @@ def preference_rate(differences: Sequence[np.ndarray], seed: int = 0) -> Prefere
     judges that never tie this is the mean of their two rates. The interval is the 2.5th to 97.5th percentile
     of the rate over resampled prompts.
     """
-    signs_JN = np.sign(np.stack(differences))
-    outcome_N = np.where((signs_JN > 0).all(0), 1, np.where((signs_JN < 0).all(0), -1, 0))
+    outcome_N = outcomes(differences)
     rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
     picks = rng.integers(len(outcome_N), size=(NUM_RESAMPLES, len(outcome_N)))
     low, high = np.percentile(outcome_N[picks].mean(1), [2.5, 97.5])
@@ -275,6 +286,13 @@ def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
+def _outcome(joint: int, differs: bool) -> Outcome:
+    """In words; a tie of two different answers is ``mixed``."""
+    if joint:
+        return "better" if joint > 0 else "worse"
+    return "mixed" if differs else "same"
+
+
 def _for_system(progress: Progress, system: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(system, done, total)
 
@@ -306,6 +324,7 @@ def _report(
     }
     preference = {name: preference_rate([values], seed) for name, values in differences.items()}
     preference["joint"] = preference_rate(list(differences.values()), seed)
+    joint_N = outcomes(list(differences.values()))
     taken = [min(rank, NUM_RANKS) for answer in answers["agent"] for rank in answer.accepted_ranks]
     ranks = np.bincount(taken, minlength=NUM_RANKS + 1)
     num_tokens = sum(len(answer.response_ids) for answer in answers["agent"])
@@ -325,6 +344,7 @@ def _report(
         samples=[
             Sample(
                 prompt=prompts[index].prompt,
+                outcome=_outcome(int(joint_N[index]), bool(differs_N[index])),
                 answers={system: texts[system][index] for system in ("base", "agent")},
                 scores={
                     system: {name: float(values[index]) for name, values in scores[system].items()}

@@ -8,7 +8,9 @@ Legend: B answers, N tokens of one answer, M tokens of all of them, D hidden siz
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,29 @@ def read_head_llm(folder: Path) -> str | None:
     """Name of the LLM that the head in ``folder``, which can be read, was fitted for. None: not recorded."""
     name = _read_card(folder).get("llm")
     return name if isinstance(name, str) else None
+
+
+def head_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of the head in ``folder``, by name: what tells a head wherever it is kept."""
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CARD_FILE, WEIGHTS_FILE)
+    }
+
+
+def read_base_scores(folder: Path) -> dict[str, float]:
+    """Mean score of the LLM's own answers in the fit of the head in ``folder``, which can be read.
+
+    By how they were drawn: ``greedy``, ``sampled`` (which defines 0), … Empty where they are not recorded.
+    """
+    report = _read_card(folder).get("report")
+    scores = report.get("base_scores") if isinstance(report, dict) else None
+    if not isinstance(scores, dict):
+        return {}
+    return {
+        drawn: float(score)
+        for drawn, score in scores.items()
+        if isinstance(score, int | float) and math.isfinite(score)
+    }
 
 
 def _read_card(folder: Path) -> Any:

@@ -184,19 +184,24 @@ def check_quantization(config: LLMConfig) -> None:
         )
 
 
+def cache_folder() -> Path:
+    """Where models of GGUF files are kept unpacked: ``$XDG_CACHE_HOME/mara``, or ``~/.cache/mara``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+
+
 def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     """Return a folder with the model of a GGUF file as safetensors, made on first use.
 
     Reading GGUF takes half a minute of processor time even for a small model, and packed GGUF kernels
     compute in float32; the expanded copy loads in a second and may be 16 bit. It is kept in
-    ``$XDG_CACHE_HOME/mara`` (``~/.cache/mara``), keyed by the file, ``dtype`` and transformers' version.
+    :func:`cache_folder`, keyed by the file, ``dtype`` and transformers' version.
     Of several processes that want it at once, one makes it and the others wait.
     """
     source = Path(folder) / gguf_file if Path(folder).is_dir() else None
     stat = source.stat() if source else None
     identity = (folder, gguf_file, stat and (stat.st_size, stat.st_mtime_ns), dtype, transformers.__version__)
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+    cache = cache_folder()
     expanded = cache / f"{Path(gguf_file).stem}-{digest}"
     if expanded.is_dir():
         return expanded

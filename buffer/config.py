@@ -94,7 +94,9 @@ class ShapingConfig(Config):
 
     - ``accepted_log_ratio``: -λ (log π(t) - log π_ref(t)) once per token, at its acceptance (a forced one
       too). Unbiased for the KL divergence of the answer.
-    - ``pointwise``: at every decision -λ π(t_k) (log π(t_k) - log π_ref(t_k)), Eq. 8 to the letter.
+    - ``pointwise``: at every decision -λ π(t_k) (log π(t_k) - log π_ref(t_k)), Eq. 8 to the letter; where all
+      candidates were asked about, those of a position sum to its whole divergence. A first candidate that
+      is retaken is one term all the same: its second record holds the difference to the first.
     - ``reference_only``: λ log π_ref(t) at the acceptance. With ``returns`` "bootstrapped" the other half of
       the divergence is the entropy bonus with α = λ, exactly: by Eq. 6, log π(t) is the sum over its
       decisions. With "monte_carlo" the entropy of later decisions is in no target, and the two halves do

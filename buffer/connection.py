@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mara.buffer import keys
+from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 
 SCHEMES = ("redis", "rediss", "unix")
@@ -90,11 +91,6 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:
         )
 
 
-def masked(url: str) -> str:
-    """The address without user name, password and options: what logs and messages may show."""
-    return re.sub(r"^([a-z+]*://)?.*@", r"\1***@", url, flags=re.DOTALL).split("?")[0]
-
-
 def _check_address(url: str) -> None:
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in SCHEMES:
@@ -116,7 +112,7 @@ def _check_address(url: str) -> None:
 
 
 def _error(url: str, what: str, remedy: str) -> UserError:
-    return UserError(f"replay.redis_url: {masked(url)} {what}; {remedy}")
+    return UserError(f"replay.redis_url: {hide_password(url)} {what}; {remedy}")
 
 
 def _line(error: Exception) -> str:

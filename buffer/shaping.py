@@ -103,7 +103,12 @@ def _kl_rewards(episode: Episode, accepted_T: np.ndarray, config: ShapingConfig)
     log_ratio_T = policy_T - reference_T
     if config.kl_estimator == "accepted_log_ratio":
         return np.where(accepted_T, -config.kl_weight * log_ratio_T, 0.0)
-    return -config.kl_weight * np.exp(policy_T) * log_ratio_T
+    terms_T = np.exp(policy_T) * log_ratio_T
+    # The divergence has one term for each candidate. A first candidate that is retaken stands in two records.
+    # Only the second has its whole probability, and what the first was charged for part of it is taken off.
+    retaken = np.flatnonzero(episode.forced_T & (episode.ranks_T == 0))
+    terms_T[retaken] -= terms_T[np.searchsorted(episode.positions_T, episode.positions_T[retaken])]
+    return -config.kl_weight * terms_T
 
 
 class ScoreNormaliser:

@@ -10,11 +10,14 @@ from typing import Annotated
 
 import typer
 
+from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain, open_missing_descriptors, steady_output
+from mara.deploy.usage import CommandLine
 
 app = typer.Typer(
+    cls=CommandLine,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -194,8 +197,6 @@ def _reported_errors() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    from mara.deploy.config_file import hide_passwords
-
     for line in hide_passwords(message).splitlines():
         complain(f"mara: error: {line}")
 

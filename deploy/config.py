@@ -29,6 +29,13 @@ def resolve_data_path(value: Any, folder: Path) -> Any:
     return os.path.normpath(folder.absolute() / Path(value).expanduser())
 
 
+def portable_name(path: Path) -> str:
+    """What names ``path`` anywhere: ``mara:heads/NAME`` if the project ships it, else its last part."""
+    if path.is_relative_to(SHIPPED_DIR):
+        return SHIPPED_PREFIX + path.relative_to(SHIPPED_DIR).as_posix()
+    return path.name
+
+
 def _resolve(value: Any, info: ValidationInfo) -> Any:
     folder = (info.context or {}).get("folder", Path.cwd())
     return resolve_data_path(str(value) if isinstance(value, Path) else value, folder)

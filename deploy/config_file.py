@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from mara.common.addresses import HIDDEN, hide_password, hide_passwords, may_hold_password
 from mara.common.errors import UserError
 from mara.deploy.config import DATA_PATH, RUN_NAME, SHIPPED_DIR, RunConfig, resolve_data_path
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 CONFIGS_DIR = SHIPPED_DIR / "configs"
-HIDDEN = "***"
 
 
 def find_config(name: str) -> Path:
@@ -101,32 +101,6 @@ def dump_config(config: RunConfig) -> str:
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
 
 
-def hide_password(url: str) -> str:
-    """``redis://me:secret@host`` becomes ``redis://me:***@host``, ``?password=secret`` is ``?password=***``.
-
-    An address that cannot be taken apart hides too much rather than too little: a user name alone may be a
-    password whose ``:`` was forgotten, and a password may hold ``/``, ``?`` and ``@``.
-    """
-    scheme, _, rest = url.rpartition("://") if url.count("://") == 1 else ("", "", url)
-    scheme += "://" if scheme else ""
-    user_info, at, place = rest.rpartition("@")
-    if _SECRET_OPTION.search(user_info):
-        return scheme + HIDDEN
-    if at:
-        user = re.match(r"([^:@/?#]*):", user_info)
-        user_info = f"{user[1]}:{HIDDEN}" if user else HIDDEN
-    return scheme + user_info + at + _SECRET_OPTION.sub(rf"\g<1>{HIDDEN}", place)
-
-
-def hide_passwords(text: str) -> str:
-    """``text`` with the password of every address in it hidden."""
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", lambda found: hide_password(found[0]), text)
-
-
-# A name with %XX in it may be "password" as well.
-_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:password|%)[^=&]*=)[^&]*", re.IGNORECASE | re.DOTALL)
-
-
 def _one_line(error: Exception) -> str:
     return hide_passwords(" ".join(str(error).split()))
 
@@ -165,8 +139,8 @@ def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        shown = HIDDEN if _may_hold_password(text) else text
-        reason = "" if _may_hold_password(text) else f": {_one_line(error)}"
+        shown = HIDDEN if _is_secret(text) else text
+        reason = "" if _is_secret(text) else f": {_one_line(error)}"
         raise UserError(f"{'.'.join(parts)}={shown}: not a YAML value{reason}") from error
 
 
@@ -240,14 +214,14 @@ def _dotted(location: Sequence[int | str]) -> str:
 
 def _show(path: str, value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    if path.endswith("redis_url") or _may_hold_password(text):
+    if path.endswith("redis_url") or _is_secret(text):
         return HIDDEN
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _may_hold_password(text: str) -> bool:
-    """Whether there is an address with more than a host in ``text``, which need not be one alone."""
-    return "redis_url" in text or ("://" in text and ("@" in text or _SECRET_OPTION.search(text) is not None))
+def _is_secret(text: str) -> bool:
+    """Whether a value must not be shown: it may be, or hold, the address of a server."""
+    return "redis_url" in text or may_hold_password(text)
 
 
 def _expected(detail: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
-from mara.actors.evaluation import EvaluationReport, answer_prompts, evaluate
+from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
@@ -20,11 +20,17 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
-from mara.deploy.preflight import check_head, warn_of_another_llm
+from mara.deploy.preflight import check_head, warn_of_another_llm, warn_of_head
 from mara.learner.loop import AGENT_FOLDER
 
 REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
+OUTCOMES: dict[Outcome, str] = {
+    "better": "the agent's answer is better by all rewards",
+    "worse": "the agent's answer is worse by all rewards",
+    "mixed": "the rewards disagree, or one of them ties",
+    "same": "both answers are the same",
+}
 SAY_EVERY_S = 10.0
 EVALUATION_USES = (
     "llm",
@@ -40,10 +46,11 @@ EVALUATION_USES = (
 GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
-def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
+def run_evaluation(folder: Path, config: RunConfig, *, warn: bool = True) -> dict[str, float]:
     """Compare the agent in ``folder`` with the LLM alone on the held-out prompts; print and save the report.
 
-    Returns the headline figures by metric name.
+    Returns the headline figures by metric name. Without ``warn`` heads of another LLM are not told of: a
+    training has done so when it began.
 
     Raises:
         UserError: there is no agent, no evaluation prompts were configured, a head does not fit, or a score
@@ -55,10 +62,10 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
     say(f"evaluation: {len(prompts)} held-out prompts, the LLM alone and with the agent")
     hidden_size = find_hidden_size(config.llm)
     agent = _read_agent(folder, config, hidden_size)
-    heads = {
-        name: check_head(name, head.path, config.llm.model, hidden_size)
-        for name, head in config.rewards.items()
-    }
+    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
+    if warn:
+        for name, head in config.rewards.items():
+            warn_of_head(name, head.path, config.llm.model)
     llm = _load(config)
     report = evaluate(
         llm,
@@ -77,7 +84,7 @@ def run_evaluation(folder: Path, config: RunConfig) -> dict[str, float]:
     path = folder / REPORT_FILE
     kept = _keep_earlier(path)
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print_report(report)
+    print_report(report, config.decoding.truncation.top_k)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)
 
@@ -156,8 +163,8 @@ def headline(report: EvaluationReport) -> dict[str, float]:
     return figures
 
 
-def print_report(report: EvaluationReport) -> None:
-    """The report for people: preference, fluency, accepted positions, samples."""
+def print_report(report: EvaluationReport, top_k: int) -> None:
+    """The report for people: preference, fluency, accepted positions up to ``top_k``, samples."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title=f"Agent against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)")
     for column in ("judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
@@ -188,19 +195,26 @@ def print_report(report: EvaluationReport) -> None:
             f"{value.eos_share:.0%}",
         )
     console.print(table)
-    places = [f"{place}: {share:.0%}" for place, share in enumerate(report.accepted_ranks[:-1], start=1)]
     console.print(
-        f"Accepted candidate by its place: {', '.join(places)}, later: {report.accepted_ranks[-1]:.0%}; "
+        f"Accepted candidate by its place: {', '.join(_places(report.accepted_ranks, top_k))}; "
         f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
         "tokens were forced (all others rejected)."
     )
     for sample in report.samples:
         console.rule(style="dim")
         console.print(f"prompt: {sample.prompt}", markup=False, highlight=False)
+        console.print(f"({OUTCOMES[sample.outcome]})", highlight=False)
         for system, answer in sample.answers.items():
             scores = ", ".join(f"{name} {value:+.2f}" for name, value in sample.scores[system].items())
             console.print(f"{system} ({scores}): {answer.strip()}", markup=False, highlight=False)
     console.rule(style="dim")
+
+
+def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
+    """The share of each place that a candidate can have; the last of ``accepted_ranks`` is the rest."""
+    *shares, rest = accepted_ranks
+    places = [f"{place}: {share:.0%}" for place, share in enumerate(shares[:top_k], start=1)]
+    return [*places, f"later: {rest:.0%}"] if top_k > len(shares) else places
 
 
 def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> Agent:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mara.buffer.log import RedisEpisodeReader
 from mara.buffer.weights import RedisWeightChannel
-from mara.deploy.config import RunConfig
+from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
 from mara.learner.loop import AGENT_FOLDER, Learner, LearnerSummary
 
@@ -19,6 +20,8 @@ from mara.learner.loop import AGENT_FOLDER, Learner, LearnerSummary
 class LearnerSpec(HostSpec):
     hidden_size: int
     """Hidden size of the LLM."""
+    agent_card: dict[str, Any]
+    """What is kept beside the agent. Made where the run began: the learner's machine may have no heads."""
 
 
 class LearnerHost:
@@ -47,7 +50,7 @@ class LearnerHost:
             seed=config.run.seed,
             on_metrics=self._rows.append,
             run_folder=self._spec.folder,
-            agent_card=agent_card(config),
+            agent_card=self._spec.agent_card,
         )
         if self._stop.is_set():
             self._learner.stop()
@@ -71,7 +74,19 @@ class LearnerHost:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def agent_card(config: RunConfig) -> dict[str, Any]:
-    """What is kept beside an agent: what it was trained with and belongs to."""
-    content = config.model_dump(mode="json", include={"llm", "decoding", "rewards"})
-    return {**content, "seed": config.run.seed}
+def agent_card(config: RunConfig, head_digests: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What is kept beside an agent: what it was trained with and belongs to, as another machine can tell it.
+
+    Of each reward head the weight, the name, and the SHA-256 of its files, ``head_digests``: not its folder,
+    which is this machine's affair.
+    """
+    rewards = {
+        name: {
+            "head": portable_name(head.path),
+            "weight": head.weight,
+            "sha256": dict(head_digests[name]),
+        }
+        for name, head in config.rewards.items()
+    }
+    content = config.model_dump(mode="json", include={"llm", "decoding"})
+    return {**content, "rewards": rewards, "seed": config.run.seed}

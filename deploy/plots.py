@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mara.deploy.recorder import EPISODES, METRICS_FILE
+from mara.learner.statistics import NUM_RANKS
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 REWARD_PLOT = "reward.png"
 POSITION_PLOT = "accepted_positions.png"
 POSITION_PREFIX = "episode/accepted_rank_"
 SCORE_PREFIX = "episode/score/"
+REWARD = "episode/reward"
+
+LLM_ALONE = {"greedy": "--", "sampled": ":"}
+"""How the LLM's own answers were drawn, by the names in a head's card, and the style of their line."""
 
 Record = dict[str, float | None]
+Levels = Mapping[str, Mapping[str, float]]
+"""Metric → how the LLM's own answers were drawn → what they are worth on average."""
 
 
-def draw_plots(folder: Path) -> list[Path]:
+def draw_plots(folder: Path, top_k: int, levels: Levels = MappingProxyType({})) -> list[Path]:
     """Draw the reward curve and the accepted positions of the run in ``folder`` into it.
 
+    ``top_k`` is the most candidates that a position of the run had, ``levels`` what the plain LLM reaches.
     Returns the files; none where the run ended before there was anything to draw.
     """
-    records = [r for r in read_metrics(folder / METRICS_FILE) if r.get("episode/reward") is not None]
+    records = [r for r in read_metrics(folder / METRICS_FILE) if r.get(REWARD) is not None]
     if not records:
         return []
-    reward = _save(reward_curve(records), folder / REWARD_PLOT)
-    return [reward, _save(accepted_positions(records), folder / POSITION_PLOT)]
+    reward = _save(reward_curve(records, levels), folder / REWARD_PLOT)
+    return [reward, _save(accepted_positions(records, top_k), folder / POSITION_PLOT)]
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -45,23 +55,60 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def reward_curve(records: Sequence[Record]) -> Figure:
-    """Reward (Eq. 13) and the raw score of each reward model against the episodes trained on."""
+def llm_levels(base_scores: Levels, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What the plain LLM reaches in each panel of the reward curve.
+
+    Args:
+        base_scores: reward head → how the LLM's own answers were drawn → their mean score. The curve shows
+            raw scores as well, whatever the learner makes of them.
+        weights: of each reward head (Eq. 13). The reward is known where every head that counts is.
+    """
+    levels = {SCORE_PREFIX + name: dict(scores) for name, scores in base_scores.items()}
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    levels[REWARD] = {
+        drawn: sum(weight * base_scores[name][drawn] for name, weight in counted.items())
+        for drawn in LLM_ALONE
+        if all(drawn in base_scores.get(name, {}) for name in counted)
+    }
+    return levels
+
+
+def reward_curve(records: Sequence[Record], levels: Levels) -> Figure:
+    """Reward (Eq. 13) and the raw score of each reward model against the episodes trained on.
+
+    The lines of the plain LLM are those of the heads' fit: prompts, lengths and candidates were not quite
+    those of the run, so they say where the run stands, not by how much it has won.
+    """
     scores = sorted({name for record in records for name in record if name.startswith(SCORE_PREFIX)})
-    figure = _figure(height=2.2 * (1 + len(scores)))
+    figure = _figure(height=2.2 * (1 + len(scores)) + 0.6)
     panels = figure.subplots(1 + len(scores), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, name in zip(panels, ("episode/reward", *scores), strict=True):
+    for panel, name in zip(panels, (REWARD, *scores), strict=True):
         points = [(r[EPISODES], r[name]) for r in records if r.get(name) is not None]
         episodes, values = (np.array(column) for column in zip(*points, strict=True))
         panel.plot(episodes, values, marker=".", linewidth=0.5, alpha=0.35, label="each report")
         # A report has a few dozen answers, and answers differ much more than the policy moves in its time.
         panel.plot(episodes, _running_mean(values), linewidth=2, label="mean of the latest tenth")
+        for drawn, style in LLM_ALONE.items():
+            if (level := levels.get(name, {}).get(drawn)) is not None:
+                label = f"the LLM alone, {drawn}, in the fit of the heads"
+                panel.axhline(level, linestyle=style, color="dimgray", label=label)
         panel.set_ylabel(name.removeprefix("episode/").replace("score/", "score: "))
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right", fontsize="small")
+    _label_once(figure)
     panels[0].set_title("What the answers in training were worth")
     panels[-1].set_xlabel("episodes")
     return figure
+
+
+def _label_once(figure: Figure) -> None:
+    """One legend for all panels, below them: what is drawn in one panel only is in it as well."""
+    handles: dict[str, Artist] = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize="small"
+    )
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -73,9 +120,13 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def accepted_positions(records: Sequence[Record]) -> Figure:
-    """Share of the acceptances by the candidate's place: in the first and the last quarter of the run."""
-    names = sorted({name for record in records for name in record if name.startswith(POSITION_PREFIX)})
+def accepted_positions(records: Sequence[Record], top_k: int) -> Figure:
+    """Share of the acceptances by the candidate's place: in the first and the last quarter of the run.
+
+    Places that no candidate can have, those beyond ``top_k``, are left out.
+    """
+    recorded = {name for record in records for name in record if name.startswith(POSITION_PREFIX)}
+    names = sorted(name for name in recorded if _first_rank(name) < top_k)
     quarter = max(1, len(records) // 4)
     figure = _figure(height=3.5)
     panel = figure.subplots()
@@ -89,9 +140,15 @@ def accepted_positions(records: Sequence[Record]) -> Figure:
     return figure
 
 
+def _first_rank(name: str) -> int:
+    """The least rank that a metric counts: its own, or the first of those that are counted together."""
+    rank = name.removeprefix(POSITION_PREFIX)
+    return int(rank) if rank.isdigit() else NUM_RANKS
+
+
 def _place(name: str) -> str:
-    place = name.removeprefix(POSITION_PREFIX)
-    return str(int(place) + 1) if place.isdigit() else "later"
+    rank = name.removeprefix(POSITION_PREFIX)
+    return str(int(rank) + 1) if rank.isdigit() else "later"
 
 
 def _mean(records: Sequence[Record], name: str) -> float:

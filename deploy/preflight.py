@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mara.actors.heads import RewardHead, load_head, read_head_llm
-from mara.actors.llm import check_quantization, locate_model
+from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
+from mara.actors.llm import cache_folder, check_quantization, locate_model
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
@@ -19,6 +19,9 @@ from mara.deploy.console import say as say_line
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
+
+CROWDED = 2
+"""Threads of the rollout actors for each core, above which a run is warned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,11 @@ class Checked:
     """Prompts to train on."""
     hidden_size: int
     """Of the LLM."""
+    head_digests: dict[str, dict[str, str]]
+    """Reward head → file → SHA-256."""
+    base_scores: dict[str, dict[str, float]]
+    """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
+    them on this LLM."""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
@@ -49,14 +57,20 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
+    warn_of_few_cores(config)
     if config.replay.redis_url is not None:
-        say("checking the server")
+        say("checking the server at replay.redis_url")
         check_server(config)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
+    digests, base_scores = {}, {}
     for name, head in config.rewards.items():
-        check_head(name, head.path, config.llm.model, hidden_size)
-    return Checked(tuple(prompts), hidden_size)
+        check_head(name, head.path, hidden_size)
+        warn_of_head(name, head.path, config.llm.model)
+        digests[name] = head_digests(head.path)
+        is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
+        base_scores[name] = read_base_scores(head.path) if is_own else {}
+    return Checked(tuple(prompts), hidden_size, digests, base_scores)
 
 
 def check_server(config: RunConfig) -> None:
@@ -70,7 +84,7 @@ def check_server(config: RunConfig) -> None:
 def check_cache(config: RunConfig) -> None:
     """Where the weights of a GGUF file are unpacked can be written, unless they are there already."""
     gguf_file = locate_model(config.llm)[1]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mara"
+    cache = cache_folder()
     if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
         return
     try:
@@ -122,24 +136,45 @@ def check_devices(config: RunConfig) -> None:
         )
 
 
-def check_head(name: str, path: Path, model: str, hidden_size: int) -> RewardHead:
-    """The reward head ``name``, which can be read and fits the LLM ``model``."""
+def warn_of_few_cores(config: RunConfig) -> None:
+    """Say in one line that the rollout actors of a run on this machine are far more than it has cores for.
+
+    They would be slow, not wrong. Two threads a core are no reason: they are not all busy at once.
+    """
+    rollout, num_cores = config.rollout, len(os.sched_getaffinity(0))
+    num_threads = rollout.num_actors * rollout.num_threads
+    if config.ray.address is None and num_threads > CROWDED * num_cores:
+        say_line(
+            f"warning: rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
+            f"is {num_threads} threads on {num_cores} cores, and each actor loads an LLM of its own; "
+            "lower one of these settings"
+        )
+
+
+def check_head(name: str, path: Path, hidden_size: int) -> RewardHead:
+    """The reward head ``name``, which can be read and fits the LLM's hidden size."""
     try:
-        head = load_head(path, hidden_size)
+        return load_head(path, hidden_size)
     except UserError as error:
         raise UserError(f"rewards.{name}.path: {error}") from error
+
+
+def warn_of_head(name: str, path: Path, model: str) -> None:
+    """Say in one line that the reward head ``name``, which can be read, was fitted for another LLM."""
     warn_of_another_llm(f"rewards.{name}.path", "fitted", read_head_llm(path), model)
-    return head
 
 
 def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str) -> None:
     """Say in one line that what ``field`` names was ``made`` for another LLM of the same hidden size.
 
-    To go from a model to a fine-tuned one may be meant. Folders count as the same by their last name alone:
-    a model may have been moved.
+    To go from a model to a fine-tuned one may be meant.
     """
+    if recorded is not None and not _is_same_llm(recorded, model):
+        say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+
+
+def _is_same_llm(recorded: str | None, model: str) -> bool:
+    """Whether ``model`` is the one ``recorded``. Of folders the last name counts: a model may have moved."""
     if recorded is None or recorded == model:
-        return
-    if Path(model).is_dir() and Path(model).name == Path(recorded).name:
-        return
-    say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+        return recorded is not None
+    return Path(model).is_dir() and Path(model).name == Path(recorded).name

@@ -20,9 +20,14 @@ import redis
 from mara.buffer.connection import connect
 from mara.deploy.config import RunConfig
 
+WAITING = "waiting for Ray"
+"""No process has answered yet: Ray is starting it, or has no room for it."""
 STARTING = "starting"
 LOADING = "loading the LLM"
 RUNNING = "running"
+
+LEARNER = "learner"
+"""Name of the one process that is no rollout actor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig, WandbConfig
-from mara.deploy.config_file import dump_config, hide_passwords
+from mara.deploy.config_file import dump_config
 
 METRICS_FILE = "metrics.jsonl"
 GRADIENT_STEP = "learner/gradient_step"

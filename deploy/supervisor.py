@@ -16,7 +16,7 @@ from mara.common.errors import UserError
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
-from mara.deploy.process import RUNNING
+from mara.deploy.process import RUNNING, WAITING
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.run_folder import what_is_saved
 from mara.learner.loop import LearnerSummary
@@ -112,7 +112,7 @@ class Supervisor:
             rows=self._learner.handle.take_rows(),
             metrics=self._fleet(),
             phases={
-                m.handle.name: m.handle.report.phase if m.handle.report else "waiting for a process"
+                m.handle.name: m.handle.report.phase if m.handle.report else WAITING
                 for m in (self._learner, *self._rollouts)
             },
             summary=summary,

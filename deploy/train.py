@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from mara.buffer.server import EmbeddedServer
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say
 from mara.deploy.exit import RunFailed
-from mara.deploy.learner_host import LearnerSpec
-from mara.deploy.plots import draw_plots
+from mara.deploy.learner_host import LearnerSpec, agent_card
+from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
-from mara.deploy.process import RUNNING
+from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
@@ -42,6 +42,13 @@ POLL_S = 1.0
 TICK_S = 0.05
 LAST_REPORT_S = 10.0
 WANDB_START_S = 45.0
+
+WAITS = {
+    WAITING: "waiting for Ray to start {}",
+    STARTING: "setting up {}",
+    LOADING: "loading the LLM into {}",
+}
+"""What is said of the processes in each phase before the last."""
 
 
 class _StoppedEarly(Exception):
@@ -77,9 +84,11 @@ def train(config: RunConfig) -> None:
                 if folder is None:
                     raise
                 raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
-        say(_closing_line(summary))
+        for line in closing_lines(summary):
+            say(line)
         try:
-            draw_plots(folder)
+            levels = llm_levels(checked.base_scores, config.score_weights)
+            draw_plots(folder, config.decoding.truncation.top_k, levels)
         except OSError as error:
             say(f"no plots: {_reason(error)}")
         try:
@@ -161,13 +170,13 @@ class _Training:
         with ExitStack() as exits:
             config = self._with_server(exits)
             cluster = self._with_cluster(exits)
-            self._show.state("placing the processes")
+            self._show.state("asking Ray for the learner and the rollout actors")
             supervisor = self._place(config, cluster)
             exits.callback(supervisor.kill)
             self._start_wandb(exits)
             summary = self._train(supervisor)
             self._keep_agent(supervisor)
-            self._show.view.state = "ending the processes"
+            self._show.view.state = "ending the learner and the rollout actors"
             self._show.display.refresh()
         return summary
 
@@ -176,7 +185,7 @@ class _Training:
         config = self._config
         if config.replay.redis_url is not None:
             return config
-        self._show.state("starting the server")
+        self._show.state("starting the server for episodes and weights")
         server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes(config.rollout.num_actors)))
         replay = config.replay.model_copy(update={"redis_url": server.url})
         return config.model_copy(update={"replay": replay})
@@ -204,7 +213,8 @@ class _Training:
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = f"{self._folder.name}-{secrets.token_hex(4)}"
-        learner = LearnerSpec("learner", config, run_id, self._folder, self._checked.hidden_size)
+        card = agent_card(config, self._checked.head_digests)
+        learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
             RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts)
             for number in range(config.rollout.num_actors)
@@ -275,24 +285,36 @@ class _Training:
 
 
 def describe(status: Status, view: View) -> str:
-    """What the run is doing, in a few words."""
-    waiting: dict[str, int] = {}
-    for phase in status.phases.values():
-        if phase != RUNNING:
-            waiting[phase] = waiting.get(phase, 0) + 1
-    if waiting:
-        return ", ".join(f"{phase} ({count})" for phase, count in waiting.items())
-    if view.metrics.get("learner/gradient_step", 0) < 1:
-        return "collecting the first episodes"
-    return "training"
+    """What the run is doing and what it waits for, in a few words."""
+    waits = [
+        doing.format(_who(names))
+        for phase, doing in WAITS.items()
+        if (names := [name for name, its in status.phases.items() if its == phase])
+    ]
+    if view.metrics.get("learner/gradient_step", 0) >= 1:
+        return "; ".join(["training", *waits])
+    return "; ".join(waits) or "collecting the first episodes"
 
 
-def _closing_line(summary: LearnerSummary) -> str:
-    return (
+def _who(names: Sequence[str]) -> str:
+    """The processes called ``names``: "the learner and 2 rollout actors"."""
+    num_actors = sum(name != LEARNER for name in names)
+    groups = ["the learner"] if LEARNER in names else []
+    if num_actors:
+        groups.append(f"{num_actors} rollout actor{'s' if num_actors > 1 else ''}")
+    return " and ".join(groups)
+
+
+def closing_lines(summary: LearnerSummary) -> list[str]:
+    """What the run came to, and a second line if nothing was learnt: the agent looks like any other."""
+    lines = [
         f"{'stopped' if summary.stopped else 'trained'}: {summary.num_episodes} episodes, "
         f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
         f"the learner was idle {summary.idle_ratio:.0%} of the time"
-    )
+    ]
+    if summary.gradient_steps == 0:
+        lines.append("warning: the saved agent is untrained: the run ended before the first gradient step")
+    return lines
 
 
 def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal) -> None:
@@ -306,7 +328,7 @@ def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSig
     stop.interrupt_from_here()
     from mara.deploy.evaluation import run_evaluation
 
-    recorder.summarise(run_evaluation(folder, config))
+    recorder.summarise(run_evaluation(folder, config, warn=False))
 
 
 def _print_places(folder: Path, recorder: Recorder) -> None:

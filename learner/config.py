@@ -6,7 +6,7 @@ import math
 
 from pydantic import Field, PositiveInt
 
-from mara.common.config import Config
+from mara.common.config import LONGEST_S, Config
 
 
 class SACConfig(Config):
@@ -61,11 +61,11 @@ class LearnerConfig(Config):
     """Most gradient steps owed, in episodes' worth of them. What is earned beyond that is dropped and
     counted, so that a learner that stalled does not then train in one burst on what it missed.
     Usual range 20–1000."""
-    publish_period_s: float = Field(default=1.0, ge=0)
+    publish_period_s: float = Field(default=1.0, ge=0, le=LONGEST_S)
     """Least time between two publications of the agent's weights, seconds. Usual range 0.2–10."""
-    checkpoint_period_s: float = Field(default=300.0, gt=0)
+    checkpoint_period_s: float = Field(default=300.0, gt=0, le=LONGEST_S)
     """Time between two checkpoints, seconds; one more is written at the end. Usual range 60–3600."""
-    log_period_s: float = Field(default=5.0, gt=0)
+    log_period_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """Time between two rows of metrics, seconds. Usual range 1–60."""
     device: str = "auto"
     """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""

@@ -213,6 +213,22 @@ def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
         for system in ("base", "agent"):
             assert sample.answers[system] == llm.decode(answers[system][index].response_ids)
             assert sample.scores[system] == pytest.approx(anew[system][index][0], abs=1e-4)
+        same = answers["base"][index].response_ids == answers["agent"][index].response_ids
+        assert (
+            sample.outcome
+            == {1: "better", -1: "worse", 0: "same" if same else "mixed"}[outcomes["joint"][index]]
+        )
+
+
+def test_samples_say_who_won_as_the_joint_rate_counts_it(llm):
+    report = run(llm, num_samples=len(PROMPTS))
+    told = [sample.outcome for sample in report.samples]
+    joint = report.preference["joint"]
+    assert (told.count("better"), told.count("worse")) == (joint.wins, joint.losses)
+    for sample in report.samples:
+        same = sample.answers["base"] == sample.answers["agent"]
+        assert (sample.outcome == "same") == same
+    assert {"same", "mixed"} <= set(told) and {"better", "worse"} & set(told)
 
 
 class Jitter(RewardHead):

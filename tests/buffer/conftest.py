@@ -17,7 +17,9 @@ from mara.common.episode import Episode
 torch.set_num_threads(1)
 
 
-def _decisions(rng: np.random.Generator, num_tokens: int) -> list[tuple[int, int, int, bool, bool]]:
+def _decisions(
+    rng: np.random.Generator, num_tokens: int, fallback: str
+) -> list[tuple[int, int, int, bool, bool]]:
     """(position, rank, candidates, accepted, forced) of each decision of one answer."""
     decisions = []
     for position in range(num_tokens):
@@ -25,11 +27,13 @@ def _decisions(rng: np.random.Generator, num_tokens: int) -> list[tuple[int, int
         if num_candidates == 1:
             continue
         for rank in range(num_candidates):
-            forced = rank == num_candidates - 1
+            forced = fallback == "last" and rank == num_candidates - 1
             accepted = forced or bool(rng.random() < 0.5)
             decisions.append((position, rank, num_candidates, accepted, forced))
             if accepted:
                 break
+        else:
+            decisions.append((position, 0, num_candidates, True, True))
     return decisions
 
 
@@ -41,9 +45,10 @@ def build_episode(
     dtype: torch.dtype = torch.bfloat16,
     prompt_id: str = "p",
     scores: dict[str, float] | None = None,
+    fallback: str = "last",
 ) -> Episode:
     rng = np.random.default_rng(seed)
-    decisions = _decisions(rng, num_tokens)
+    decisions = _decisions(rng, num_tokens, fallback)
     scores = {"helpful": float(rng.normal())} if scores is None else scores
     columns = np.array(decisions, np.int64).reshape(-1, 5).T
     position, rank, num_candidates, accepted, forced = columns
@@ -52,19 +57,26 @@ def build_episode(
     with np.errstate(divide="ignore"):
         accept_logprobs_T = np.where(forced_T, 0.0, np.log(accept_T)).astype(np.float32)
         reject_logprobs_T = np.where(forced_T, -np.inf, np.log1p(-accept_T)).astype(np.float32)
+    prompt_ids_P = rng.integers(0, 1000, 3).astype(np.int32)
+    response_ids_N = rng.integers(0, 1000, num_tokens).astype(np.int32)
+    states_TD = rng.normal(size=(len(decisions), hidden_size))
+    reference_logprobs_T = np.log(rng.uniform(0.05, 0.5, len(decisions))).astype(np.float32)
+    retaken = np.flatnonzero(forced_T & (rank == 0))  # The first candidate of its set once more.
+    for column_T in (states_TD, reference_logprobs_T):
+        column_T[retaken] = column_T[retaken - num_candidates[retaken]]
     return Episode(
         uid=uid,
         prompt_id=prompt_id,
         actor_id="actor-0",
-        prompt_ids_P=rng.integers(0, 1000, 3).astype(np.int32),
-        response_ids_N=rng.integers(0, 1000, num_tokens).astype(np.int32),
-        states_TD=torch.from_numpy(rng.normal(size=(len(decisions), hidden_size))).to(dtype),
+        prompt_ids_P=prompt_ids_P,
+        response_ids_N=response_ids_N,
+        states_TD=torch.from_numpy(states_TD).to(dtype),
         actions_T=accepted.astype(np.uint8),
         ranks_T=rank.astype(np.int16),
         num_candidates_T=num_candidates.astype(np.int16),
         positions_T=position.astype(np.int32),
         forced_T=forced_T,
-        reference_logprobs_T=np.log(rng.uniform(0.05, 0.5, len(decisions))).astype(np.float32),
+        reference_logprobs_T=reference_logprobs_T,
         accept_logprobs_T=accept_logprobs_T,
         reject_logprobs_T=reject_logprobs_T,
         policy_versions_T=np.sort(rng.integers(0, 9, len(decisions))).astype(np.int64),

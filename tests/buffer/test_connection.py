@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from mara.buffer.connection import check_memory, connect, masked
+from mara.buffer.connection import check_memory, connect
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 
@@ -77,7 +77,7 @@ def test_a_database_that_is_no_number_is_refused(url: str) -> None:
 
 def test_nobody_at_the_address(closed_port: int, tmp_path: Path) -> None:
     message = refused(f"redis://user:{SECRET}@127.0.0.1:{closed_port}/0")
-    assert f"redis://***@127.0.0.1:{closed_port}/0 cannot be used (" in message
+    assert f"redis://user:***@127.0.0.1:{closed_port}/0 cannot be used (" in message
     assert "refused" in message
     assert f"{tmp_path}/none.sock cannot be used" in refused(f"unix://:{SECRET}@{tmp_path}/none.sock")
     assert "names no socket" in refused("unix://")
@@ -127,7 +127,7 @@ def memory_refused(server: EmbeddedServer, needed_bytes: int) -> str:
     with pytest.raises(UserError) as caught:
         check_memory(connect(server.url), server.url, needed_bytes)
     message = str(caught.value)
-    assert message.startswith(f"replay.redis_url: unix://***@{server.url.rpartition('@')[2]} has maxmemory")
+    assert message.startswith(f"replay.redis_url: unix://:***@{server.url.rpartition('@')[2]} has maxmemory")
     assert "\n" not in message
     return message
 
@@ -187,17 +187,3 @@ def test_a_server_that_refuses_writes(own_server: EmbeddedServer) -> None:
     path = own_server.url.rpartition("@")[2]
     assert "refuses a command" in refused(f"unix://reader:{SECRET}@{path}")
     assert isinstance(connect(own_server.url), redis.Redis)
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        (f"redis://user:{SECRET}@host:1/0", "redis://***@host:1/0"),
-        (f"redis://:{SECRET}@@host", "redis://***@host"),
-        (f"redis://host/0?password={SECRET}", "redis://host/0"),
-        (f"no-scheme:{SECRET}@host", "***@host"),
-        ("redis://host:1/0", "redis://host:1/0"),
-    ],
-)
-def test_a_masked_address_shows_no_secret(url: str, shown: str) -> None:
-    assert masked(url) == shown

@@ -23,12 +23,19 @@ ESTIMATORS = get_args(ShapingConfig.model_fields["kl_estimator"].annotation)
 DISCOUNTS_PER = get_args(ShapingConfig.model_fields["discount_per"].annotation)
 
 
+def is_retaken(episode: Episode, t: int) -> bool:
+    """The first candidate, taken because all were rejected: forced, though it is not the last."""
+    return bool(episode.forced_T[t]) and episode.ranks_T[t] == 0
+
+
 def probability_of_candidate(episode: Episode, t: int) -> float:
-    """Eq. 6, as a product of probabilities."""
+    """Eq. 6, as a product of probabilities; of a candidate that is retaken, of both ways to it."""
     probability = math.exp(episode.accept_logprobs_T[t])
-    for earlier in range(t):
-        if episode.positions_T[earlier] == episode.positions_T[t]:
-            probability *= math.exp(episode.reject_logprobs_T[earlier])
+    asked_before = [u for u in range(t) if episode.positions_T[u] == episode.positions_T[t]]
+    for earlier in asked_before:
+        probability *= math.exp(episode.reject_logprobs_T[earlier])
+    if is_retaken(episode, t):
+        probability += math.exp(episode.accept_logprobs_T[asked_before[0]])
     return probability
 
 
@@ -66,6 +73,10 @@ def rewards_by_the_book(episode: Episode, config: ShapingConfig, score: float) -
             reward -= config.kl_weight * (math.log(pi) - math.log(pi_ref))
         if config.kl_estimator == "pointwise":
             reward -= config.kl_weight * pi * (math.log(pi) - math.log(pi_ref))
+            if is_retaken(episode, t):
+                first = min(u for u in range(t) if episode.positions_T[u] == episode.positions_T[t])
+                pi = math.exp(episode.accept_logprobs_T[first])
+                reward += config.kl_weight * pi * (math.log(pi) - episode.reference_logprobs_T[first])
         if config.kl_estimator == "reference_only" and accepted:
             reward += config.kl_weight * math.log(pi_ref)
         rewards.append(reward)
@@ -77,11 +88,14 @@ def shape(episode: Episode, config: ShapingConfig, score: float) -> Shaped:
     return shape_episode(episode, config, score, episode.prefix_scores["helpful"].astype(np.float64))
 
 
+@pytest.mark.parametrize("fallback", ["last", "first"])
 @pytest.mark.parametrize(("terminal", "estimator"), list(itertools.product(TERMINALS, ESTIMATORS)))
-def test_rewards_follow_the_equations(make_episode: MakeEpisode, terminal: str, estimator: str) -> None:
+def test_rewards_follow_the_equations(
+    make_episode: MakeEpisode, terminal: str, estimator: str, fallback: str
+) -> None:
     config = ShapingConfig(terminal=terminal, kl_estimator=estimator, kl_weight=0.3, discount=0.9)
     for seed in range(20):
-        episode = make_episode(seed=seed)
+        episode = make_episode(seed=seed, fallback=fallback)
         rewards_T = shape(episode, config, score=1.7).rewards_T
         assert rewards_T.dtype == np.float32
         np.testing.assert_allclose(rewards_T, rewards_by_the_book(episode, config, 1.7), rtol=2e-5, atol=2e-6)
@@ -190,6 +204,40 @@ def test_the_expected_accepted_log_ratio_is_the_kl_divergence_of_one_token(make_
         expected_reward += pi[chosen] * float(rewards_T.sum())
     divergence = sum(p * math.log(p / q) for p, q in zip(pi, reference, strict=True))
     assert expected_reward == pytest.approx(-0.5 * divergence, rel=1e-5)
+
+
+def divergence_by_all_paths(accept: list[float], reference: list[float], fallback: str) -> float:
+    """KL(π, π_ref) of one token, π from every sequence of answers that an agent may give to a set."""
+    num, pi = len(accept), [0.0] * len(accept)
+    for answers in itertools.product([True, False], repeat=num):
+        probability = math.prod(p if yes else 1 - p for p, yes in zip(accept, answers, strict=True))
+        nothing_accepted = num - 1 if fallback == "last" else 0
+        pi[answers.index(True) if any(answers) else nothing_accepted] += probability
+    assert sum(pi) == pytest.approx(1.0)
+    return sum(p * math.log(p / q) for p, q in zip(pi, reference, strict=True))
+
+
+@pytest.mark.parametrize("fallback", ["last", "first"])
+def test_where_all_candidates_were_asked_about_the_pointwise_terms_are_the_divergence_of_the_token(
+    make_episode: MakeEpisode, fallback: str
+) -> None:
+    config = ShapingConfig(kl_estimator="pointwise", kl_weight=0.5)
+    num_compared = 0
+    for seed in range(80):
+        episode = make_episode(seed=seed, fallback=fallback)
+        rewards_T = shape(episode, config, 0.0).rewards_T
+        for position in set(episode.positions_T.tolist()):
+            here = np.flatnonzero(episode.positions_T == position)
+            if not episode.forced_T[here[-1]]:
+                continue
+            asked = here if fallback == "last" else here[:-1]
+            # Any reference will do: each record only has to have its candidate's.
+            reference = np.exp(episode.reference_logprobs_T[asked]).tolist()
+            accept = np.exp(episode.accept_logprobs_T[asked]).tolist()
+            divergence = divergence_by_all_paths(accept, reference, fallback)
+            assert rewards_T[here].sum() == pytest.approx(-0.5 * divergence, rel=1e-4, abs=1e-5)
+            num_compared += 1
+    assert num_compared > 20
 
 
 def test_scores_are_weighted_by_name(make_episode: MakeEpisode) -> None:

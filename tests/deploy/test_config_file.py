@@ -10,9 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from mara.common.addresses import hide_passwords
+from mara.common.config import LONGEST_S
 from mara.common.errors import UserError
 from mara.deploy.config import SHIPPED_DIR, RunConfig
-from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, hide_passwords, load_config
+from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, load_config
 
 MINIMAL = """
 llm: {model: some/model}
@@ -188,7 +190,7 @@ def test_an_unknown_configuration_name_lists_the_shipped_ones() -> None:
         ("redis://me:s3cret@host:6379/0", "redis://me:***@host:6379/0"),
         ("redis://s3cret@host", "redis://***@host"),
         ("redis://:s3cret/?#@s3cret@host", "redis://:***@host"),
-        ("redis://host/0?password=s3cret&db=1", "redis://host/0?password=***&db=1"),
+        ("redis://host/0?password=s3cret&db=1", "redis://host/0?password=***"),
         ("redis://host/0?password=a@s3cret", "redis://***"),
         ("rediss://host?ssl_Password=s3cret", "rediss://host?ssl_Password=***"),
         ("unix:///socket?pass%77ord=s3cret", "unix:///socket?pass%77ord=***"),
@@ -221,6 +223,26 @@ def test_a_mistake_with_a_password_in_it_does_not_show_it(minimal: Path, overrid
 def test_an_empty_server_address_is_refused(minimal: Path) -> None:
     assert "replay.redis_url is empty" in error_of(minimal, "replay.redis_url=")
     assert load_config(minimal, ["replay.redis_url=null"]).replay.redis_url is None
+
+
+def seconds_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of all settings in seconds."""
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += seconds_settings(field.annotation, f"{prefix}{name}.")
+        elif name.endswith("_s"):
+            keys.append(prefix + name)
+    return keys
+
+
+def test_every_setting_in_seconds_is_bounded_by_what_systems_can_wait_for(minimal: Path) -> None:
+    keys = seconds_settings(RunConfig)
+    assert {"learner.log_period_s", "replay.max_outage_s", "ray.start_timeout_s"} <= set(keys)
+    for key in keys:
+        message = error_of(minimal, f"{key}={LONGEST_S + 1}")
+        assert message.startswith(f"{key}=") and "less than or equal to 604800" in message
+        load_config(minimal, [f"{key}={LONGEST_S}", "replay.retry_longest_s=604800"])
 
 
 def undocumented(model: type[BaseModel], prefix: str = "") -> list[str]:

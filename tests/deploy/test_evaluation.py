@@ -102,6 +102,18 @@ def test_an_agent_of_another_llm_of_the_same_size_is_a_line_with_both(tiny_run, 
     assert "the agent was trained for the LLM other/model" in line and config.llm.model in line
 
 
+def test_heads_of_another_llm_are_told_of_unless_the_training_has_done_so(tiny_run, tmp_path, capsys):
+    folder, config = tiny_run
+    for name in ("helpful", "cost"):
+        card = json.loads((tmp_path / name / "head.json").read_text())
+        (tmp_path / name / "head.json").write_text(json.dumps({**card, "llm": "other/model"}))
+    run_evaluation(folder, config)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert [line.split()[1] for line in warnings] == ["rewards.helpful.path", "rewards.cost.path"]
+    run_evaluation(folder, config, warn=False)
+    assert "warning" not in capsys.readouterr().out
+
+
 def changed_llm(config: RunConfig, **settings: str) -> RunConfig:
     return config.model_copy(update={"llm": config.llm.model_copy(update=settings)})
 

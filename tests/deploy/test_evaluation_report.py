@@ -1,9 +1,16 @@
 import json
 
 import numpy as np
+import pytest
 
 from mara.actors.evaluation import EvaluationReport, Fluency, Sample, preference_rate
 from mara.deploy.evaluation import headline, print_report, report_json
+
+
+def shown_places(top_k: int, capsys: pytest.CaptureFixture[str]) -> str:
+    print_report(make_report(), top_k)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "by its place" in line]
+    return line.partition("place: ")[2].partition(";")[0]
 
 
 def make_report() -> EvaluationReport:
@@ -26,6 +33,7 @@ def make_report() -> EvaluationReport:
         samples=[
             Sample(
                 "Why [not]?",
+                "worse",
                 {"base": "No.", "agent": "Because [bold]so[/bold]."},
                 {name: {"helpful": 1.0, "harmless": -1.0} for name in ("base", "agent")},
             )
@@ -49,6 +57,7 @@ def test_the_report_for_programs_has_the_agreed_form():
     }
     assert all(pair[name]["low"] <= pair[name]["rate"] <= pair[name]["high"] for name in ("helpful", "joint"))
     assert content["fluency"]["agent"]["perplexity"] == 3.0
+    assert [sample["outcome"] for sample in content["samples"]] == ["worse"]
 
 
 def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
@@ -58,7 +67,14 @@ def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
 
 
 def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys):
-    print_report(make_report())
+    print_report(make_report(), top_k=40)
     shown = capsys.readouterr().out
+    assert "the agent's answer is worse by all rewards" in shown
     for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Why [not]?", "Because [bold]so[/bold]."):
         assert expected in shown
+
+
+def test_only_places_that_a_candidate_can_have_are_shown(capsys):
+    assert shown_places(3, capsys) == "1: 70%, 2: 10%, 3: 10%"
+    assert shown_places(5, capsys) == "1: 70%, 2: 10%, 3: 10%, 4: 5%, 5: 3%"
+    assert shown_places(6, capsys) == "1: 70%, 2: 10%, 3: 10%, 4: 5%, 5: 3%, later: 2%"

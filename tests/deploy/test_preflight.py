@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -27,7 +28,7 @@ from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
 from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size
-from mara.deploy.preflight import preflight
+from mara.deploy.preflight import preflight, warn_of_few_cores
 
 HIDDEN_SIZE = 32
 
@@ -178,7 +179,7 @@ def test_a_server_with_too_little_memory_is_refused_before_a_model_is_looked_for
     config_path: Path, server: EmbeddedServer
 ) -> None:
     result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
-    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory 67108864", "replay.log_max_bytes")
+    assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory 67108864", "replay.log_max_bytes")
 
 
 def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
@@ -188,7 +189,7 @@ def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
     owner.config_set("maxmemory-policy", "allkeys-lru")
     result = train(config_path, f"replay.redis_url={server.url}", "llm.model=nowhere")
     owner.config_set("maxmemory-policy", "noeviction")
-    assert_one_line(result, "replay.redis_url: unix://***@", "maxmemory-policy allkeys-lru", "noeviction")
+    assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory-policy allkeys-lru", "noeviction")
 
 
 def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: Path) -> None:
@@ -289,6 +290,63 @@ def test_a_head_of_another_llm_of_the_same_size_is_a_line_with_both(
         if said:
             assert "rewards.helpful.path" in lines[0] and "other/model" in lines[0]
             assert str(tmp_path / "llm") in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("rollout.num_actors=64", "rollout.num_actors=64 × rollout.num_threads=1 is 64 threads on 2 cores"),
+        ("rollout.num_threads=5", "rollout.num_actors=1 × rollout.num_threads=5 is 5 threads on 2 cores"),
+        ("rollout.num_actors=2 rollout.num_threads=2", None),
+    ],
+)
+def test_far_more_actors_than_cores_are_a_line_that_names_the_setting(
+    config_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    told: str | None,
+) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    preflight(load_config(config_path, overrides.split()))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
+def test_the_cores_of_this_machine_say_nothing_of_a_cluster(
+    config_path: Path, server: EmbeddedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["rollout.num_actors=4096", "ray.address=auto", f"replay.redis_url={server.url}"]
+    warn_of_few_cores(load_config(config_path, settings))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_plain_llm_scores_is_known_from_a_head_of_this_llm_alone(
+    config_path: Path, tmp_path: Path
+) -> None:
+    report = {"base_scores": {"greedy": 0.5, "sampled": 0.0}}
+    for llm, known in ((str(tmp_path / "llm"), report["base_scores"]), ("other/model", {})):
+        save_head(
+            tmp_path / "helpful",
+            RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)),
+            {"llm": llm, "report": report},
+        )
+        assert preflight(load_config(config_path)).base_scores == {"helpful": known}
+    for card in (
+        {},
+        {"report": None},
+        {"report": {"base_scores": [1]}},
+        {"report": {"base_scores": {"greedy": math.inf}}},
+    ):
+        save_head(
+            tmp_path / "helpful",
+            RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)),
+            {"llm": str(tmp_path / "llm"), **card},
+        )
+        assert preflight(load_config(config_path)).base_scores == {"helpful": {}}
 
 
 def test_prompts_that_are_not_held_out_are_told(

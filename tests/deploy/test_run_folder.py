@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.plots import draw_plots, read_metrics
+from mara.deploy.plots import accepted_positions, draw_plots, llm_levels, read_metrics, reward_curve
 from mara.deploy.run_folder import check_agent, load_run, make_run_folder
 
 
@@ -59,14 +62,69 @@ def test_the_plots_show_reward_scores_and_positions(tmp_path: Path) -> None:
             }
         )
     write(tmp_path, rows)
-    files = draw_plots(tmp_path)
+    files = draw_plots(tmp_path, top_k=5)
     assert [file.name for file in files] == ["reward.png", "accepted_positions.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
+BASE_SCORES = {
+    "helpful": {"greedy": 0.5, "sampled": 0.0, "hot": -3.0},
+    "cost": {"greedy": 1.0, "sampled": 0.25},
+}
+
+
+def test_the_plain_llm_is_worth_the_weighted_sum_where_all_heads_that_count_know_it() -> None:
+    levels = llm_levels(BASE_SCORES, {"helpful": 1.0, "cost": -2.0})
+    assert levels["episode/reward"] == {"greedy": -1.5, "sampled": -0.5}
+    assert levels["episode/score/cost"]["greedy"] == 1.0
+    unknown = {"helpful": BASE_SCORES["helpful"], "cost": {}}
+    assert llm_levels(unknown, {"helpful": 1.0, "cost": -2.0})["episode/reward"] == {}
+    watched = llm_levels(unknown, {"helpful": 2.0, "cost": 0.0})
+    assert watched["episode/reward"] == {"greedy": 1.0, "sampled": 0.0}
+    assert watched["episode/score/cost"] == {}
+
+
+def test_the_reward_curve_shows_the_plain_llm_where_it_is_known_and_says_so_once() -> None:
+    rows: list[dict[str, float | None]] = [
+        {
+            "episodes/total": 10.0 * n,
+            "episode/reward": 1.0,
+            "episode/score/cost": 1.0,
+            "episode/score/helpful": 1.0,
+        }
+        for n in range(1, 4)
+    ]
+    known = llm_levels({"helpful": BASE_SCORES["helpful"], "cost": {}}, {"helpful": 1.0, "cost": 1.0})
+    figure = reward_curve(rows, known)
+    assert [horizontal_lines(panel) for panel in figure.axes] == [[], [], [0.5, 0.0]]
+    labels = legend_of(figure)
+    assert sum("the LLM alone, greedy" in label for label in labels) == 1
+    assert sum("the LLM alone, sampled" in label for label in labels) == 1
+    assert not any("LLM" in label for label in legend_of(reward_curve(rows, {})))
+
+
+def legend_of(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def horizontal_lines(panel: Axes) -> list[float]:
+    lines = [line for line in panel.lines if "LLM alone" in str(line.get_label())]
+    return [float(np.asarray(line.get_ydata())[0]) for line in lines]
+
+
+@pytest.mark.parametrize(("top_k", "places"), [(1, 1), (3, 3), (5, 5), (6, 6), (40, 6)])
+def test_the_plot_of_positions_has_only_those_that_a_candidate_can_have(top_k: int, places: int) -> None:
+    shares = {f"episode/accepted_rank_{rank}": 0.2 for rank in range(5)}
+    panel = accepted_positions([{**shares, "episode/accepted_rank_rest": 0.0}], top_k).axes[0]
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels == ["1", "2", "3", "4", "5", "later"][:places]
+    assert len(panel.patches) == 2 * places
+
+
 def test_a_run_without_episodes_has_no_plots(tmp_path: Path) -> None:
     write(tmp_path, [{"time_s": 1.0, "episodes/total": 0.0}])
-    assert draw_plots(tmp_path) == []
+    assert draw_plots(tmp_path, top_k=5) == []
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Run:
         config = config.model_copy(update={"ray": config.ray.model_copy(update=ray)})
         self.places = FakePlaces()
         self.said: list[str] = []
-        learner = LearnerSpec("learner", config, "run", folder, 32)
+        learner = LearnerSpec("learner", config, "run", folder, 32, {})
         rollouts = [RolloutSpec(f"actor-{n}", config, "run", folder, ()) for n in range(num_actors)]
         self.supervisor = Supervisor(self.places, learner, rollouts, self.said.append)
         for handle in self.places.handles.values():

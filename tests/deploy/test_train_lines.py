@@ -1,0 +1,59 @@
+"""What a run says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mara.deploy.console import View
+from mara.deploy.process import LOADING, RUNNING, STARTING, WAITING
+from mara.deploy.supervisor import Status
+from mara.deploy.train import closing_lines, describe
+from mara.learner.loop import LearnerSummary
+
+SUMMARY = LearnerSummary(
+    gradient_steps=3,
+    num_episodes=20,
+    num_tokens=800,
+    num_transitions=900,
+    steps_dropped=0,
+    idle_ratio=0.25,
+    seconds=12.0,
+    stopped=True,
+)
+
+
+def test_an_agent_that_learnt_nothing_is_called_untrained_in_a_line_of_its_own() -> None:
+    for stopped in (True, False):
+        nothing = replace(SUMMARY, gradient_steps=0, stopped=stopped)
+        first, second = closing_lines(nothing)
+        assert "0 gradient steps" in first
+        assert "the saved agent is untrained" in second
+    assert len(closing_lines(SUMMARY)) == 1
+
+
+@pytest.mark.parametrize(
+    ("learner", "actors", "gradient_step", "told"),
+    [
+        (WAITING, [WAITING, WAITING], 0, "waiting for Ray to start the learner and 2 rollout actors"),
+        (
+            STARTING,
+            [WAITING, LOADING],
+            0,
+            "waiting for Ray to start 1 rollout actor; setting up the learner; "
+            "loading the LLM into 1 rollout actor",
+        ),
+        (RUNNING, [LOADING, LOADING], 0, "loading the LLM into 2 rollout actors"),
+        (RUNNING, [RUNNING, RUNNING], 0, "collecting the first episodes"),
+        (RUNNING, [RUNNING, RUNNING], 5, "training"),
+        (RUNNING, [RUNNING, LOADING], 5, "training; loading the LLM into 1 rollout actor"),
+    ],
+)
+def test_what_is_waited_for_is_said_in_words(
+    learner: str, actors: list[str], gradient_step: float, told: str
+) -> None:
+    phases = {"learner": learner, **{f"actor-{number}": phase for number, phase in enumerate(actors)}}
+    view = View("t", num_episodes=10)
+    view.update({"learner/gradient_step": gradient_step})
+    assert describe(Status([], {}, phases, None), view) == told

@@ -33,6 +33,12 @@ class PackedLinear(nn.Module):
         # Not a buffer: it has no layout that could be copied, moved or saved.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights [O, I], unpacked anew each time: for code that looks at them, not for arithmetic."""
+        weights: torch.Tensor = self._weight.to_dense()
+        return weights
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., I] → [..., O]."""
         found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -46,23 +52,31 @@ def pack_linears(model: nn.Module) -> int:
     """Replace the linear layers of ``model``, which is on the CPU, by packed ones; return how many.
 
     A layer stays as it is where this build of torch or this processor cannot pack it, or where the packed one
-    gives other results on random inputs.
+    gives other results on random inputs. The model can then be neither copied, moved nor saved.
     """
     num_packed = 0
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is not nn.Linear:
-                continue
-            try:
-                packed = PackedLinear(child)
-                _check(child, packed)
-            except (RuntimeError, AttributeError) as error:
-                logger.info("%s is not packed: %s", name, str(error).splitlines()[0])
-                continue
-            # The original goes at once: two copies of all weights need not fit.
-            setattr(parent, name, packed)
-            num_packed += 1
+    # By name: a list of the layers would keep all originals alive, and two copies of them need not fit.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if linear.weight.dtype not in TOLERANCE:
+            continue
+        try:
+            packed = PackedLinear(linear)
+            _check(linear, packed)
+        except (RuntimeError, AttributeError) as error:
+            logger.info("%s is not packed: %s", name, str(error).splitlines()[0])
+            continue
+        setattr(model.get_submodule(parent), child, packed)
+        num_packed += 1
     return num_packed
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether some layer of ``model`` is packed."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def _check(plain: nn.Linear, packed: PackedLinear) -> None:

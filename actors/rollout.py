@@ -72,7 +72,7 @@ class RolloutWorker:
         self._sink = sink
         self._weights = weights
         self._seed = derive_seed(seed, "rollout", actor_id)
-        self._llm = load_llm(llm_config)
+        self._llm = load_llm(llm_config, pack=not decoding.compile)
         self._heads = {name: load_head(path, self._llm.hidden_size) for name, path in rewards.items()}
         self._prompt_ids = render_prompts(self._llm, prompts, rollout.max_prompt_tokens)
         self._prompts = prompts

@@ -230,7 +230,7 @@ def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> Agent:
 def _load(config: RunConfig) -> LLM:
     resolve_device(config.llm.device)
     say("loading the LLM")
-    return load_llm(config.llm)
+    return load_llm(config.llm, pack=not config.decoding.compile)
 
 
 class _Progress:

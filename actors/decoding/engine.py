@@ -38,6 +38,7 @@ from mara.actors.decoding.prefill import group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, self_check
 from mara.actors.decoding.tuning import WindowTuner
+from mara.actors.packing import is_packed
 from mara.common.agent import ACCEPT
 
 COMPILER = "inductor"
@@ -57,13 +58,13 @@ class Engine:
         shared_prefix: tokens that most prompts begin with, such as a chat template's system message. They are
             read once; prompts that begin otherwise, or have nothing else, are answered as well.
 
-    Memory: the cache holds ``num_rows * (max_prompt_tokens + config.max_new_tokens)`` tokens and, in wide
-    mode, a few candidates of each row; see :attr:`cache_nbytes`.
+    Memory: the cache holds ``num_rows * (max_prompt_tokens + config.max_new_tokens)`` tokens and,
+    where several candidates share a pass, those; see :attr:`cache_nbytes`.
 
     Raises:
         UserError: the engine cannot drive the model's attention, does not know how it makes its logits,
-        computes
-            other states than the model by itself, or there is no memory for the cache.
+            computes other states than the model by itself, or there is no memory for the cache.
+        ValueError: ``config.compile`` with a model whose layers are packed.
     """
 
     def __init__(
@@ -87,10 +88,12 @@ class Engine:
         self._window, self._widest = (1, 1) if isinstance(policy, str) else config.candidates_a_pass
         tunes = config.tunes_window and not isinstance(policy, str)
         self._tuner = WindowTuner(config.truncation.top_k) if tunes else None
+        if config.compile and is_packed(model):
+            raise ValueError("packed layers cannot be compiled; load the LLM with pack=False")
         num_tokens = max_prompt_tokens + config.max_new_tokens
         check_supported(model, num_tokens)
         self._logit_head = make_logit_head(model)
-        self_check(model)
+        self_check(model, num_tokens)
         self._cache = SlotCache(model, num_rows, num_tokens + self._widest - 1)
         self._forward = Forward(model, self._cache, COMPILER if config.compile else None)
         self._shared_prefix = tuple(shared_prefix)
@@ -265,7 +268,7 @@ class Engine:
             self._propose([row for row, _ in going_on], states_BD)
         if self._tuner is not None:
             self._tuner.taken(ranks)
-            self._tuner.measured(num_rows, num_Q, time.perf_counter() - started_s)
+            self._tuner.measured(num_rows, self._window, time.perf_counter() - started_s)
         return self._release(finished)
 
     def _examine(self, rows: list[Row], num_Q: int) -> torch.Tensor:

@@ -68,9 +68,10 @@ class Forward:
         self.num_positions = 0
         """Tokens run through the LLM so far, padding included."""
         self._device = model.device
-        self._windows = attention_windows(model.config.get_text_config())
+        text_config = model.config.get_text_config()
+        self._windows = attention_windows(text_config)
         # Eager attention adds its mask; a boolean one would be wrong without a word.
-        self._additive = model.config._attn_implementation == "eager"
+        self._additive = text_config._attn_implementation == "eager"
         self._compiled = (
             None if backend is None else torch.compile(self._run, fullgraph=True, backend=backend)
         )

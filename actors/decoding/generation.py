@@ -45,7 +45,11 @@ class Decision:
 
 @dataclass(slots=True)
 class Generation:
-    """An answer, and how it came about. States stay on the LLM's device."""
+    """An answer, and how it came about.
+
+    States stay on the LLM's device, and share memory with those of the rows decoded beside it: copy what is
+    kept longer than the answer takes, as an episode does.
+    """
 
     request: Request
     started_at_s: float

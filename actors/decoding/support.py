@@ -16,15 +16,20 @@ from mara.actors.decoding.slots import SlotCache
 from mara.common.errors import UserError
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
+LOCAL_ATTENTION = ("attention_types", "attention_layers")
+"""Settings of GPT-Neo's kind of local attention, which counts from the end of the cache, not of the row."""
 CHECK_LENGTHS = (9, 4)
-"""Tokens of the prompts that the self-check reads, in two rows."""
+"""Tokens of the prompts that the self-check reads, in two rows; the first is longer where a window is."""
 CHECK_WIDTH = 3
 """Candidates of each row in its wide step."""
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-"""Largest relative difference of states by number format. A wrong mask or position is off by tenths."""
+"""Largest relative difference of states by number format. A wrong mask or position is off by 0.3 and more in
+a trained model; in one of random weights positions hardly matter, and 16 bit hides a wrong one."""
 TOLERANCE_16_BIT = 0.15
+TOLERANCE_8_BIT_WEIGHTS = 0.25
+"""bitsandbytes looks for outliers in the whole batch, so that rows depend a little on their neighbours."""
 
-_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+_checked: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def check_supported(model: Any, num_tokens: int) -> None:
@@ -45,29 +50,51 @@ def check_supported(model: Any, num_tokens: int) -> None:
         raise UserError(
             f"llm.model: {name} has layers of the kind {sorted(kinds)}; only attention is supported"
         )
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None and num_tokens > longest:
+    if any("local" in str(getattr(text_config, setting, "")) for setting in LOCAL_ATTENTION):
         raise UserError(
-            f"llm.model: {name} has {longest} positions, prompt and answer may have {num_tokens}; "
-            "lower rollout.max_prompt_tokens or decoding.max_new_tokens"
+            f"llm.model: {name} has local attention without a mask of its own, which is not supported; "
+            "use another model"
         )
+    _check_positions(text_config, num_tokens)
 
 
-def self_check(model: Any) -> None:
+def _check_positions(text_config: Any, num_tokens: int) -> None:
+    name, lower = text_config.model_type, "lower rollout.max_prompt_tokens or decoding.max_new_tokens"
+    longest = getattr(text_config, "max_position_embeddings", None) or -1
+    if 0 < longest < num_tokens:
+        raise UserError(
+            f"llm.model: {name} has {longest} positions, prompt and answer may have {num_tokens}; {lower}"
+        )
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    # By kind of layer, or one for all.
+    for settings in rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]:
+        short = settings.get("original_max_position_embeddings") or longest
+        if settings.get("rope_type") == "longrope" and 0 < short < num_tokens:
+            raise UserError(
+                f"llm.model: {name} turns its positions otherwise for all rows when one has more than "
+                f"{short} tokens, and prompt and answer may have {num_tokens}; {lower}"
+            )
+
+
+def self_check(model: Any, num_tokens: int) -> None:
     """Compare wide steps in the slot cache with a full recompute, once for each loaded model.
 
     Two prompts of different length are read into two rows; three candidates of each go through one pass, the
     second is kept, and another step follows. Every hidden state, and the logits made of it, must be those
-    that the model gives for the whole text without a cache.
+    that the model gives for the whole text without a cache. Where the model has a window shorter than the
+    ``num_tokens`` that rows may have, the longer prompt is longer than the window.
 
     Raises:
         UserError: they differ, or the model fails on the mask or the cache; names the model.
     """
-    if model in _checked:
+    text_config = model.config.get_text_config()
+    length = max([CHECK_LENGTHS[0], *(size + CHECK_LENGTHS[0] for size in _windows(text_config, num_tokens))])
+    state = (length, model.dtype, text_config._attn_implementation)
+    if _checked.get(model) == state:
         return
-    name = model.config.get_text_config().model_type
+    name = text_config.model_type
     try:
-        difference = _largest_difference(model)
+        difference = _largest_difference(model, (length, CHECK_LENGTHS[1]))
     except UserError:
         raise
     except Exception as error:
@@ -77,29 +104,43 @@ def self_check(model: Any) -> None:
             "use another model"
         ) from error
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
+    if getattr(model, "is_loaded_in_8bit", False):
+        tolerance = TOLERANCE_8_BIT_WEIGHTS
     if not difference <= tolerance:
         raise UserError(
             f"llm.model: {name} computes other states with a cache and a mask of our own than without "
             f"(relative difference {difference:.2g}, allowed {tolerance:.2g}); use another model"
         )
-    _checked.add(model)
+    _checked[model] = state
+
+
+def _windows(text_config: Any, num_tokens: int) -> list[int]:
+    """Every setting that sounds like a window shorter than ``num_tokens``, whatever the family calls it."""
+    return [
+        value
+        for name, value in text_config.to_dict().items()
+        if "window" in name and type(value) is int and 0 < value < num_tokens and "layers" not in name
+    ]
 
 
 @torch.inference_mode()
-def _largest_difference(model: Any) -> float:
-    """Largest relative difference of a state or its logits between the slot cache and a full recompute."""
+def _largest_difference(model: Any, prompt_lengths: tuple[int, int]) -> float:
+    """Largest relative difference of a state or its logits between the slot cache and a full recompute.
+
+    NaN if any of them is.
+    """
     text_config = model.config.get_text_config()
     draws = torch.Generator().manual_seed(0)
-    longest = max(CHECK_LENGTHS)
+    longest = max(prompt_lengths)
     texts = torch.randint(0, text_config.vocab_size, (2, longest + 2 * CHECK_WIDTH), generator=draws)
-    forward = Forward(model, SlotCache(model, len(CHECK_LENGTHS), longest + 2 * CHECK_WIDTH))
-    rows = slice(0, len(CHECK_LENGTHS))
+    forward = Forward(model, SlotCache(model, 2, longest + 2 * CHECK_WIDTH))
+    rows = slice(0, 2)
     positions_BQ = torch.arange(longest).expand(2, -1)
     forward(rows, Tokens(texts[:, :longest], positions_BQ, positions_BQ, positions_BQ), longest)
 
-    lengths_B = torch.tensor(CHECK_LENGTHS)
-    kept: list[list[int]] = [texts[row, :length].tolist() for row, length in enumerate(CHECK_LENGTHS)]
-    worst = 0.0
+    lengths_B = torch.tensor(prompt_lengths)
+    kept: list[list[int]] = [texts[row, :length].tolist() for row, length in enumerate(prompt_lengths)]
+    differences: list[float] = []
     logit_head = make_logit_head(model)
     for step in range(2):
         ids_BQ = texts[:, longest + step * CHECK_WIDTH :][:, :CHECK_WIDTH]
@@ -115,11 +156,10 @@ def _largest_difference(model: Any) -> float:
                     use_cache=False,
                 )
                 state_D = states_BQD[row, place]
-                worst = max(
-                    worst,
+                differences += [
                     _difference(state_D, plain.hidden_states[-1][0, -1]),
                     _difference(logit_head(state_D[None])[0], plain.logits[0, -1]),
-                )
+                ]
         # The second candidate is kept: it moves to the front of its row's free slots.
         index_B = torch.arange(len(kept), device=model.device)
         lengths = lengths_B.to(model.device)
@@ -127,7 +167,8 @@ def _largest_difference(model: Any) -> float:
         for row in range(len(kept)):
             kept[row].append(int(ids_BQ[row, 1]))
         lengths_B = lengths_B + 1
-    return worst
+    # Python's max would pass over a NaN.
+    return float(torch.tensor(differences, dtype=torch.float64).max())
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

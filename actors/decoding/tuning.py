@@ -31,31 +31,36 @@ class WindowTuner:
     """
 
     def __init__(self, top_k: int) -> None:
-        self._windows = tuple(window for window in WINDOWS if window <= top_k)
+        # All candidates at once is worth a try as well: then no position takes a second pass.
+        self._windows = sorted({window for window in WINDOWS if window <= top_k} | {min(top_k, WIDEST_TUNED)})
         # Before anything is known, the first candidate is the likeliest.
         self._ranks = [2.0**-rank for rank in range(top_k)]
         self._costs: dict[int, _Costs] = {}
 
     def window(self, num_rows: int) -> int:
         """Candidates that each of ``num_rows`` rows should examine in the next pass, at most."""
-        costs = self._costs.setdefault(num_rows.bit_length(), _Costs())
+        size = num_rows.bit_length()
+        costs = self._costs.get(size)
+        if costs is None or costs.age >= TRY_AGAIN:
+            costs = self._costs[size] = _Costs()
         costs.age += 1
-        if costs.age > TRY_AGAIN:
-            costs = self._costs[num_rows.bit_length()] = _Costs()
-        best, least_s = self._windows[0], float("inf")
+        best, least_s, last_s = self._windows[0], float("inf"), 0.0
         for window in self._windows:
+            passes = self._passes_a_token(window)
             tried = costs.seconds.get(window, [])
             if len(tried) < TRIES:
-                return window
-            token_s = statistics.median(tried) * self._passes_a_token(window)
-            if token_s > least_s:
-                break  # No wider one is tried when a window does not pay: they cost more still.
-            best, least_s = window, token_s
+                # A pass costs no less than one with fewer candidates: it is not tried where that is too much.
+                if last_s * passes < least_s:
+                    return window
+                continue
+            last_s = statistics.median(tried)
+            if last_s * passes < least_s:
+                best, least_s = window, last_s * passes
         return best
 
-    def measured(self, num_rows: int, num_candidates: int, seconds: float) -> None:
-        """A pass over ``num_rows`` rows that examined up to ``num_candidates`` of each took ``seconds``."""
-        self._costs[num_rows.bit_length()].seconds.setdefault(num_candidates, []).append(seconds)
+    def measured(self, num_rows: int, window: int, seconds: float) -> None:
+        """A pass over ``num_rows`` rows with the ``window`` that was chosen for it took ``seconds``."""
+        self._costs[num_rows.bit_length()].seconds.setdefault(window, []).append(seconds)
 
     def taken(self, ranks: Sequence[int]) -> None:
         """Candidates of these ranks were taken, one at each position."""
@@ -71,7 +76,8 @@ class WindowTuner:
 
 @dataclass(slots=True)
 class _Costs:
-    """Seconds of passes by the candidates they examined."""
+    """Seconds of passes by the window chosen for them."""
 
     age: int = 0
+    """Passes so far."""
     seconds: dict[int, list[float]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ Legend: D hidden size. All prompts are token ids, so that a model without a toke
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mara.actors.decoding.generation import Request
 from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import AgentPolicy
 from mara.actors.decoding.prefill import common_prefix
+from mara.actors.packing import is_packed
 from mara.common.agent import Agent
 from mara.deploy.bench.figures import Figure, in_turn, machine
 from mara.deploy.bench.paper_procedure import answer
@@ -92,8 +94,9 @@ def _decode_figure(
     )
     plain = _Generate(subject, batch, decoding.max_new_tokens)
     aligned, generated = _Work(), _Work()
-    list(engine.generate([Request(prompts[0], max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens))]))
-    plain.answer(prompts[:batch], _Work())
+    # With the longest prompts: what grows with length has grown then.
+    list(engine.generate(map(Request, prompts[-batch:])))
+    plain.answer(prompts[-batch:], _Work())
 
     def ours(number: int) -> float:
         before = engine.decoding_work
@@ -122,12 +125,12 @@ def _decode_figure(
     rounds = in_turn(ours, peer, num_rounds)
     return Figure(
         figure=f"aligned_vs_generate_batch_{batch}",
-        value=_median(rounds.ours),
+        value=statistics.median(rounds.ours),
         unit="tokens/s",
         peer="transformers generate(do_sample=False)",
         ratio=rounds.ratio,
         conditions={
-            "peer_value": round(_median(rounds.peers), 2),
+            "peer_value": round(statistics.median(rounds.peers), 2),
             "batch": batch,
             "prompts": len(prompts),
             "new_tokens": decoding.max_new_tokens,
@@ -139,7 +142,7 @@ def _decode_figure(
             "mode": decoding.mode,
             "compile": decoding.compile,
             "cache_bytes_per_row": engine.cache_nbytes // batch,
-            **_described(subject),
+            **_described(subject, subject.plain_model),
         },
     )
 
@@ -171,7 +174,11 @@ def bench_rollout(
     )
     logit_head = make_logit_head(subject.model)
     requests = [Request(ids, seed=number) for number, ids in enumerate(prompts)]
-    list(engine.generate([Request(prompts[0], max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens))]))
+    list(
+        engine.generate(
+            [Request(max(prompts, key=len), max_new_tokens=min(WARM_UP_TOKENS, decoding.max_new_tokens))]
+        )
+    )
     work = _Work()
 
     def ours(number: int) -> float:
@@ -211,13 +218,13 @@ def bench_rollout(
         figures.append(
             Figure(
                 figure=name,
-                value=_median(rounds.ours),
+                value=statistics.median(rounds.ours),
                 unit="tokens/s",
                 peer="the paper's procedure: batch 1, a cached pass for "
                 + ("every candidate" if every_candidate else "each candidate up to the accepted one"),
                 ratio=rounds.ratio,
                 conditions={
-                    "peer_value": round(_median(rounds.peers), 3),
+                    "peer_value": round(statistics.median(rounds.peers), 3),
                     "rows": rows,
                     "prompts": len(prompts),
                     "peer_prompts_a_round": peer_prompts,
@@ -230,7 +237,7 @@ def bench_rollout(
                     "mode": decoding.mode,
                     "compile": decoding.compile,
                     "cache_bytes_per_row": engine.cache_nbytes // rows,
-                    **_described(subject),
+                    **_described(subject, subject.model),
                 },
             )
         )
@@ -268,12 +275,14 @@ class _Generate:
             work.tokens += ends[0] + 1 if ends else len(ids)
 
 
-def _described(subject: Subject) -> dict[str, Any]:
+def _described(subject: Subject, peer_model: Any) -> dict[str, Any]:
     return {
         "llm": subject.name,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "device": str(subject.model.device),
         "agent": subject.agent_name,
+        "packed_layers": is_packed(subject.model),
+        "peer_packed_layers": is_packed(peer_model),
     } | machine()
 
 
@@ -281,8 +290,3 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]

@@ -43,8 +43,7 @@ def answer(
 
     Args:
         every_candidate: run all candidates of a position before deciding, as the authors' code does in
-        training;
-            else stop at the first that is accepted, as the paper words it.
+            training; else stop at the first that is accepted, as the paper words it.
     """
     found = Answer()
     draws = Row(Generation(request, 0.0), config.max_new_tokens)

@@ -76,7 +76,7 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
             f"{least_prompts}; give more, or a smaller --batch or --peer-prompts"
         )
     say("loading the LLM")
-    llm: LLM = load_llm(config.llm)
+    llm: LLM = load_llm(config.llm, pack=not config.decoding.compile)
     agent, _ = load_agent(run / AGENT_FOLDER, llm.hidden_size)
     rendered = render_prompts(llm, prompts, config.rollout.max_prompt_tokens)
     return Subject(

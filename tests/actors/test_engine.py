@@ -16,6 +16,7 @@ from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.decoding.policies import AgentPolicy, Decisions
+from mara.actors.packing import pack_linears
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
@@ -42,7 +43,8 @@ class Coin:
 def sequential(model, config, policy, request, stops=(EOS,)):
     """Steps 1 to 4 of section 3.2: batch 1, no cache, the whole sequence anew for every candidate.
 
-    Returns tokens, finish reason and (action, rank, candidates, position, forced, reference, state) rows.
+    Returns tokens, finish reason and (action, rank, candidates, position, forced, reference log-probability,
+    log-probabilities of accepting and rejecting, state) rows.
     """
     rng = np.random.default_rng(request.seed)
     tokens, rows = [], []
@@ -61,7 +63,9 @@ def sequential(model, config, policy, request, stops=(EOS,)):
                 _, state = run(request.prompt_ids + tokens + [token])
                 forced = config.fallback == "last" and rank == len(ids) - 1
                 uniform = torch.tensor([rng.random(dtype=np.float32)])
-                accept = bool(policy.decide(state[None], uniform).accept_B[0]) or forced
+                said = policy.decide(state[None], uniform)
+                accept = bool(said.accept_B[0]) or forced
+                logprobs = (float(said.accept_logprobs_B[0]), float(said.reject_logprobs_B[0]))
                 rows.append(
                     (
                         int(accept),
@@ -70,6 +74,7 @@ def sequential(model, config, policy, request, stops=(EOS,)):
                         len(tokens),
                         forced,
                         float(found.reference_logprobs_BK[0, rank]),
+                        (0.0, -np.inf) if forced else logprobs,
                         state,
                     )
                 )
@@ -78,9 +83,8 @@ def sequential(model, config, policy, request, stops=(EOS,)):
                     break
             else:
                 _, state = run(request.prompt_ids + tokens + ids[:1])
-                rows.append(
-                    (1, 0, len(ids), len(tokens), True, float(found.reference_logprobs_BK[0, 0]), state)
-                )
+                reference = float(found.reference_logprobs_BK[0, 0])
+                rows.append((1, 0, len(ids), len(tokens), True, reference, (0.0, -np.inf), state))
         tokens.append(ids[chosen])
         if tokens[-1] in stops:
             return tokens, "eos", rows
@@ -157,7 +161,8 @@ def test_the_engine_equals_the_sequential_procedure(
         replace(requests[-1], max_new_tokens=min(limit, own_limit))
     ]
     expected = [sequential(model, config, Coin(bias), request, stops) for request in requests]
-    for mode, window in [("lazy", 3), ("wide", 1), ("wide", 2), ("wide", 4), ("wide", 8)]:
+    modes = [("lazy", 3), ("wide", 1), ("wide", 2), ("wide", 4), ("wide", 8), ("auto", 3)]
+    for mode, window in modes:
         in_mode = config.model_copy(update={"mode": mode, "window": window})
         longest = max(len(request.prompt_ids) for request in requests)
         engine = Engine(model, stops, in_mode, Coin(bias), rows, longest, prefix)
@@ -170,8 +175,10 @@ def test_the_engine_equals_the_sequential_procedure(
             assert [(d.action, d.rank, d.num_candidates, d.position, d.forced) for d in found.decisions] == [
                 decision[:5] for decision in decisions
             ]
-            for decision, (*_, reference, state) in zip(found.decisions, decisions, strict=True):
+            assert {decision.policy_version for decision in found.decisions} <= {7}
+            for decision, (*_, reference, logprobs, state) in zip(found.decisions, decisions, strict=True):
                 assert decision.reference_logprob == pytest.approx(reference, abs=1e-5)
+                assert (decision.accept_logprob, decision.reject_logprob) == pytest.approx(logprobs, abs=1e-5)
                 torch.testing.assert_close(decision.state_D, state, atol=tolerance, rtol=1e-7)
 
 
@@ -401,3 +408,32 @@ def test_a_limit_above_that_of_the_engine_is_refused(llama):
 def test_a_cache_too_large_for_the_memory_is_refused_with_its_size(llama):
     with pytest.raises(UserError, match=r"rollout\.rows: 1000000000 rows of 8 tokens take .* GiB"):
         Engine(llama, [EOS], DecodingConfig(max_new_tokens=4), "greedy", 10**9, 4)
+
+
+def test_the_tuner_learns_which_ranks_the_engine_took(llama, monkeypatch):
+    told = []
+    monkeypatch.setattr(engine_module.WindowTuner, "taken", lambda self, ranks: told.extend(ranks))
+    requests = make_requests(9, [4, 7, 5])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6, top_p=1.0), max_new_tokens=6)
+    engine = Engine(llama, [], config, Coin(0.3), 2, 7)
+    taken = [d.rank for g in engine.generate(requests) for d in g.decisions if d.action]
+    assert sorted(told) == sorted(taken)
+
+
+@pytest.mark.parametrize("mode", ["lazy", "wide"])
+def test_a_fallback_record_keeps_a_state_of_its_own(llama, mode):
+    """With CUDA graphs the pass that it was taken from is overwritten by the next one."""
+    (request,) = make_requests(8, [4])
+    config = DecodingConfig(
+        truncation=TruncationConfig(top_k=3, top_p=1.0), max_new_tokens=2, fallback="first", mode=mode
+    )
+    (generation,) = Engine(llama, [], config, Coin(0.0), 1, 4).generate([request])
+    (first, second) = [d.state_D for d in generation.decisions if d.action]
+    assert first.untyped_storage().nbytes() == second.untyped_storage().nbytes() == 32 * 8
+
+
+def test_packed_layers_are_not_compiled(llama):
+    model = copy.deepcopy(llama).float()
+    pack_linears(model)
+    with pytest.raises(ValueError, match="pack=False"):
+        Engine(model, [EOS], DecodingConfig(max_new_tokens=4, compile=True), "greedy", 1, 4)

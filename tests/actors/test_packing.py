@@ -1,6 +1,7 @@
 """Packed linear layers compute what the layers did."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -40,3 +41,24 @@ def test_a_layer_that_cannot_be_packed_or_would_differ_stays_as_it_is(make_model
     monkeypatch.setattr(packing, "TOLERANCE", {torch.float32: -1.0})
     assert pack_linears(model) == 0
     assert all(type(module) is not PackedLinear for module in model.modules())
+
+
+def test_the_weights_of_a_packed_layer_can_still_be_read():
+    linear = nn.Linear(24, 40).requires_grad_(False)
+    assert torch.equal(PackedLinear(linear).weight, linear.weight)
+
+
+def test_each_original_is_gone_before_the_next_layer_is_packed(make_model, monkeypatch):
+    model = copy.deepcopy(make_model("llama")).float()
+    packed: list[weakref.ref] = []
+    alive: list[int] = []
+
+    class Watching(PackedLinear):
+        def __init__(self, linear):
+            alive.append(sum(ref() is not None for ref in packed))
+            packed.append(weakref.ref(linear))
+            super().__init__(linear)
+
+    monkeypatch.setattr(packing, "PackedLinear", Watching)
+    assert pack_linears(model) == len(alive)
+    assert max(alive) <= 1

@@ -13,6 +13,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+# Tiny tensors gain nothing from a second thread, and threads that wait for each other lose much.
+torch.set_num_threads(1)
+
 VOCABULARY = 61
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

@@ -17,7 +17,7 @@ from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.decoding.policies import AgentPolicy, Policy
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.packing import is_packed
 from mara.common.agent import Agent
@@ -83,15 +83,7 @@ def _decode_figure(
 ) -> Figure:
     prompts = sorted(subject.prompts[: max(8, 2 * batch)], key=len)
     policy = AgentPolicy(subject.agent, decoding.threshold)
-    engine = Engine(
-        subject.model,
-        subject.eos_ids,
-        decoding,
-        policy,
-        batch,
-        max(map(len, prompts)),
-        common_prefix(prompts),
-    )
+    engine = _make_engine(subject, decoding, policy, batch, prompts)
     plain = _Generate(subject, batch, decoding.max_new_tokens)
     aligned, generated = _Work(), _Work()
     # With the longest prompts: what grows with length has grown then.
@@ -99,14 +91,8 @@ def _decode_figure(
     plain.answer(prompts[-batch:], _Work())
 
     def ours(number: int) -> float:
-        before = engine.decoding_work
-        started = _now(subject.model)
         # Longest first, as the evaluation does.
-        tokens = sum(len(g.response_ids) for g in engine.generate(map(Request, reversed(prompts))))
-        speed = tokens / (_now(subject.model) - started)
-        aligned.tokens += tokens
-        aligned.passes += engine.decoding_work[0] - before[0]
-        aligned.positions += engine.decoding_work[1] - before[1]
+        speed = _decode(engine, list(map(Request, reversed(prompts))), aligned)
         progress(f"batch {batch}, round {number + 1}: aligned {speed:.1f} tokens/s")
         return speed
 
@@ -133,16 +119,10 @@ def _decode_figure(
             "peer_value": round(statistics.median(rounds.peers), 2),
             "batch": batch,
             "prompts": len(prompts),
-            "new_tokens": decoding.max_new_tokens,
             "rounds": num_rounds,
             "ours": aligned.per_token(),
             "theirs": generated.per_token(),
-            "top_k": decoding.truncation.top_k,
-            "top_p": decoding.truncation.top_p,
-            "mode": decoding.mode,
-            "compile": decoding.compile,
-            "cache_bytes_per_row": engine.cache_nbytes // batch,
-            **_described(subject, subject.plain_model),
+            **_described(subject, engine, subject.plain_model),
         },
     )
 
@@ -163,15 +143,7 @@ def bench_rollout(
     """
     prompts = subject.prompts[: max(rows, peer_prompts)]
     policy = AgentPolicy(subject.agent, threshold=None)
-    engine = Engine(
-        subject.model,
-        subject.eos_ids,
-        decoding,
-        policy,
-        rows,
-        max(map(len, prompts)),
-        common_prefix(prompts),
-    )
+    engine = _make_engine(subject, decoding, policy, rows, prompts)
     logit_head = make_logit_head(subject.model)
     requests = [Request(ids, seed=number) for number, ids in enumerate(prompts)]
     list(
@@ -182,13 +154,7 @@ def bench_rollout(
     work = _Work()
 
     def ours(number: int) -> float:
-        before = engine.decoding_work
-        started = _now(subject.model)
-        tokens = sum(len(g.response_ids) for g in engine.generate(requests))
-        speed = tokens / (_now(subject.model) - started)
-        work.tokens += tokens
-        work.passes += engine.decoding_work[0] - before[0]
-        work.positions += engine.decoding_work[1] - before[1]
+        speed = _decode(engine, requests, work)
         progress(f"round {number + 1}: {speed:.1f} tokens/s")
         return speed
 
@@ -228,16 +194,10 @@ def bench_rollout(
                     "rows": rows,
                     "prompts": len(prompts),
                     "peer_prompts_a_round": peer_prompts,
-                    "new_tokens": decoding.max_new_tokens,
                     "rounds": num_rounds,
                     "ours": work.per_token(),
                     "theirs": cost.per_token(),
-                    "top_k": decoding.truncation.top_k,
-                    "top_p": decoding.truncation.top_p,
-                    "mode": decoding.mode,
-                    "compile": decoding.compile,
-                    "cache_bytes_per_row": engine.cache_nbytes // rows,
-                    **_described(subject, subject.model),
+                    **_described(subject, engine, subject.model),
                 },
             )
         )
@@ -275,8 +235,34 @@ class _Generate:
             work.tokens += ends[0] + 1 if ends else len(ids)
 
 
-def _described(subject: Subject, peer_model: Any) -> dict[str, Any]:
+def _make_engine(
+    subject: Subject, decoding: DecodingConfig, policy: Policy, rows: int, prompts: Sequence[list[int]]
+) -> Engine:
+    longest = max(map(len, prompts))
+    return Engine(subject.model, subject.eos_ids, decoding, policy, rows, longest, common_prefix(prompts))
+
+
+def _decode(engine: Engine, requests: Sequence[Request], work: _Work) -> float:
+    """Answer all requests, add to ``work``, return tokens/s."""
+    passes, positions = engine.decoding_work
+    started = _now(engine.model)
+    tokens = sum(len(generation.response_ids) for generation in engine.generate(requests))
+    speed = tokens / (_now(engine.model) - started)
+    work.tokens += tokens
+    work.passes += engine.decoding_work[0] - passes
+    work.positions += engine.decoding_work[1] - positions
+    return speed
+
+
+def _described(subject: Subject, engine: Engine, peer_model: Any) -> dict[str, Any]:
+    """What every figure depends on."""
     return {
+        "new_tokens": engine.config.max_new_tokens,
+        "top_k": engine.config.truncation.top_k,
+        "top_p": engine.config.truncation.top_p,
+        "mode": engine.config.mode,
+        "compile": engine.config.compile,
+        "cache_bytes_per_row": engine.cache_nbytes // engine.num_rows,
         "llm": subject.name,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "device": str(subject.model.device),

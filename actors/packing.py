@@ -1,9 +1,9 @@
 """Linear layers for the CPU, their weights arranged once as oneDNN's kernels read them.
 
-torch's own linear layer arranges the weights anew in every call when a batch has few rows, which costs more
-than the multiplication: on two cores without AVX-512 a forward pass of SmolLM2 in float32 over four
-candidates takes 91 ms so and 60 ms packed (one candidate 73 and 65 ms, sixteen rows 115 and 89 ms). The
-operators are those that torch's own compiler emits.
+torch's own linear layer is slow in float32 when a batch has few rows, as if it arranged the weights anew in
+every call: on two cores without AVX-512 a forward pass of SmolLM2 in float32 over four candidates takes 91
+ms so and 60 ms packed (one candidate 73 and 65 ms, sixteen rows 115 and 89 ms). The operators are those
+that torch's own compiler emits.
 
 Legend: B rows in all, I inputs, O outputs.
 """

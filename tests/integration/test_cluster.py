@@ -233,7 +233,8 @@ def test_the_run_on_two_nodes_passes_in_a_network_of_its_own() -> None:
         pytest.skip("needs unshare (util-linux); `make test ARGS='-m cluster'` runs it on the open network")
     if allowed.returncode != 0:
         pytest.skip(f"may not make a network of its own: {allowed.stderr.decode().strip()}")
-    pytest_command = [sys.executable, "-m", "pytest", "-m", "cluster", "-p", "no:cacheprovider", __file__]
+    options = ["-m", "cluster", "-n", "0", "-p", "no:cacheprovider"]
+    pytest_command = [sys.executable, "-m", "pytest", *options, __file__]
     inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *pytest_command]
 
     done = subprocess.run([*OWN_NETWORK, *inside], capture_output=True, text=True, timeout=380)

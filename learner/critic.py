@@ -10,6 +10,8 @@ import math
 import torch
 from torch import nn
 
+from mara.common.agent import normalised_linear
+
 NUM_HEADS = 2
 NUM_ACTIONS = 2
 
@@ -39,8 +41,8 @@ class TwinCritic(nn.Module):
 
         ``states_BD`` may have any float dtype; the arithmetic is in that of the weights.
         """
-        x_BD: torch.Tensor = self.ln(states_BD.to(self.ln.weight.dtype))
-        x_BHF = torch.relu(self.linear1(x_BD)).view(len(x_BD), NUM_HEADS, -1)
+        x = torch.relu(normalised_linear(states_BD, self.ln, self.linear1))
+        x_BHF = x.view(len(x), NUM_HEADS, -1)
         x_HBF = torch.relu(self.linear2(x_BHF.transpose(0, 1)))
         q_HB2: torch.Tensor = self.output_linear(x_HBF)
         return q_HB2.float()

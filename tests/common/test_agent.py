@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mara.common.agent import ACCEPT, CARD_FILE, REJECT, WEIGHTS_FILE, Agent, load_agent, save_agent
+from mara.common.agent import (
+    ACCEPT,
+    CARD_FILE,
+    REJECT,
+    WEIGHTS_FILE,
+    Agent,
+    load_agent,
+    normalised_linear,
+    save_agent,
+)
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
@@ -32,6 +41,26 @@ def test_the_network_is_the_one_of_the_paper():
         x = np.maximum(weights["linear2.weight"] @ x + weights["linear2.bias"], 0)
         x = weights["output_linear.weight"] @ x + weights["output_linear.bias"]
         np.testing.assert_allclose(found, x - np.log(np.exp(x).sum()), atol=1e-5)
+
+
+def test_the_first_layer_has_the_values_and_gradients_of_its_two_parts():
+    torch.manual_seed(0)
+    norm, linear = torch.nn.LayerNorm(12).double(), torch.nn.Linear(12, 7).double()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    parameters = [*norm.parameters(), *linear.parameters()]
+    states, weights = torch.randn(5, 12).double(), torch.randn(5, 7).double()
+
+    in_parts = linear(norm(states))
+    at_once = normalised_linear(states, norm, linear)
+    with torch.no_grad():
+        torch.testing.assert_close(normalised_linear(states, norm, linear), in_parts)
+    torch.testing.assert_close(at_once, in_parts)
+    for found, expected in zip(
+        torch.autograd.grad((at_once * weights).sum(), parameters),
+        torch.autograd.grad((in_parts * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("widths", [(0, 8), (8, 0), (-1, 8)])

@@ -12,7 +12,11 @@ READ_BYTES = 32 << 20
 """Episodes in one reply of the store, about; the store holds such a reply whole in its memory."""
 APPEND_BYTES = 8 << 20
 """Episodes that an actor sends in one round trip, unless one alone is larger."""
-_WEIGHTS_BYTES = 128 << 20
+QUARANTINE_ENTRIES = 64
+"""Records kept of those that could not be decoded; the oldest go first."""
+QUARANTINE_RECORD_BYTES = 64 << 10
+"""What is kept of each. The hidden states come last in a record, so its start tells the most."""
+_WEIGHTS_BYTES = 124 << 20
 """The published weights, and the new ones on their way: an agent of the paper's size takes 18 MB."""
 NORMALISE_FROM_EPISODES = 16
 """Fewest episodes whose scores give a mean and deviation to divide by. From n scores a deviation is known to
@@ -53,12 +57,13 @@ class ReplayConfig(Config):
     def store_max_bytes(self, num_actors: int) -> int:
         """Memory a store needs for this log and ``num_actors`` rollout actors, bytes.
 
-        All that a server holds counts: the log and a quarter more for its bookkeeping, the weights, a reply
-        on its way to the learner (twice, since sizes vary), and on each actor's connection an append in
-        several copies, or the weights.
+        All that a server holds counts: the log and a quarter more for its bookkeeping, the records set aside,
+        the weights, a reply on its way to the learner (twice, since sizes vary), and on each actor's
+        connection an append in several copies, or the weights.
         """
         log_bytes = self.log_max_bytes + self.log_max_bytes // 4
-        return log_bytes + _WEIGHTS_BYTES + 2 * READ_BYTES + num_actors * 4 * APPEND_BYTES
+        set_aside_bytes = QUARANTINE_ENTRIES * QUARANTINE_RECORD_BYTES
+        return log_bytes + set_aside_bytes + _WEIGHTS_BYTES + 2 * READ_BYTES + num_actors * 4 * APPEND_BYTES
 
 
 class ShapingConfig(Config):

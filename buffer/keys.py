@@ -24,6 +24,8 @@ class Keys(NamedTuple):
     """Integer: the sum of the bytes."""
     counts: str
     """Hash: how many episodes were ever ``appended``, and how many were ``duplicates`` of stored ones."""
+    quarantine: str
+    """Stream, bounded: records that could not be decoded, each with the reason."""
     weights: str
     """Hash: version, time of publication and tensors of the latest agent."""
 

@@ -18,6 +18,7 @@ from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, enc
 from mara.buffer.config import APPEND_BYTES, READ_BYTES, ReplayConfig
 from mara.buffer.keys import keys_of
 from mara.buffer.outage import AWAY, Outage
+from mara.buffer.quarantine import Quarantine, Refused
 from mara.common.episode import Episode
 
 # Entries are told apart by their uid; the newest always stays, however large it is. The sizes stand in a list
@@ -128,7 +129,8 @@ class RedisEpisodeReader:
 
     While the store is away, ``read`` finds nothing; once that has lasted ``max_outage_s`` it raises
     :class:`~mara.common.errors.ReplayUnavailable`. Entries trimmed before they were read are passed over and
-    counted. A reply of the store holds about 32 MiB: it counts against the store's own memory.
+    counted; records that cannot be decoded are counted, copied to the run's quarantine and passed over. A
+    reply of the store holds about 32 MiB: it counts against the store's own memory.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class RedisEpisodeReader:
         self._number = int(number or 0)
         self._limits = limits or RecordLimits()
         self._outage = Outage(config)
+        self._quarantine = Quarantine(client, run_id)
         # The socket must not time out before the server's wait ends.
         self._longest_block_s = min(_BLOCK_S, config.connect_timeout_s / 2)
         self._num_entries = 0
@@ -163,6 +166,11 @@ class RedisEpisodeReader:
     def num_malformed(self) -> int:
         """Records skipped so far because they could not be decoded."""
         return self._num_malformed
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many of the records skipped were copied to the quarantine."""
+        return self._quarantine.num_kept
 
     @property
     def num_trimmed_unread(self) -> int:
@@ -237,16 +245,18 @@ class RedisEpisodeReader:
         return [_entry(entry_id, fields) for entry_id, fields in entries]
 
     def _decoded(self, entries: Sequence[_Entry]) -> list[Episode]:
-        episodes = []
+        episodes, refused = [], []
         for entry in entries:
             self._note(entry)
             try:
                 episodes.append(decode_episode(entry.record, self._limits))
             except MalformedRecord as error:
                 self._num_malformed += 1
+                refused.append(Refused(f"{self._stream} {entry.entry_id}", str(error), entry.record))
                 if self._num_malformed <= _MAX_WARNINGS:
                     last = "; no more warnings" if self._num_malformed == _MAX_WARNINGS else ""
                     _log.warning("record %s in the replay log is skipped: %s%s", entry.entry_id, error, last)
+        self._quarantine.keep(refused)
         return episodes
 
     def _note(self, entry: _Entry) -> None:

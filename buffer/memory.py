@@ -96,6 +96,11 @@ class MemoryEpisodeReader:
         return 0
 
     @property
+    def num_quarantined(self) -> int:
+        """Always 0, like :attr:`num_malformed`."""
+        return 0
+
+    @property
     def num_trimmed_unread(self) -> int:
         """Episodes that went to make room before this reader came to them."""
         return self._num_trimmed_unread

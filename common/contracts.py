@@ -53,7 +53,15 @@ class EpisodeSource(Protocol):
 
     @property
     def num_malformed(self) -> int:
-        """Records set aside so far because they could not be decoded."""
+        """Records skipped so far because they could not be decoded."""
+        ...
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many of those the store has copied, with the reason, for somebody to look at.
+
+        Fewer than :attr:`num_malformed` where it was away or full: nothing waits for a copy.
+        """
         ...
 
     @property

@@ -287,6 +287,7 @@ class Learner:
             "replay/sample_rate": (sampled - clock.sampled) / seconds,
             "replay/samples_per_insert": sampled / max(inserted, 1),
             "replay/malformed": self._source.num_malformed,
+            "replay/quarantined": self._source.num_quarantined,
             "replay/trimmed_unread": self._source.num_trimmed_unread,
             "replay/duplicates": self._source.num_duplicates,
             "replay/without_decisions": self.mirror.num_without_decisions,

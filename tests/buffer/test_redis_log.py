@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import msgpack
 import pytest
 import redis
 
 from mara.buffer.codec import encode_episode
-from mara.buffer.config import READ_BYTES, ReplayConfig
+from mara.buffer.config import QUARANTINE_ENTRIES, QUARANTINE_RECORD_BYTES, READ_BYTES, ReplayConfig
 from mara.buffer.connection import connect
 from mara.buffer.keys import keys_of
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
@@ -63,6 +65,76 @@ def test_records_that_are_no_episodes_are_counted_and_passed_over(
     assert reader.num_malformed == 103
     assert len(caplog.records) == 20
     assert caplog.records[-1].message.endswith("no more warnings")
+
+
+def test_a_skipped_record_is_kept_with_the_reason_and_the_place_it_came_from(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
+    future = msgpack.packb({"schema": 7, "uid": "u"})
+    at = client.xadd(keys.episodes, {"e": future})
+    client.xadd(keys.episodes, {"e": encode_episode(make_episode())[:-1]})
+    assert reader.read(5, timeout_s=0) == []
+    first, second = (fields for _, fields in client.xrange(keys.quarantine))
+    assert first == {
+        b"e": future,
+        b"why": b"unknown schema 7; this version reads schema 1",
+        b"from": f"{keys.episodes} {at.decode()}".encode(),
+        b"size": str(len(future)).encode(),
+    }
+    assert b"not a msgpack record" in second[b"why"]
+    assert reader.num_malformed == reader.num_quarantined == 2
+    reader.read(5, timeout_s=0)
+    assert client.xlen(keys.quarantine) == 2
+
+
+def test_the_quarantine_stays_small_whatever_comes(client: redis.Redis, run_id: str) -> None:
+    reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
+    for n in range(3 * QUARANTINE_ENTRIES):
+        client.xadd(keys.episodes, {"e": b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES)})
+    while reader.num_malformed < 3 * QUARANTINE_ENTRIES:
+        assert reader.read(20, timeout_s=0) == []
+    kept = [fields for _, fields in client.xrange(keys.quarantine)]
+    assert [int(fields[b"e"].split()[0]) for fields in kept] == list(
+        range(2 * QUARANTINE_ENTRIES, 3 * QUARANTINE_ENTRIES)
+    )
+    assert {len(fields[b"e"]) for fields in kept} == {QUARANTINE_RECORD_BYTES}
+    assert int(kept[-1][b"size"]) > 2 * QUARANTINE_RECORD_BYTES
+    whole_bytes = QUARANTINE_ENTRIES * QUARANTINE_RECORD_BYTES
+    assert client.memory_usage(keys.quarantine, samples=0) < 1.25 * whole_bytes
+
+
+def stopping_after_the_reply(read: Callable[..., Any], server: EmbeddedServer) -> Callable[..., Any]:
+    """The store goes away between the reply with a bad record and the copy of it."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        reply = read(*args, **kwargs)
+        server.stop()
+        return reply
+
+    return wrapped
+
+
+@pytest.mark.parametrize("trouble", ["full", "another kind of key", "away"])
+def test_reading_goes_on_where_no_copy_can_be_kept(
+    make_episode: MakeEpisode, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    with EmbeddedServer(max_bytes=8 << 20) as server:
+        owner, keys = connect(server.url), keys_of("r")
+        owner.xadd(keys.episodes, {"e": b"garbage"})
+        RedisEpisodeLog(owner, "r", CONFIG).append([make_episode(uid="a")])
+        client = connect(server.url)
+        reader = RedisEpisodeReader(client, "r", CONFIG)
+        if trouble == "full":
+            owner.config_set("maxmemory", 1)
+        elif trouble == "another kind of key":
+            owner.set(keys.quarantine, "text")
+        else:
+            client.xread = stopping_after_the_reply(client.xread, server)
+        with caplog.at_level(logging.WARNING):
+            assert [episode.uid for episode in reader.read(2, timeout_s=0)] in (["a"], [])
+        assert (reader.num_malformed, reader.num_quarantined) == (1, 0)
+        assert sum("could not be copied" in record.message for record in caplog.records) == 1
 
 
 def test_runs_do_not_see_each_other(client: redis.Redis, run_id: str, make_episode: MakeEpisode) -> None:

@@ -70,7 +70,7 @@ def log_of(episodes: Sequence[Episode]) -> MemoryEpisodeLog:
 class ScriptedReader:
     """Hands out prepared answers, one for each read, then nothing; notes how long it was allowed to wait."""
 
-    num_malformed = num_trimmed_unread = num_duplicates = 0
+    num_malformed = num_quarantined = num_trimmed_unread = num_duplicates = 0
     waited_s = 0.0
     cursor = "0"
 

@@ -74,7 +74,7 @@ class ToyActor:
     In step with the learner, so the run is reproducible; through the real log and weight channel.
     """
 
-    num_malformed = num_trimmed_unread = num_duplicates = 0
+    num_malformed = num_quarantined = num_trimmed_unread = num_duplicates = 0
     waited_s = 0.0
 
     def __init__(self, task: Task, agent: Agent, channel: MemoryWeightChannel, seed: int) -> None:

@@ -77,6 +77,30 @@ def encode_episode(episode: Episode) -> bytes:
     Raises:
         ValueError: an array has another dtype than the episode record says.
     """
+    return b"".join(encode_in_parts(episode))
+
+
+def encode_in_parts(episode: Episode) -> tuple[bytes, memoryview]:
+    """Return the record of an episode as two parts: the second is the memory of its states.
+
+    The states are by far the largest part, and the last. Fresh memory of a record's size costs several times
+    the copy into it, so whoever can send parts should.
+
+    Raises:
+        ValueError: an array has another dtype than the episode record says.
+    """
+    record, states = _fields(episode)
+    packer = msgpack.Packer(autoreset=False)
+    packer.pack_map_header(len(record) + 1)
+    for name, value in record.items():
+        packer.pack(name)
+        packer.pack(value)
+    packer.pack("states_TD")
+    return packer.bytes() + b"\xc6" + len(states).to_bytes(4, "big"), states  # bin 32
+
+
+def _fields(episode: Episode) -> tuple[dict[str, Any], memoryview]:
+    """All fields but the states, and the states' memory."""
     states_TD = episode.states_TD.detach().cpu().contiguous()
     names = {dtype: name for name, dtype in _STATES_DTYPES.items()}
     if states_TD.dtype not in names:
@@ -95,10 +119,8 @@ def encode_episode(episode: Episode) -> bytes:
         record[name] = _to_bytes(name, getattr(episode, name), dtype)
     record["hidden_size"] = states_TD.shape[1]
     record["states_dtype"] = names[states_TD.dtype]
-    # The packer reads the states where they lie; they are by far the largest part.
     states = states_TD.view(torch.int16).numpy().astype("<i2", copy=False)
-    record["states_TD"] = states.reshape(-1).data
-    return bytes(msgpack.packb(record))
+    return record, states.reshape(-1).data.cast("B")
 
 
 def _to_bytes(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> bytes:

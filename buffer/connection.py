@@ -16,6 +16,41 @@ from mara.common.errors import UserError
 SCHEMES = ("redis", "rediss", "unix")
 OLDEST_VERSION = (6, 2)  # XTRIM MINID
 
+Value = str | bytes | memoryview | int | float | tuple[bytes | memoryview, ...]
+"""What an argument of a command may be; a tuple is one value in parts."""
+
+
+class _Packer:
+    """Writes commands in the protocol of Redis, large values from where they lie.
+
+    The packer of hiredis, the usual one, copies every command whole into fresh memory first.
+    """
+
+    _OWN_CHUNK_BYTES = 4096
+
+    def pack(self, *arguments: Value) -> list[bytes | memoryview]:
+        """Return the chunks of one command, to be sent one after another."""
+        name, *rest = arguments
+        assert isinstance(name, str | bytes)
+        arguments = (*(name.encode() if isinstance(name, str) else name).split(), *rest)  # "SCRIPT LOAD"
+        chunks: list[bytes | memoryview] = []
+        text = b"*%d\r\n" % len(arguments)
+        for argument in arguments:
+            parts = argument if isinstance(argument, tuple) else (_bytes(argument),)
+            text += b"$%d\r\n" % sum(len(part) for part in parts)
+            for part in parts:
+                if len(part) >= self._OWN_CHUNK_BYTES:
+                    chunks += [text, memoryview(part)]
+                    text = b""
+                else:
+                    text += part
+            text += b"\r\n"
+        return [*chunks, text]
+
+
+def _bytes(value: str | bytes | memoryview | int | float) -> bytes | memoryview:
+    return value if isinstance(value, bytes | memoryview) else str(value).encode()
+
 
 def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     """Return a client of the server at ``url`` that has been seen to accept writes.
@@ -38,6 +73,7 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
             socket_timeout=connect_timeout_s,
             health_check_interval=15,
             retry=Retry(NoBackoff(), 0),
+            command_packer=_Packer(),
         )
         version = str(client.info("server")["redis_version"])
         client.set(keys.PROBE, b"1", px=1000)

@@ -15,13 +15,12 @@ class Keys(NamedTuple):
     """The keys of one run; they share the prefix ``mara:RUN:``, which an access rule can name."""
 
     episodes: str
-    """Stream: one entry per episode, its record under ``e``."""
-    sizes: str
-    """List: ``entry id|bytes|uid`` of every stream entry, oldest first."""
-    uids: str
-    """Set: the uid of every stream entry."""
+    """Stream: one small entry per episode. ``u`` is its uid, ``s`` the bytes of its record, ``n`` its number
+    among all that were ever appended, ``d`` how many duplicates had come until then."""
+    record: str
+    """String ``mara:RUN:record:UID`` for each episode: its record. One that expires is not in the log yet."""
     nbytes: str
-    """Integer: the sum of the bytes."""
+    """Integer: the sum of the bytes of the records in the log."""
     counts: str
     """Hash: how many episodes were ever ``appended``, and how many were ``duplicates`` of stored ones."""
     quarantine: str

@@ -1,53 +1,61 @@
-"""The replay log on Redis: an append-only stream of episode records per run, bounded in bytes.
+"""The replay log on Redis: an append-only index of a run's episodes, and a key for each record; bounded in bytes.
 
-Appending is one script on the server, so it happens whole or not at all and exactly once: the script knows
-the uids of all entries in the stream. It also keeps the account of bytes and trims the oldest entries. Each
-entry carries its number among all that were ever appended, so that a reader sees how many it has missed.
+A record is megabytes and an index entry a few words. The record is stored first, as a key that expires, under
+the episode's uid; then one script on the server puts its entry into the index and keeps the record, or finds
+that it is kept already. So an append happens whole or not at all and exactly once, and no record passes
+through a script, which would copy it twice. The script also keeps the account of bytes and lets the oldest
+episodes go. Each entry carries its number among all that were ever appended, so that a reader sees how many
+it has missed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import redis
 
-from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, encode_episode
+from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, encode_in_parts
 from mara.buffer.config import APPEND_BYTES, READ_BYTES, ReplayConfig
-from mara.buffer.keys import keys_of
+from mara.buffer.connection import Value
+from mara.buffer.keys import Keys, keys_of
 from mara.buffer.outage import AWAY, Outage
 from mara.buffer.quarantine import Quarantine, Refused
 from mara.common.episode import Episode
 
-# Entries are told apart by their uid; the newest always stays, however large it is. The sizes stand in a list
-# of their own because a script could only learn them from the stream by reading the records.
+_NO_RECORD = "NORECORD"
+# The newest episode always stays, however large it is.
 _APPEND = """
-local episodes, sizes, uids, nbytes, counts = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local uid, record, max_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3])
-if redis.call('SADD', uids, uid) == 0 then
-    redis.call('HINCRBY', counts, 'duplicates', 1)
-    return
+local record, episodes, nbytes, counts = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local uid, records, max_bytes = ARGV[1], ARGV[2], tonumber(ARGV[3])
+if redis.call('PERSIST', record) == 0 then
+    if redis.call('EXISTS', record) == 0 then
+        return redis.error_reply('NORECORD it was evicted before its entry came')
+    end
+    return redis.call('HINCRBY', counts, 'duplicates', 1)
 end
+local size = redis.call('STRLEN', record)
 local number = redis.call('HINCRBY', counts, 'appended', 1)
 local duplicates = redis.call('HGET', counts, 'duplicates') or 0
-local id = redis.call('XADD', episodes, '*', 'e', record, 'n', number, 'd', duplicates)
-redis.call('RPUSH', sizes, id .. '|' .. #record .. '|' .. uid)
-local total = redis.call('INCRBY', nbytes, #record)
-local trimmed = false
-while total > max_bytes and redis.call('LLEN', sizes) > 1 do
-    local size, oldest = string.match(redis.call('LPOP', sizes), '^[^|]*|([^|]*)|(.*)$')
-    redis.call('SREM', uids, oldest)
-    total = redis.call('DECRBY', nbytes, size)
-    trimmed = true
-end
-if trimmed then
-    local first = string.match(redis.call('LINDEX', sizes, 0), '^[^|]*')
-    redis.call('XTRIM', episodes, 'MINID', first)
+redis.call('XADD', episodes, '*', 'u', uid, 's', size, 'n', number, 'd', duplicates)
+local total = redis.call('INCRBY', nbytes, size)
+while total > max_bytes do
+    local oldest = redis.call('XRANGE', episodes, '-', '+', 'COUNT', 2)
+    if #oldest < 2 then break end
+    local id, fields = oldest[1][1], oldest[1][2]
+    redis.call('DEL', records .. (fields[2] or ''))
+    redis.call('XDEL', episodes, id)
+    total = redis.call('DECRBY', nbytes, tonumber(fields[4]) or 0)
 end
 """
-_READ_ENTRIES = 64  # most of one reply, however small they are
+_RECORD_S = 3600
+"""How long a record waits for its entry: they come in one round trip, unless its writer dies in between."""
+_INDEX_ENTRIES = 64
+"""Most entries of one reply of the index."""
 _BLOCK_S = 0.5  # longest single wait in the server, so that an interrupt is seen
 _MAX_WARNINGS = 20
 
@@ -64,8 +72,7 @@ class RedisEpisodeLog:
 
     def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig) -> None:
         self._client = client
-        keys = keys_of(run_id)
-        self._keys = (keys.episodes, keys.sizes, keys.uids, keys.nbytes, keys.counts)
+        self._keys = keys_of(run_id)
         self._config = config
         self._sha: str | None = None
         self._outage = Outage(config)
@@ -77,47 +84,61 @@ class RedisEpisodeLog:
             ReplayUnavailable: the store was away for too long; a prefix of the episodes is stored.
             UserError: the store has had no memory left for as long; a prefix of the episodes is stored.
         """
-        batch: list[tuple[str, bytes]] = []
-        batch_bytes = 0
+        batch: list[Episode] = []
         for episode in episodes:
-            record = encode_episode(episode)
-            if batch and batch_bytes + len(record) > APPEND_BYTES:
+            if batch and sum(other.nbytes for other in batch) + episode.nbytes > APPEND_BYTES:
                 self._append_batch(batch)
-                batch, batch_bytes = [], 0
-            batch.append((episode.uid, record))
-            batch_bytes += len(record)
+                batch = []
+            batch.append(episode)
         if batch:
             self._append_batch(batch)
 
-    def _append_batch(self, batch: Sequence[tuple[str, bytes]]) -> None:
+    def _append_batch(self, batch: Sequence[Episode]) -> None:
+        self.append_records([(episode.uid, encode_in_parts(episode)) for episode in batch])
+
+    def append_records(self, records: Sequence[tuple[str, Value]]) -> None:
+        """Store encoded episodes, each with its uid, in one round trip; raises what :meth:`append` does."""
         while True:
             time.sleep(self._outage.pause_s)
             try:
-                self._run_script(batch)
+                self._send(records)
             except redis.exceptions.NoScriptError:
                 self._sha = None  # a restarted store has forgotten it
             except AWAY as error:
+                self._outage.failed(error)
+            except redis.ResponseError as error:
+                if _NO_RECORD not in str(error):
+                    raise
                 self._outage.failed(error)
             else:
                 self._outage.ended()
                 return
 
-    def _run_script(self, batch: Sequence[tuple[str, bytes]]) -> None:
-        """One round trip; on the server the calls run one after another."""
+    def _send(self, records: Sequence[tuple[str, Value]]) -> None:
         if self._sha is None:
             self._sha = self._client.script_load(_APPEND)
-        limit = str(self._config.log_max_bytes)
+        keys, limit = self._keys, str(self._config.log_max_bytes)
         pipeline = self._client.pipeline(transaction=False)
-        for uid, record in batch:
-            pipeline.evalsha(self._sha, len(self._keys), *self._keys, uid, record, limit)
+        for uid, record in records:
+            key = record_key(keys, uid)
+            # NX: a record that is in the log already must not begin to expire again.
+            pipeline.set(key, record, nx=True, ex=_RECORD_S)  # type: ignore[arg-type]
+            parts = (key, keys.episodes, keys.nbytes, keys.counts)
+            pipeline.evalsha(self._sha, len(parts), *parts, uid, record_key(keys, ""), limit)
         pipeline.execute()
 
 
+def record_key(keys: Keys, uid: str) -> str:
+    """The key of the record of episode ``uid``."""
+    return f"{keys.record}:{uid}"
+
+
 class _Entry(NamedTuple):
-    """What the script appended; only the record where somebody else did."""
+    """An entry of the index, as the script wrote it; the rest is missing where somebody else did."""
 
     entry_id: str
-    record: bytes
+    uid: bytes | None
+    nbytes: int
     number: int | None
     """Of this episode among all that were ever appended, from 1."""
     num_duplicates: int | None
@@ -142,7 +163,7 @@ class RedisEpisodeReader:
         limits: RecordLimits | None = None,
     ) -> None:
         self._client = client
-        self._stream = keys_of(run_id).episodes
+        self._keys = keys_of(run_id)
         self._entry_id, _, number = cursor.partition("/")
         self._number = int(number or 0)
         self._limits = limits or RecordLimits()
@@ -150,8 +171,7 @@ class RedisEpisodeReader:
         self._quarantine = Quarantine(client, run_id)
         # The socket must not time out before the server's wait ends.
         self._longest_block_s = min(_BLOCK_S, config.connect_timeout_s / 2)
-        self._num_entries = 0
-        self._entries_bytes = 0
+        self._entries: deque[_Entry] = deque()  # read from the index; their records are not
         self._num_malformed = 0
         self._num_trimmed_unread = 0
         self._num_duplicates = 0
@@ -199,71 +219,87 @@ class RedisEpisodeReader:
         deadline = time.monotonic() + timeout_s
         episodes: list[Episode] = []
         while len(episodes) < max_episodes:
-            entries = self._read_entries(min(max_episodes - len(episodes), self._reply_entries))
-            if not entries:
+            if not self._entries and not self._read_index():
                 left_s = max(0.0, deadline - time.monotonic()) if not episodes else 0.0
                 if left_s == 0:
                     break
-                entries = self._wait_for_entry(left_s)
-            episodes.extend(self._decoded(entries))
+                self._wait_for_entry(left_s)
+            episodes.extend(self._read_records(max_episodes - len(episodes)))
         return episodes
 
-    @property
-    def _reply_entries(self) -> int:
-        """Most entries of the next reply: :data:`READ_BYTES` of them, by the mean size of those read so far.
-
-        Starts with one and at most doubles each time, since nothing is known of what was not seen.
-        """
-        mean_bytes = self._entries_bytes // max(1, self._num_entries)
-        return min(_READ_ENTRIES, 1 + self._num_entries, max(1, READ_BYTES // max(1, mean_bytes)))
-
-    def _wait_for_entry(self, wait_s: float) -> list[_Entry]:
-        """The next entry; none if it does not come within one short wait or the store is away."""
+    def _wait_for_entry(self, wait_s: float) -> None:
+        """Wait for the next entries; returns without if none comes within one short wait."""
         began = time.monotonic()
         if self._outage.pause_s > 0:
             time.sleep(min(self._outage.pause_s, wait_s))
-            entries = []
         else:
-            entries = self._read_entries(1, min(wait_s, self._longest_block_s))
+            self._read_index(min(wait_s, self._longest_block_s))
         self._waited_s += time.monotonic() - began
-        return entries
 
-    def _read_entries(self, count: int, block_s: float = 0.0) -> list[_Entry]:
-        """The next entries; none if there are none, even within ``block_s``, or the store is away."""
-        if self._outage.pause_s > 0:
-            return []
+    def _read_index(self, block_s: float = 0.0) -> bool:
+        """Take the next entries from the index; False if there are none within ``block_s``."""
         block_ms = int(block_s * 1000) or None  # 0 would wait for ever
-        try:
-            reply = self._client.xread({self._stream: self._entry_id}, count=count, block=block_ms)
-        except AWAY as error:
-            self._outage.failed(error)
-            return []
-        self._outage.ended()
+        reply = self._asked(
+            lambda: self._client.xread(
+                {self._keys.episodes: self._entry_id}, count=_INDEX_ENTRIES, block=block_ms
+            )
+        )
         if not reply:
-            return []
+            return False
         ((_, entries),) = cast(list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]], reply)
-        return [_entry(entry_id, fields) for entry_id, fields in entries]
+        self._entries.extend(_entry(entry_id, fields) for entry_id, fields in entries)
+        return True
 
-    def _decoded(self, entries: Sequence[_Entry]) -> list[Episode]:
+    def _read_records(self, max_episodes: int) -> list[Episode]:
+        """The episodes of the first entries, as many as one reply may hold; those gone are counted."""
+        batch: list[_Entry] = []
+        num_bytes = 0
+        for entry in itertools.islice(self._entries, max_episodes):
+            num_bytes += entry.nbytes
+            if batch and num_bytes > READ_BYTES:
+                break
+            batch.append(entry)
+        if not batch:
+            return []
+        names = [record_key(self._keys, "").encode() + (entry.uid or b"") for entry in batch]
+        reply = self._asked(lambda: self._client.mget(names))
+        if reply is None:
+            self._entries.clear()  # a store that comes back may have lost some of them
+            return []
         episodes, refused = [], []
-        for entry in entries:
+        for entry, record in zip(batch, cast(list[bytes | None], reply), strict=True):
+            self._entries.popleft()
             self._note(entry)
+            if record is None and entry.uid is not None:
+                self._num_trimmed_unread += 1
+                continue
             try:
-                episodes.append(decode_episode(entry.record, self._limits))
+                episodes.append(decode_episode(record or b"", self._limits))
             except MalformedRecord as error:
                 self._num_malformed += 1
-                refused.append(Refused(f"{self._stream} {entry.entry_id}", str(error), entry.record))
+                origin = f"{self._keys.episodes} {entry.entry_id}"
+                refused.append(Refused(origin, str(error), record or b""))
                 if self._num_malformed <= _MAX_WARNINGS:
                     last = "; no more warnings" if self._num_malformed == _MAX_WARNINGS else ""
                     _log.warning("record %s in the replay log is skipped: %s%s", entry.entry_id, error, last)
         self._quarantine.keep(refused)
         return episodes
 
+    def _asked(self, ask: Callable[[], object]) -> object:
+        """What the store answers; None while it is away."""
+        if self._outage.pause_s > 0:
+            return None
+        try:
+            reply = ask()
+        except AWAY as error:
+            self._outage.failed(error)
+            return None
+        self._outage.ended()
+        return reply
+
     def _note(self, entry: _Entry) -> None:
         """Move the cursor behind the entry, and learn from it what was missed."""
         self._entry_id = entry.entry_id
-        self._num_entries += 1
-        self._entries_bytes += len(entry.record)
         if entry.number is not None:
             # Numbers step back where a crash of the store lost some that were read.
             self._num_trimmed_unread += max(0, entry.number - self._number - 1)
@@ -274,7 +310,7 @@ class RedisEpisodeReader:
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> _Entry:
     number, num_duplicates = _count(fields.get(b"n")), _count(fields.get(b"d"))
-    return _Entry(entry_id.decode(), fields.get(b"e", b""), number, num_duplicates)
+    return _Entry(entry_id.decode(), fields.get(b"u"), _count(fields.get(b"s")) or 0, number, num_duplicates)
 
 
 def _count(text: bytes | None) -> int | None:

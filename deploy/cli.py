@@ -177,6 +177,40 @@ def bench_rollout(
             rollout(run, overrides or [], json_file, num_rounds, peer_prompts)
 
 
+@bench_app.command("replay")
+def bench_replay(
+    json_file: JsonFile = None,
+    num_rounds: NumRounds = 5,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Of the LLM.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Transitions of a sample.")] = 1024,
+    ring_mib: Annotated[int, typer.Option(min=1, help="States to sample from, MiB.")] = 512,
+) -> None:
+    """Sampling against a bare gather, TorchRL and cpprb; writing against raw Redis."""
+    with _reported_errors():
+        from mara.deploy.bench.replay import Sizes
+        from mara.deploy.bench.replay import bench_replay as measure
+        from mara.deploy.console import say
+
+        with steady_output():
+            measure(Sizes(hidden_size, batch_size, ring_mib << 20), num_rounds, json_file, say)
+
+
+@bench_app.command("weights")
+def bench_weights(
+    json_file: JsonFile = None,
+    num_rounds: NumRounds = 3,
+    subscribers: Annotated[int, typer.Option(min=1, help="Who wait for the weights.")] = 32,
+) -> None:
+    """From the publication of an agent of the paper's size to its use by many subscribers."""
+    with _reported_errors():
+        from mara.deploy.bench.replay import WeightsSizes
+        from mara.deploy.bench.replay import bench_weights as measure
+        from mara.deploy.console import say
+
+        with steady_output():
+            measure(WeightsSizes(num_subscribers=subscribers), num_rounds, json_file, say)
+
+
 @contextmanager
 def _reported_errors() -> Iterator[None]:
     """Turn what a user can mend into one line for each mistake, without a traceback."""

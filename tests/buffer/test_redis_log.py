@@ -17,7 +17,7 @@ from mara.buffer.codec import encode_episode
 from mara.buffer.config import QUARANTINE_ENTRIES, QUARANTINE_RECORD_BYTES, READ_BYTES, ReplayConfig
 from mara.buffer.connection import connect
 from mara.buffer.keys import keys_of
-from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader, record_key
 from mara.buffer.server import EmbeddedServer
 from mara.common.episode import Episode
 from mara.common.errors import UserError
@@ -34,32 +34,67 @@ def test_the_accounts_agree_with_the_stream_while_it_is_trimmed(
     trimmed = False
     for n in range(60):
         sink.append([make_episode(uid=f"{n}|x", seed=n, num_tokens=n % 20)])
-        entries = client.xrange(keys.episodes)
-        records = [fields[b"e"] for _, fields in entries]
+        entries = [fields for _, fields in client.xrange(keys.episodes)]
+        records = client.mget([record_key(keys, fields[b"u"].decode()) for fields in entries])
+        assert [int(fields[b"s"]) for fields in entries] == list(map(len, records))
         assert int(client.get(keys.nbytes)) == sum(map(len, records)) <= 1 << 14
-        assert client.llen(keys.sizes) == client.scard(keys.uids) == len(records)
+        assert len(client.keys(record_key(keys, "*"))) == len(records)
         trimmed |= len(records) < n + 1
     assert trimmed
-    uids = {f"{n}|x".encode() for n in range(60 - len(records), 60)}
-    assert client.smembers(keys.uids) == uids
+    assert [fields[b"u"] for fields in entries] == [b"%d|x" % n for n in range(60 - len(records), 60)]
+    assert {client.ttl(key) for key in client.keys(record_key(keys, "*"))} == {-1}, "one would expire"
+
+
+def test_a_record_whose_writer_died_before_its_entry_came_is_not_in_the_log_and_does_not_stay(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    sink, keys = RedisEpisodeLog(client, run_id, CONFIG), keys_of(run_id)
+    key = record_key(keys, "a")
+    client.set(key, encode_episode(make_episode(uid="a")), ex=3600)
+    assert RedisEpisodeReader(client, run_id, CONFIG).read(1, timeout_s=0) == []
+    sink.append([make_episode(uid="a")])
+    assert client.ttl(key) == -1
+    assert [e.uid for e in RedisEpisodeReader(client, run_id, CONFIG).read(5, timeout_s=0)] == ["a"]
+
+
+def test_a_record_that_the_server_evicted_before_its_entry_came_is_sent_again(
+    client: redis.Redis, run_id: str, make_episode: MakeEpisode
+) -> None:
+    sink = RedisEpisodeLog(client, run_id, CONFIG.model_copy(update={"retry_first_s": 0.01}))
+    pipeline_of, keys = client.pipeline, keys_of(run_id)
+
+    def evicting(**settings: Any) -> Any:
+        pipeline = pipeline_of(**settings)
+        set_record = pipeline.set
+
+        def set_and_lose(key: str, *args: Any, **kwargs: Any) -> Any:
+            set_record(key, *args, **kwargs)
+            client.pipeline = pipeline_of  # the next attempt is left alone
+            return pipeline.delete(key)
+
+        pipeline.set = set_and_lose
+        return pipeline
+
+    client.pipeline = evicting
+    sink.append([make_episode(uid="a")])
+    assert client.ttl(record_key(keys, "a")) == -1
+    assert [e.uid for e in RedisEpisodeReader(client, run_id, CONFIG).read(5, timeout_s=0)] == ["a"]
 
 
 def test_records_that_are_no_episodes_are_counted_and_passed_over(
     client: redis.Redis, run_id: str, make_episode: MakeEpisode, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink, reader = RedisEpisodeLog(client, run_id, CONFIG), RedisEpisodeReader(client, run_id, CONFIG)
-    stream = keys_of(run_id).episodes
     sink.append([make_episode(uid="a")])
-    client.xadd(stream, {"e": b"garbage"})
-    client.xadd(stream, {"other": b"field"})
-    client.xadd(stream, {"e": encode_episode(make_episode())[:-5]})
+    sink.append_records([("c", b"garbage")])
+    client.xadd(keys_of(run_id).episodes, {"other": b"field"})
+    sink.append_records([("d", encode_episode(make_episode())[:-5])])
     sink.append([make_episode(uid="b")])
     with caplog.at_level(logging.WARNING):
         assert [episode.uid for episode in reader.read(2, timeout_s=0)] == ["a", "b"]
     assert reader.num_malformed == 3
     assert len(caplog.records) == 3
-    for _ in range(100):
-        client.xadd(stream, {"e": b"garbage"})
+    sink.append_records([(f"{n}", b"garbage") for n in range(100)])
     with caplog.at_level(logging.WARNING):
         assert reader.read(10, timeout_s=0) == []
     assert reader.num_malformed == 103
@@ -72,8 +107,9 @@ def test_a_skipped_record_is_kept_with_the_reason_and_the_place_it_came_from(
 ) -> None:
     reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
     future = msgpack.packb({"schema": 7, "uid": "u"})
-    at = client.xadd(keys.episodes, {"e": future})
-    client.xadd(keys.episodes, {"e": encode_episode(make_episode())[:-1]})
+    sink = RedisEpisodeLog(client, run_id, CONFIG)
+    sink.append_records([("u", future), ("v", encode_episode(make_episode())[:-1])])
+    at = client.xrange(keys.episodes)[0][0]
     assert reader.read(5, timeout_s=0) == []
     first, second = (fields for _, fields in client.xrange(keys.quarantine))
     assert first == {
@@ -90,8 +126,9 @@ def test_a_skipped_record_is_kept_with_the_reason_and_the_place_it_came_from(
 
 def test_the_quarantine_stays_small_whatever_comes(client: redis.Redis, run_id: str) -> None:
     reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
+    sink = RedisEpisodeLog(client, run_id, CONFIG)
     for n in range(3 * QUARANTINE_ENTRIES):
-        client.xadd(keys.episodes, {"e": b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES)})
+        sink.append_records([(str(n), b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES))])
     while reader.num_malformed < 3 * QUARANTINE_ENTRIES:
         assert reader.read(20, timeout_s=0) == []
     kept = [fields for _, fields in client.xrange(keys.quarantine)]
@@ -121,7 +158,7 @@ def test_reading_goes_on_where_no_copy_can_be_kept(
 ) -> None:
     with EmbeddedServer(max_bytes=8 << 20) as server:
         owner, keys = connect(server.url), keys_of("r")
-        owner.xadd(keys.episodes, {"e": b"garbage"})
+        RedisEpisodeLog(owner, "r", CONFIG).append_records([("g", b"garbage")])
         RedisEpisodeLog(owner, "r", CONFIG).append([make_episode(uid="a")])
         client = connect(server.url)
         reader = RedisEpisodeReader(client, "r", CONFIG)
@@ -130,7 +167,7 @@ def test_reading_goes_on_where_no_copy_can_be_kept(
         elif trouble == "another kind of key":
             owner.set(keys.quarantine, "text")
         else:
-            client.xread = stopping_after_the_reply(client.xread, server)
+            client.mget = stopping_after_the_reply(client.mget, server)
         with caplog.at_level(logging.WARNING):
             assert [episode.uid for episode in reader.read(2, timeout_s=0)] in (["a"], [])
         assert (reader.num_malformed, reader.num_quarantined) == (1, 0)
@@ -186,16 +223,6 @@ def test_a_read_does_not_make_the_store_hold_the_whole_log_twice(make_episode: M
             num_read += len(read)
         assert num_read == num_episodes > 64
         assert client.info("memory")["used_memory_peak"] - before < 1.25 * READ_BYTES
-
-
-def test_a_reader_begins_with_small_replies_since_it_knows_no_sizes_yet(
-    client: redis.Redis, run_id: str, make_episode: MakeEpisode
-) -> None:
-    RedisEpisodeLog(client, run_id, CONFIG).append([make_episode(uid=str(n)) for n in range(200)])
-    reader = RedisEpisodeReader(client, run_id, CONFIG)
-    client.config_resetstat()
-    assert len(reader.read(63, 0)) == 63
-    assert client.info("commandstats")["cmdstat_xread"]["calls"] == 6  # of 1, 2, 4, 8, 16 and 32
 
 
 def test_scripts_forgotten_by_the_server_are_loaded_again(

@@ -24,6 +24,8 @@ from ray.exceptions import AuthenticationError
 
 from mara.buffer.codec import RecordLimits, decode_episode
 from mara.buffer.connection import connect
+from mara.buffer.keys import keys_of
+from mara.buffer.log import record_key
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.topology import Cluster
@@ -172,7 +174,9 @@ class EpisodesByActor:
     def update(self) -> Counter[str]:
         for key in self._client.scan_iter("mara:*:episodes"):
             for entry_id, fields in self._client.xrange(key, min=self._last, count=64):
-                self.counts[decode_episode(fields[b"e"], RecordLimits()).actor_id] += 1
+                keys = keys_of(key.decode().split(":")[1])
+                record = self._client.get(record_key(keys, fields[b"u"].decode()))
+                self.counts[decode_episode(record, RecordLimits()).actor_id] += 1
                 self._last = f"({entry_id.decode()}"
         return self.counts
 

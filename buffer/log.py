@@ -1,4 +1,4 @@
-"""The replay log on Redis: an append-only index of a run's episodes, and a key for each record; bounded in bytes.
+"""The replay log on Redis: an append-only index of a run's episodes, and a key for each record; bounded.
 
 A record is megabytes and an index entry a few words. The record is stored first, as a key that expires, under
 the episode's uid; then one script on the server puts its entry into the index and keeps the record, or finds

@@ -55,16 +55,18 @@ _log = logging.getLogger(__name__)
 
 
 class RedisEpisodeLog:
-    """An :class:`~mara.common.contracts.EpisodeSink` on a Redis stream. Not thread-safe.
+    """An :class:`~mara.common.contracts.EpisodeSink` on one shard of the log. Not thread-safe.
+
+    The uids of other shards are not known to it: what comes again has to come to the same shard.
 
     While the store is away or has no memory left, ``append`` waits and tries again for up to
     ``max_outage_s``, then raises :class:`~mara.common.errors.ReplayUnavailable`, or
     :class:`~mara.common.errors.UserError` for want of memory.
     """
 
-    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig) -> None:
+    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig, shard: int = 0) -> None:
         self._client = client
-        keys = keys_of(run_id)
+        keys = keys_of(run_id, shard)
         self._keys = (keys.episodes, keys.sizes, keys.uids, keys.nbytes, keys.counts)
         self._config = config
         self._sha: str | None = None
@@ -106,7 +108,7 @@ class RedisEpisodeLog:
         """One round trip; on the server the calls run one after another."""
         if self._sha is None:
             self._sha = self._client.script_load(_APPEND)
-        limit = str(self._config.log_max_bytes)
+        limit = str(self._config.shard_max_bytes)
         pipeline = self._client.pipeline(transaction=False)
         for uid, record in batch:
             pipeline.evalsha(self._sha, len(self._keys), *self._keys, uid, record, limit)
@@ -125,7 +127,7 @@ class _Entry(NamedTuple):
 
 
 class RedisEpisodeReader:
-    """An :class:`~mara.common.contracts.EpisodeSource` on a Redis stream. Not thread-safe.
+    """An :class:`~mara.common.contracts.EpisodeSource` on one shard of the log. Not thread-safe.
 
     While the store is away, ``read`` finds nothing; once that has lasted ``max_outage_s`` it raises
     :class:`~mara.common.errors.ReplayUnavailable`. Entries trimmed before they were read are passed over and
@@ -140,9 +142,10 @@ class RedisEpisodeReader:
         config: ReplayConfig,
         cursor: str = "0-0",
         limits: RecordLimits | None = None,
+        shard: int = 0,
     ) -> None:
         self._client = client
-        self._stream = keys_of(run_id).episodes
+        self._stream = keys_of(run_id, shard).episodes
         self._entry_id, _, number = cursor.partition("/")
         self._number = int(number or 0)
         self._limits = limits or RecordLimits()

@@ -16,6 +16,8 @@ from mara.deploy.process import LOADING, RUNNING, STARTING, HostSpec, Report, lo
 @dataclass(frozen=True, slots=True)
 class RolloutSpec(HostSpec):
     prompts: tuple[Prompt, ...]
+    number: int = 0
+    """Which of the run's actors this is, from 0; one that replaces another has its number."""
 
 
 class RolloutHost:
@@ -32,7 +34,7 @@ class RolloutHost:
         log_to(self._spec.log_file)
         self._phase = LOADING
         config = self._spec.config
-        client = self._spec.connect()
+        shard = self._spec.number % config.replay.num_shards
         self._worker = RolloutWorker(
             config.llm,
             config.decoding,
@@ -40,8 +42,8 @@ class RolloutHost:
             config.agent,
             {name: head.path for name, head in config.rewards.items()},
             self._spec.prompts,
-            RedisEpisodeLog(client, self._spec.run_id, config.replay),
-            RedisWeightChannel(client, self._spec.run_id, config.replay),
+            RedisEpisodeLog(self._spec.connect(shard), self._spec.run_id, config.replay, shard),
+            RedisWeightChannel(self._spec.connect(), self._spec.run_id, config.replay),
             self._spec.name,
             config.run.seed,
         )

@@ -216,7 +216,7 @@ class _Training:
         card = agent_card(config, self._checked.head_digests)
         learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
-            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts)
+            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts, number)
             for number in range(config.rollout.num_actors)
         ]
         return Supervisor(cluster, learner, rollouts, self._show.display.say)

@@ -1,4 +1,4 @@
-"""What every replay log promises, held against the one in memory and the one on Redis."""
+"""What every replay log promises, held against the one in memory and those on Redis."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
-from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog
+from mara.buffer.shards import open_reader
 from mara.common.contracts import EpisodeSink
 from mara.common.episode import Episode
 
@@ -21,22 +22,32 @@ Same = Callable[[Episode, Episode], bool]
 
 
 class Log(NamedTuple):
-    make_sink: Callable[[], EpisodeSink]
+    make_sink: Callable[..., EpisodeSink]
+    """Takes the optional number of an actor."""
     make_reader: Callable[..., Any]
     """Takes an optional cursor."""
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "three shards"])
 def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
     def make(**settings: Any) -> Log:
         config = ReplayConfig(**settings)
         if request.param == "memory":
             log = MemoryEpisodeLog(config)
-            return Log(lambda: log, log.reader)
+            return Log(lambda *actor: log, log.reader)
         url = request.getfixturevalue("server").url
+        num_shards = 3 if request.param == "three shards" else 1
+        # What one actor may store is the same for all.
+        total = {"redis_url": (url,) * num_shards, "log_max_bytes": num_shards * config.log_max_bytes}
+        config = ReplayConfig(**settings | total)
+
+        def make_sink(actor: int = 1) -> EpisodeSink:
+            shard = actor % num_shards
+            return RedisEpisodeLog(connect(url), run_id, config, shard)
+
         return Log(
-            lambda: RedisEpisodeLog(connect(url), run_id, config),
-            lambda *cursor: RedisEpisodeReader(connect(url), run_id, config, *cursor),
+            make_sink,
+            lambda *cursor: open_reader([connect(url) for _ in range(num_shards)], run_id, config, *cursor),
         )
 
     return make
@@ -211,7 +222,7 @@ def test_many_writers_lose_and_double_nothing(
     log = make_log()
 
     def write(writer: int) -> None:
-        sink = log.make_sink()
+        sink = log.make_sink(writer)
         for n in range(25):
             sink.append([make_episode(uid=f"{writer}.{n}")])
 

@@ -40,6 +40,9 @@ class ReplayConfig(Config):
     log_max_bytes: int = Field(default=1 << 30, ge=_SMALLEST_LOG_BYTES)
     """Bound on the episodes kept in the store, bytes; the oldest go first. It has to outlast the time in
     which the learner does not read. Each shard gets an equal part. Usual range 256 MiB – 64 GiB."""
+    writer_buffer_bytes: int = Field(default=64 << 20, ge=_SMALLEST_LOG_BYTES)
+    """Episodes a rollout actor keeps while the store is away or slow, bytes. Beyond it the oldest are dropped
+    and counted (``replay/dropped``): an actor never waits for the store. Usual range 16 MiB – 1 GiB."""
     connect_timeout_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """How long the store may take to accept a connection or to answer, seconds. Usual range 1–30."""
     retry_first_s: float = Field(default=0.05, gt=0, le=LONGEST_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -54,6 +55,23 @@ _MAX_WARNINGS = 20
 _log = logging.getLogger(__name__)
 
 
+class Record(NamedTuple):
+    """An episode as it is stored."""
+
+    uid: str
+    data: bytes
+
+
+def take_batch(records: deque[Record], max_bytes: int) -> list[Record]:
+    """Remove and return the first records that together have at most ``max_bytes``, or the first alone."""
+    batch = [records.popleft()]
+    num_bytes = len(batch[0].data)
+    while records and num_bytes + len(records[0].data) <= max_bytes:
+        num_bytes += len(records[0].data)
+        batch.append(records.popleft())
+    return batch
+
+
 class RedisEpisodeLog:
     """An :class:`~mara.common.contracts.EpisodeSink` on one shard of the log. Not thread-safe.
 
@@ -79,32 +97,36 @@ class RedisEpisodeLog:
             ReplayUnavailable: the store was away for too long; a prefix of the episodes is stored.
             UserError: the store has had no memory left for as long; a prefix of the episodes is stored.
         """
-        batch: list[tuple[str, bytes]] = []
-        batch_bytes = 0
-        for episode in episodes:
-            record = encode_episode(episode)
-            if batch and batch_bytes + len(record) > APPEND_BYTES:
-                self._append_batch(batch)
-                batch, batch_bytes = [], 0
-            batch.append((episode.uid, record))
-            batch_bytes += len(record)
-        if batch:
-            self._append_batch(batch)
+        left = deque(Record(episode.uid, encode_episode(episode)) for episode in episodes)
+        while left:
+            batch = take_batch(left, APPEND_BYTES)
+            while not self.store(batch):
+                time.sleep(self.pause_s)
 
-    def _append_batch(self, batch: Sequence[tuple[str, bytes]]) -> None:
-        while True:
-            time.sleep(self._outage.pause_s)
-            try:
-                self._run_script(batch)
-            except redis.exceptions.NoScriptError:
-                self._sha = None  # a restarted store has forgotten it
-            except AWAY as error:
-                self._outage.failed(error)
-            else:
-                self._outage.ended()
-                return
+    @property
+    def pause_s(self) -> float:
+        """Seconds until :meth:`store` should be tried again; 0 while the store can be used."""
+        return self._outage.pause_s
 
-    def _run_script(self, batch: Sequence[tuple[str, bytes]]) -> None:
+    def store(self, batch: Sequence[Record]) -> bool:
+        """Try once to store the records in order; whether they are. If not, any of them may be all the same.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+            UserError: it has had no memory left for as long, or no longer lets us in.
+        """
+        try:
+            self._run_script(batch)
+        except redis.exceptions.NoScriptError:
+            self._sha = None  # a restarted store has forgotten it
+            return False
+        except AWAY as error:
+            self._outage.failed(error)
+            return False
+        self._outage.ended()
+        return True
+
+    def _run_script(self, batch: Sequence[Record]) -> None:
         """One round trip; on the server the calls run one after another."""
         if self._sha is None:
             self._sha = self._client.script_load(_APPEND)

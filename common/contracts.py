@@ -35,7 +35,8 @@ class EpisodeSink(Protocol):
         """Store the episodes in order; :class:`~mara.common.errors.ReplayUnavailable` if only a prefix was.
 
         Appending an episode whose ``uid`` is already stored changes nothing, so a caller that lost
-        the reply may simply append again. Blocks for one round trip, never for the learner.
+        the reply may simply append again. Blocks for one round trip at most, never for the learner; a sink
+        with a buffer of its own returns at once, stores later, and raises at the next call.
         """
         ...
 

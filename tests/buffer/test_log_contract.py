@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +14,7 @@ from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog
 from mara.buffer.shards import open_reader
+from mara.buffer.writer import BufferedSink
 from mara.common.contracts import EpisodeSink
 from mara.common.episode import Episode
 
@@ -28,7 +29,18 @@ class Log(NamedTuple):
     """Takes an optional cursor."""
 
 
-@pytest.fixture(params=["memory", "redis", "three shards"])
+class Stored:
+    """A sink with a buffer that is looked at only when it is empty: when an append counts."""
+
+    def __init__(self, sink: BufferedSink) -> None:
+        self._sink = sink
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        self._sink.append(episodes)
+        assert self._sink.flush(30)
+
+
+@pytest.fixture(params=["memory", "redis", "three shards", "buffered"])
 def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
     def make(**settings: Any) -> Log:
         config = ReplayConfig(**settings)
@@ -36,6 +48,7 @@ def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
             log = MemoryEpisodeLog(config)
             return Log(lambda *actor: log, log.reader)
         url = request.getfixturevalue("server").url
+        buffered = request.param == "buffered"
         num_shards = 3 if request.param == "three shards" else 1
         # What one actor may store is the same for all.
         total = {"redis_url": (url,) * num_shards, "log_max_bytes": num_shards * config.log_max_bytes}
@@ -43,7 +56,8 @@ def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
 
         def make_sink(actor: int = 1) -> EpisodeSink:
             shard = actor % num_shards
-            return RedisEpisodeLog(connect(url), run_id, config, shard)
+            log = RedisEpisodeLog(connect(url), run_id, config, shard)
+            return Stored(BufferedSink(log, config.writer_buffer_bytes)) if buffered else log
 
         return Log(
             make_sink,

@@ -34,6 +34,10 @@ class ReplayConfig(Config):
     and password where it has them. A list of addresses makes as many shards of the log: actor i appends to
     shard i mod N, the learner reads all, and weights are on the first. A server may be named twice. None: a
     server of the run's own is started on this machine."""
+    durable: bool = False
+    """Whether the server of the run's own keeps an append-only file in ``RUN/replay/``, synced to the disk
+    once a second, so that a crash of it loses a second of episodes instead of all unread ones. Of weights it
+    keeps none; the learner publishes them again. A server at ``redis_url`` has settings of its own."""
     capacity_transitions: int = Field(default=1_000_000, ge=2)
     """Transitions the learner keeps; the oldest episodes make room. Usual range 20 thousand – 1 million (the
     paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes."""
@@ -74,6 +78,15 @@ class ReplayConfig(Config):
                 "of the run's own"
             )
         return urls if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _durable_is_our_own(self) -> ReplayConfig:
+        if self.durable and self.redis_url is not None:
+            raise ValueError(
+                "replay.durable is for the server that a run starts for itself; leave it out, and set "
+                "'appendonly yes' on the server at replay.redis_url"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards_hold_something(self) -> ReplayConfig:

@@ -50,6 +50,7 @@ end
 """
 _READ_ENTRIES = 64  # most of one reply, however small they are
 _BLOCK_S = 0.5  # longest single wait in the server, so that an interrupt is seen
+_READ_BEFORE = 1 << 15  # uids a reader remembers: more than all actors together have under way
 _MAX_WARNINGS = 20
 
 _log = logging.getLogger(__name__)
@@ -153,7 +154,8 @@ class RedisEpisodeReader:
 
     While the store is away, ``read`` finds nothing; once that has lasted ``max_outage_s`` it raises
     :class:`~mara.common.errors.ReplayUnavailable`. Entries trimmed before they were read are passed over and
-    counted; records that cannot be decoded are counted, copied to the run's quarantine and passed over. A
+    counted; records that cannot be decoded are counted, copied to the run's quarantine and passed over. An
+    episode that was read already and was stored again, after the store had lost it, is passed over too. A
     reply of the store holds about 32 MiB: it counts against the store's own memory.
     """
 
@@ -175,6 +177,10 @@ class RedisEpisodeReader:
         self._quarantine = Quarantine(client, run_id)
         # The socket must not time out before the server's wait ends.
         self._longest_block_s = min(_BLOCK_S, config.connect_timeout_s / 2)
+        # The uids read last, oldest first. A crash may take from the store what was read but not yet answered
+        # for, and what its writer therefore sends again.
+        self._read_before: dict[str, None] = {}
+        self._num_read_again = 0
         self._num_entries = 0
         self._entries_bytes = 0
         self._num_malformed = 0
@@ -208,7 +214,7 @@ class RedisEpisodeReader:
 
         A writer does so when a reply was lost, or when a part of what it sent was refused.
         """
-        return self._num_duplicates
+        return self._num_duplicates + self._num_read_again
 
     @property
     def waited_s(self) -> float:
@@ -274,15 +280,28 @@ class RedisEpisodeReader:
         for entry in entries:
             self._note(entry)
             try:
-                episodes.append(decode_episode(entry.record, self._limits))
+                episode = decode_episode(entry.record, self._limits)
             except MalformedRecord as error:
                 self._num_malformed += 1
                 refused.append(Refused(f"{self._stream} {entry.entry_id}", str(error), entry.record))
                 if self._num_malformed <= _MAX_WARNINGS:
                     last = "; no more warnings" if self._num_malformed == _MAX_WARNINGS else ""
                     _log.warning("record %s in the replay log is skipped: %s%s", entry.entry_id, error, last)
+            else:
+                if self._is_new(episode.uid):
+                    episodes.append(episode)
         self._quarantine.keep(refused)
         return episodes
+
+    def _is_new(self, uid: str) -> bool:
+        """Whether the uid is none of those read last; it is from now on."""
+        if uid in self._read_before:
+            self._num_read_again += 1
+            return False
+        self._read_before[uid] = None
+        if len(self._read_before) > _READ_BEFORE:
+            del self._read_before[next(iter(self._read_before))]
+        return True
 
     def _note(self, entry: _Entry) -> None:
         """Move the cursor behind the entry, and learn from it what was missed."""

@@ -103,6 +103,13 @@ class WeightSink(Protocol):
         """
         ...
 
+    def holds(self, version: int) -> bool:
+        """Whether weights of ``version`` or later are stored still, as far as anybody knows.
+
+        False once the store has lost them; the same version may then be published again.
+        """
+        ...
+
 
 class WeightSource(Protocol):
     """Where a rollout actor looks for newer weights between two decoding steps."""

@@ -4,8 +4,9 @@
                               ▲
                       WeightSource, looked at between two decoding steps
 
-The actor waits for nobody: weights are taken when there are newer ones, episodes are handed to a sink. If
-the store is away longer than its retries last, :class:`mara.common.errors.ReplayUnavailable` ends it.
+The actor waits for nobody: weights are taken when there are newer ones, episodes are handed to a sink, which
+keeps them while the store is away. If that lasts too long, :class:`mara.common.errors.ReplayUnavailable`
+ends the actor.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class RolloutWorker:
             with self._lock:
                 ended = time.monotonic()
                 self._busy_s += ended - started
-                # Handing episodes over is the only thing that can hold an actor up.
+                # Handing episodes over is all that others can make longer: a sink that waits for the store.
                 self._waiting_s += ended - scored
 
     def metrics(self) -> dict[str, float]:

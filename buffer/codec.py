@@ -47,6 +47,8 @@ _FIELDS = {"schema", "scores", "prefix_scores", "hidden_size", "states_TD", *_AR
 _STATES_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # All exponent bits set: infinity or not a number.
 _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+# The record, its scores and its prefix scores.
+_MAPS = 3
 # Log-probabilities may exceed 0 by the rounding of a log-softmax.
 _ROUNDING = 1e-3
 # Scores and log-probabilities beyond this would overflow when they are added up.
@@ -165,9 +167,21 @@ def decode_episode(data: bytes, limits: RecordLimits | None = None) -> Episode:
 def _unpack(data: bytes, limits: RecordLimits) -> dict[str, Any]:
     if len(data) > limits.max_record_bytes:
         raise MalformedRecord(f"record has {len(data)} bytes, more than {limits.max_record_bytes}")
+    num_maps = 0
+
+    def count(one: dict[Any, Any]) -> dict[Any, Any]:
+        # Called as each map ends, the innermost first. An empty one takes twenty times its bytes in the
+        # record: maps within maps must not be unpacked to the end.
+        nonlocal num_maps
+        num_maps += 1
+        if num_maps > _MAPS:
+            raise ValueError("more maps than a record has")
+        return one
+
     try:
         fields = msgpack.unpackb(
             data,
+            object_hook=count,
             strict_map_key=True,
             max_str_len=limits.max_text_bytes,
             max_bin_len=limits.max_record_bytes,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mara.common.config import LONGEST_S, Config
 
@@ -16,6 +17,7 @@ QUARANTINE_ENTRIES = 64
 """Records kept of those that could not be decoded; the oldest go first."""
 QUARANTINE_RECORD_BYTES = 64 << 10
 """What is kept of each. The hidden states come last in a record, so its start tells the most."""
+_SMALLEST_LOG_BYTES = 1 << 14
 _WEIGHTS_BYTES = 124 << 20
 """The published weights, and the new ones on their way: an agent of the paper's size takes 18 MB."""
 NORMALISE_FROM_EPISODES = 16
@@ -27,15 +29,24 @@ what is divided by it thousands of times too large."""
 class ReplayConfig(Config):
     """Where episodes are kept on their way from the rollout actors to the learner."""
 
-    redis_url: str | None = Field(default=None, repr=False)
+    redis_url: str | tuple[str, ...] | None = Field(default=None, repr=False)
     """Address of the Redis or Valkey server: ``redis://``, ``rediss://`` (TLS) or ``unix://``, with user
-    and password where it has them. None: a server of the run's own is started on this machine."""
+    and password where it has them. A list of addresses makes as many shards of the log: actor i appends to
+    shard i mod N, the learner reads all, and weights are on the first. A server may be named twice. None: a
+    server of the run's own is started on this machine."""
+    durable: bool = False
+    """Whether the server of the run's own keeps an append-only file in ``RUN/replay/``, synced to the disk
+    once a second, so that a crash of it loses a second of episodes instead of all unread ones. Of weights it
+    keeps none; the learner publishes them again. A server at ``redis_url`` has settings of its own."""
     capacity_transitions: int = Field(default=1_000_000, ge=2)
     """Transitions the learner keeps; the oldest episodes make room. Usual range 20 thousand – 1 million (the
     paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes."""
-    log_max_bytes: int = Field(default=1 << 30, ge=1 << 14)
+    log_max_bytes: int = Field(default=1 << 30, ge=_SMALLEST_LOG_BYTES)
     """Bound on the episodes kept in the store, bytes; the oldest go first. It has to outlast the time in
-    which the learner does not read. Usual range 256 MiB – 64 GiB."""
+    which the learner does not read. Each shard gets an equal part. Usual range 256 MiB – 64 GiB."""
+    writer_buffer_bytes: int = Field(default=64 << 20, ge=_SMALLEST_LOG_BYTES)
+    """Episodes a rollout actor keeps while the store is away or slow, bytes. Beyond it the oldest are dropped
+    and counted (``replay/dropped``): an actor never waits for the store. Usual range 16 MiB – 1 GiB."""
     connect_timeout_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """How long the store may take to accept a connection or to answer, seconds. Usual range 1–30."""
     retry_first_s: float = Field(default=0.05, gt=0, le=LONGEST_S)
@@ -54,16 +65,72 @@ class ReplayConfig(Config):
             )
         return self
 
-    def store_max_bytes(self, num_actors: int) -> int:
-        """Memory a store needs for this log and ``num_actors`` rollout actors, bytes.
+    @field_validator("redis_url", mode="before")
+    @classmethod
+    def _addresses(cls, value: Any) -> Any:
+        # One error for a wrong type, where a union would give one for each kind, with parts of the value.
+        urls = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if value is not None and not all(isinstance(url, str) for url in urls):
+            raise ValueError("replay.redis_url must be an address or a list of addresses")
+        if not urls or (value is not None and not all(urls)):
+            raise ValueError(
+                "replay.redis_url is empty or has an empty entry; give addresses, or null for a server "
+                "of the run's own"
+            )
+        return urls if isinstance(value, (list, tuple)) else value
 
-        All that a server holds counts: the log and a quarter more for its bookkeeping, the records set aside,
-        the weights, a reply on its way to the learner (twice, since sizes vary), and on each actor's
-        connection an append in several copies, or the weights.
+    @model_validator(mode="after")
+    def _durable_is_our_own(self) -> ReplayConfig:
+        if self.durable and self.redis_url is not None:
+            raise ValueError(
+                "replay.durable is for the server that a run starts for itself; leave it out, and set "
+                "'appendonly yes' on the server at replay.redis_url"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_hold_something(self) -> ReplayConfig:
+        if self.num_shards > 1 and self.shard_max_bytes < _SMALLEST_LOG_BYTES:
+            raise ValueError(
+                f"replay.log_max_bytes is {self.log_max_bytes}, {self.shard_max_bytes} for each of the "
+                f"{self.num_shards} addresses of replay.redis_url; raise it to at least "
+                f"{self.num_shards * _SMALLEST_LOG_BYTES}"
+            )
+        return self
+
+    @property
+    def redis_urls(self) -> tuple[str, ...]:
+        """The address of each shard; none where the run starts a server of its own."""
+        if self.redis_url is None:
+            return ()
+        return (self.redis_url,) if isinstance(self.redis_url, str) else self.redis_url
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of the log, at least 1."""
+        return max(1, len(self.redis_urls))
+
+    @property
+    def shard_max_bytes(self) -> int:
+        """Bound on the episodes kept in each shard, bytes."""
+        return self.log_max_bytes // self.num_shards
+
+    def store_max_bytes(self, num_actors: int, shards: Sequence[int] = (0,)) -> int:
+        """Memory a server needs for ``shards`` of this log, in a run of ``num_actors`` actors, bytes.
+
+        All that a server holds counts: its part of the log and a quarter more for its bookkeeping, the
+        records set aside, the weights if it has the first shard, a reply on its way to the learner (twice,
+        since sizes vary), and on each connection of an actor an append in several copies, or the weights,
+        for which the actors of all shards come to the first.
         """
-        log_bytes = self.log_max_bytes + self.log_max_bytes // 4
+        log_bytes = len(shards) * (self.shard_max_bytes + self.shard_max_bytes // 4)
+        num_writers = sum(actor % self.num_shards in shards for actor in range(num_actors))
         set_aside_bytes = QUARANTINE_ENTRIES * QUARANTINE_RECORD_BYTES
-        return log_bytes + set_aside_bytes + _WEIGHTS_BYTES + 2 * READ_BYTES + num_actors * 4 * APPEND_BYTES
+        weights_bytes = _WEIGHTS_BYTES if 0 in shards else 0
+        num_connections = num_actors if 0 in shards else num_writers
+        return (
+            log_bytes + set_aside_bytes + weights_bytes + 2 * READ_BYTES + num_connections * 4 * APPEND_BYTES
+        )
 
 
 class ShapingConfig(Config):

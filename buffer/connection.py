@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import redis
@@ -10,6 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mara.buffer import keys
+from mara.buffer.config import ReplayConfig
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 
@@ -100,6 +102,26 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_VERSION:
         raise _error(url, f"is Redis {version}", "use Redis 6.2 or newer, or Valkey")
     return client
+
+
+def check_stores(config: ReplayConfig, num_actors: int) -> None:
+    """Every address of ``replay.redis_url`` can be used, and every server keeps what its shards store.
+
+    Shards on one server add up, also where it goes by two names.
+
+    Raises:
+        UserError: the first address with which something is wrong, without its password.
+    """
+    shards_at: dict[str, list[int]] = {}
+    with ExitStack() as exits:
+        clients = [exits.enter_context(connect(url, config.connect_timeout_s)) for url in config.redis_urls]
+        for shard, client in enumerate(clients):
+            # A random number of the process; a server that does not tell is told by its address.
+            server = str(client.info("server").get("run_id") or config.redis_urls[shard])
+            shards_at.setdefault(server, []).append(shard)
+        for shards in shards_at.values():
+            needed_bytes = config.store_max_bytes(num_actors, shards)
+            check_memory(clients[shards[0]], config.redis_urls[shards[0]], needed_bytes)
 
 
 def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:

@@ -12,27 +12,33 @@ PROBE = "mara:probe"
 
 
 class Keys(NamedTuple):
-    """The keys of one run; they share the prefix ``mara:RUN:``, which an access rule can name."""
+    """The keys of one shard of a run; all share the prefix ``mara:RUN:``, which an access rule can name."""
 
     episodes: str
     """Stream: one small entry per episode. ``u`` is its uid, ``s`` the bytes of its record, ``n`` its number
     among all that were ever appended, ``d`` how many duplicates had come until then."""
     record: str
-    """String ``mara:RUN:record:UID`` for each episode: its record. One that expires is not in the log yet."""
+    """String ``mara:RUN:SHARD:record:UID`` for each episode: its record; not in the log while it expires."""
     nbytes: str
     """Integer: the sum of the bytes of the records in the log."""
     counts: str
     """Hash: how many episodes were ever ``appended``, and how many were ``duplicates`` of stored ones."""
     quarantine: str
-    """Stream, bounded: records that could not be decoded, each with the reason."""
+    """Stream, bounded: records that could not be decoded, each with the reason. One for each server."""
     weights: str
-    """Hash: version, time of publication and tensors of the latest agent."""
+    """Hash: version, time of publication and tensors of the latest agent. Only where the first shard is."""
 
 
-def keys_of(run_id: str) -> Keys:
-    """The keys of run ``run_id``, which may hold letters, digits, ``.``, ``_`` and ``-``."""
+def keys_of(run_id: str, shard: int = 0) -> Keys:
+    """The keys of shard ``shard``, from 0, of run ``run_id``: letters, digits, ``.``, ``_`` and ``-``."""
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", run_id):
         raise UserError(
             f"run id {run_id!r} cannot name keys in the store; use up to 128 letters, digits, '.', '_', '-'"
         )
-    return Keys(*(f"mara:{run_id}:{name}" for name in Keys._fields))
+    shared = ("quarantine", "weights")
+    return Keys(
+        *(
+            f"mara:{run_id}:{name}" if name in shared else f"mara:{run_id}:{shard}:{name}"
+            for name in Keys._fields
+        )
+    )

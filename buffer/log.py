@@ -57,22 +57,51 @@ _RECORD_S = 3600
 _INDEX_ENTRIES = 64
 """Most entries of one reply of the index."""
 _BLOCK_S = 0.5  # longest single wait in the server, so that an interrupt is seen
+_READ_BEFORE = 1 << 15  # uids a reader remembers: more than all actors together have under way
 _MAX_WARNINGS = 20
 
 _log = logging.getLogger(__name__)
 
 
+class Record(NamedTuple):
+    """An episode as it is stored."""
+
+    uid: str
+    data: Value
+    """The record, perhaps in parts that lie in the memory of the episode."""
+    nbytes: int
+    """Of the whole record."""
+
+
+def make_record(episode: Episode) -> Record:
+    """Encode an episode. The record refers to the memory of its states."""
+    parts = encode_in_parts(episode)
+    return Record(episode.uid, parts, sum(map(len, parts)))
+
+
+def take_batch(records: deque[Record], max_bytes: int) -> list[Record]:
+    """Remove and return the first records that together have at most ``max_bytes``, or the first alone."""
+    batch = [records.popleft()]
+    num_bytes = batch[0].nbytes
+    while records and num_bytes + records[0].nbytes <= max_bytes:
+        num_bytes += records[0].nbytes
+        batch.append(records.popleft())
+    return batch
+
+
 class RedisEpisodeLog:
-    """An :class:`~mara.common.contracts.EpisodeSink` on a Redis stream. Not thread-safe.
+    """An :class:`~mara.common.contracts.EpisodeSink` on one shard of the log. Not thread-safe.
+
+    The uids of other shards are not known to it: what comes again has to come to the same shard.
 
     While the store is away or has no memory left, ``append`` waits and tries again for up to
     ``max_outage_s``, then raises :class:`~mara.common.errors.ReplayUnavailable`, or
     :class:`~mara.common.errors.UserError` for want of memory.
     """
 
-    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig) -> None:
+    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig, shard: int = 0) -> None:
         self._client = client
-        self._keys = keys_of(run_id)
+        self._keys = keys_of(run_id, shard)
         self._config = config
         self._sha: str | None = None
         self._outage = Outage(config)
@@ -84,42 +113,47 @@ class RedisEpisodeLog:
             ReplayUnavailable: the store was away for too long; a prefix of the episodes is stored.
             UserError: the store has had no memory left for as long; a prefix of the episodes is stored.
         """
-        batch: list[Episode] = []
-        for episode in episodes:
-            if batch and sum(other.nbytes for other in batch) + episode.nbytes > APPEND_BYTES:
-                self._append_batch(batch)
-                batch = []
-            batch.append(episode)
-        if batch:
-            self._append_batch(batch)
+        left = deque(make_record(episode) for episode in episodes)
+        while left:
+            batch = take_batch(left, APPEND_BYTES)
+            while not self.store(batch):
+                time.sleep(self.pause_s)
 
-    def _append_batch(self, batch: Sequence[Episode]) -> None:
-        self.append_records([(episode.uid, encode_in_parts(episode)) for episode in batch])
+    @property
+    def pause_s(self) -> float:
+        """Seconds until :meth:`store` should be tried again; 0 while the store can be used."""
+        return self._outage.pause_s
 
-    def append_records(self, records: Sequence[tuple[str, Value]]) -> None:
-        """Store encoded episodes, each with its uid, in one round trip; raises what :meth:`append` does."""
-        while True:
-            time.sleep(self._outage.pause_s)
-            try:
-                self._send(records)
-            except redis.exceptions.NoScriptError:
-                self._sha = None  # a restarted store has forgotten it
-            except AWAY as error:
-                self._outage.failed(error)
-            except redis.ResponseError as error:
-                if _NO_RECORD not in str(error):
-                    raise
-                self._outage.failed(error)
-            else:
-                self._outage.ended()
-                return
+    def store(self, batch: Sequence[Record]) -> bool:
+        """Try once to store the records in order; whether they are. If not, any of them may be all the same.
 
-    def _send(self, records: Sequence[tuple[str, Value]]) -> None:
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+            UserError: it has had no memory left for as long, or no longer lets us in.
+        """
+        try:
+            self._send(batch)
+        except redis.exceptions.NoScriptError:
+            self._sha = None  # a restarted store has forgotten it
+            return False
+        except AWAY as error:
+            self._outage.failed(error)
+            return False
+        except redis.ResponseError as error:
+            if _NO_RECORD not in str(error):
+                raise
+            self._outage.failed(error)
+            return False
+        self._outage.ended()
+        return True
+
+    def _send(self, batch: Sequence[Record]) -> None:
+        """One round trip; on the server the calls run one after another."""
         if self._sha is None:
             self._sha = self._client.script_load(_APPEND)
-        keys, limit = self._keys, str(self._config.log_max_bytes)
+        keys, limit = self._keys, str(self._config.shard_max_bytes)
         pipeline = self._client.pipeline(transaction=False)
-        for uid, record in records:
+        for uid, record, _ in batch:
             key = record_key(keys, uid)
             # NX: a record that is in the log already must not begin to expire again.
             pipeline.set(key, record, nx=True, ex=_RECORD_S)  # type: ignore[arg-type]
@@ -146,11 +180,12 @@ class _Entry(NamedTuple):
 
 
 class RedisEpisodeReader:
-    """An :class:`~mara.common.contracts.EpisodeSource` on a Redis stream. Not thread-safe.
+    """An :class:`~mara.common.contracts.EpisodeSource` on one shard of the log. Not thread-safe.
 
     While the store is away, ``read`` finds nothing; once that has lasted ``max_outage_s`` it raises
     :class:`~mara.common.errors.ReplayUnavailable`. Entries trimmed before they were read are passed over and
-    counted; records that cannot be decoded are counted, copied to the run's quarantine and passed over. A
+    counted; records that cannot be decoded are counted, copied to the run's quarantine and passed over. An
+    episode that was read already and was stored again, after the store had lost it, is passed over too. A
     reply of the store holds about 32 MiB: it counts against the store's own memory.
     """
 
@@ -161,9 +196,10 @@ class RedisEpisodeReader:
         config: ReplayConfig,
         cursor: str = "0-0",
         limits: RecordLimits | None = None,
+        shard: int = 0,
     ) -> None:
         self._client = client
-        self._keys = keys_of(run_id)
+        self._keys = keys_of(run_id, shard)
         self._entry_id, _, number = cursor.partition("/")
         self._number = int(number or 0)
         self._limits = limits or RecordLimits()
@@ -171,6 +207,10 @@ class RedisEpisodeReader:
         self._quarantine = Quarantine(client, run_id)
         # The socket must not time out before the server's wait ends.
         self._longest_block_s = min(_BLOCK_S, config.connect_timeout_s / 2)
+        # The uids read last, oldest first. A crash may take from the store what was read but not yet answered
+        # for, and what its writer therefore sends again.
+        self._read_before: dict[str, None] = {}
+        self._num_read_again = 0
         self._entries: deque[_Entry] = deque()  # read from the index; their records are not
         self._num_malformed = 0
         self._num_trimmed_unread = 0
@@ -203,7 +243,7 @@ class RedisEpisodeReader:
 
         A writer does so when a reply was lost, or when a part of what it sent was refused.
         """
-        return self._num_duplicates
+        return self._num_duplicates + self._num_read_again
 
     @property
     def waited_s(self) -> float:
@@ -274,7 +314,7 @@ class RedisEpisodeReader:
                 self._num_trimmed_unread += 1
                 continue
             try:
-                episodes.append(decode_episode(record or b"", self._limits))
+                episode = decode_episode(record or b"", self._limits)
             except MalformedRecord as error:
                 self._num_malformed += 1
                 origin = f"{self._keys.episodes} {entry.entry_id}"
@@ -282,6 +322,9 @@ class RedisEpisodeReader:
                 if self._num_malformed <= _MAX_WARNINGS:
                     last = "; no more warnings" if self._num_malformed == _MAX_WARNINGS else ""
                     _log.warning("record %s in the replay log is skipped: %s%s", entry.entry_id, error, last)
+            else:
+                if self._is_new(episode.uid):
+                    episodes.append(episode)
         self._quarantine.keep(refused)
         return episodes
 
@@ -296,6 +339,16 @@ class RedisEpisodeReader:
             return None
         self._outage.ended()
         return reply
+
+    def _is_new(self, uid: str) -> bool:
+        """Whether the uid is none of those read last; it is from now on."""
+        if uid in self._read_before:
+            self._num_read_again += 1
+            return False
+        self._read_before[uid] = None
+        if len(self._read_before) > _READ_BEFORE:
+            del self._read_before[next(iter(self._read_before))]
+        return True
 
     def _note(self, entry: _Entry) -> None:
         """Move the cursor behind the entry, and learn from it what was missed."""

@@ -134,6 +134,11 @@ class MemoryWeightChannel:
             self._latest = VersionedWeights(version, time.time(), copies)
         return True
 
+    def holds(self, version: int) -> bool:
+        """Whether ``version`` or a later one has been published."""
+        latest = self.latest_version()
+        return latest is not None and latest >= version
+
     def fetch_newer(self, than: int) -> VersionedWeights | None:
         """Return the latest weights if their version exceeds ``than``."""
         with self._lock:

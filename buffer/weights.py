@@ -15,8 +15,12 @@ from mara.buffer.keys import keys_of
 from mara.buffer.outage import AWAY, Outage
 from mara.common.contracts import VersionedWeights
 
-# Returns the version that stands in the way, or nothing.
+# Returns the version that stands in the way, or nothing. What it stores goes neither into an append-only
+# file, which would grow by the whole agent every second, nor to replicas. Before Redis 7 a script had to ask
+# for the right to say so; later that does nothing.
 _PUBLISH = """
+if redis.replicate_commands then redis.replicate_commands() end
+redis.set_repl(redis.REPL_NONE)
 local current = redis.call('HGET', KEYS[1], 'version')
 if current and tonumber(current) >= tonumber(ARGV[1]) then return current end
 redis.call('HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'tensors', ARGV[3])
@@ -64,6 +68,18 @@ class RedisWeightChannel:
             )
         self._unanswered.clear()
         return True
+
+    def holds(self, version: int) -> bool:
+        """Whether the store has weights of ``version`` or later ones. True while it is away: nobody knows.
+
+        A store that was restarted has none, or old ones: they are in no append-only file, unless it was
+        rewritten since.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        latest = self.latest_version()
+        return self._outage.is_on or (latest is not None and latest >= version)
 
     def fetch_newer(self, than: int) -> VersionedWeights | None:
         """Return the latest weights if their version exceeds ``than``; one tiny request if not.

@@ -35,7 +35,8 @@ class EpisodeSink(Protocol):
         """Store the episodes in order; :class:`~mara.common.errors.ReplayUnavailable` if only a prefix was.
 
         Appending an episode whose ``uid`` is already stored changes nothing, so a caller that lost
-        the reply may simply append again. Blocks for one round trip, never for the learner.
+        the reply may simply append again. Blocks for one round trip at most, never for the learner; a sink
+        with a buffer of its own returns at once, stores later, and raises at the next call.
         """
         ...
 
@@ -99,6 +100,13 @@ class WeightSink(Protocol):
 
         Returns whether they are stored. If not, the same version may be published again: nobody has seen it.
         A reader sees either the previous version whole or this one whole. Never waits for the store.
+        """
+        ...
+
+    def holds(self, version: int) -> bool:
+        """Whether weights of ``version`` or later are stored still, as far as anybody knows.
+
+        False once the store has lost them; the same version may then be published again.
         """
         ...
 

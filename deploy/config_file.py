@@ -96,8 +96,8 @@ def dump_config(config: RunConfig) -> str:
     """YAML that :func:`load_config` reads back as the same settings, except that passwords are hidden."""
     content = config.model_dump(mode="json")
     del content["shaping"]["score_weights"]
-    if config.replay.redis_url is not None:
-        content["replay"]["redis_url"] = hide_password(config.replay.redis_url)
+    shown = [hide_password(url) for url in config.replay.redis_urls]
+    content["replay"]["redis_url"] = shown[0] if isinstance(config.replay.redis_url, str) else shown or None
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
 
 
@@ -123,6 +123,10 @@ def _apply_override(content: dict[Any, Any], override: str, model: type[BaseMode
     node[parts[-1]] = _parse_value(parts, text, model)
 
 
+_COMMA = re.compile(r",(?![^{]*\})")
+"""A comma that is not within ``${…}``, which YAML does not take as an entry of a list."""
+
+
 def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any:
     """Text as it is where the setting is text, YAML everywhere else; ``1,2`` is a list where one belongs."""
     accepted = list(_types_at(model, parts))
@@ -132,9 +136,12 @@ def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any
         return None
     if DATA_PATH in accepted:
         return resolve_data_path(text, Path.cwd())
+    is_list = any(typing.get_origin(kind) is tuple for kind in accepted)
+    if str in accepted and is_list and text.startswith("[") and text.endswith("]"):
+        return [entry.strip(" '\"") for entry in _COMMA.split(text[1:-1])]
     if {str, Path} & set(accepted) or any(isinstance(kind, str) for kind in accepted):
         return text
-    if any(typing.get_origin(kind) is tuple for kind in accepted) and not text.startswith("["):
+    if is_list and not text.startswith("["):
         text = f"[{text}]"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
@@ -214,7 +221,7 @@ def _dotted(location: Sequence[int | str]) -> str:
 
 def _show(path: str, value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    if path.endswith("redis_url") or _is_secret(text):
+    if "redis_url" in path or _is_secret(text):
         return HIDDEN
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 RATE_WINDOW_S = 10.0
+COUNTS = ("_total", "_failed", "/dropped")
+"""How the names of metrics end that only ever grow."""
 
 
 def fleet_metrics(
@@ -14,14 +16,14 @@ def fleet_metrics(
 ) -> dict[str, float]:
     """Put the actors' metrics together by name.
 
-    Counts (``…_total``, ``…_failed``) are summed, those of ``retired`` actors included, so that they never
-    fall. Seconds (``…_s``) take the longest and policy versions the oldest: the actor that lags behind is the
-    one to see. Everything else is the mean.
+    Counts (:data:`COUNTS`) are summed, those of ``retired`` actors included, so that they never fall. Seconds
+    (``…_s``) take the longest and policy versions the oldest: the actor that lags behind is the one to see.
+    Everything else is the mean.
     """
     merged: dict[str, float] = {}
     for name in sorted({name for metrics in (*live, *retired) for name in metrics}):
         values = [metrics[name] for metrics in live if name in metrics]
-        if name.endswith(("_total", "_failed")):
+        if name.endswith(COUNTS):
             merged[name] = sum(values) + sum(metrics.get(name, 0.0) for metrics in retired)
         elif not values:
             continue

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mara.buffer.log import RedisEpisodeReader
+from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
 from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
@@ -38,15 +38,15 @@ class LearnerHost:
         """Train; save the agent and a checkpoint into the run folder at the end. Blocks."""
         log_to(self._spec.log_file)
         config, run_id = self._spec.config, self._spec.run_id
-        client = self._spec.connect()
+        clients = [self._spec.connect(shard) for shard in range(config.replay.num_shards)]
         self._learner = Learner(
             config.learner,
             config.agent,
             config.replay,
             config.weighted_shaping,
             hidden_size=self._spec.hidden_size,
-            source=RedisEpisodeReader(client, run_id, config.replay),
-            weights=RedisWeightChannel(client, run_id, config.replay),
+            source=open_reader(clients, run_id, config.replay),
+            weights=RedisWeightChannel(clients[0], run_id, config.replay),
             seed=config.run.seed,
             on_metrics=self._rows.append,
             run_folder=self._spec.folder,

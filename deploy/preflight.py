@@ -12,7 +12,7 @@ import torch
 from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, check_quantization, locate_model
 from mara.actors.prompts import Prompt, load_prompts
-from mara.buffer.connection import check_memory, connect
+from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say as say_line
@@ -60,7 +60,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     warn_of_few_cores(config)
     if config.replay.redis_url is not None:
         say("checking the server at replay.redis_url")
-        check_server(config)
+        check_stores(config.replay, config.rollout.num_actors)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
     digests, base_scores = {}, {}
@@ -71,14 +71,6 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
         base_scores[name] = read_base_scores(head.path) if is_own else {}
     return Checked(tuple(prompts), hidden_size, digests, base_scores)
-
-
-def check_server(config: RunConfig) -> None:
-    """The server that ``replay.redis_url`` names answers, and keeps what a run of this size stores."""
-    replay = config.replay
-    assert replay.redis_url is not None
-    with connect(replay.redis_url, replay.connect_timeout_s) as client:
-        check_memory(client, replay.redis_url, replay.store_max_bytes(config.rollout.num_actors))
 
 
 def check_cache(config: RunConfig) -> None:

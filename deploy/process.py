@@ -46,11 +46,11 @@ class HostSpec:
     def log_file(self) -> Path:
         return self.folder / "logs" / f"{self.name}.log"
 
-    def connect(self) -> redis.Redis:
-        """A client of the run's server."""
+    def connect(self, shard: int = 0) -> redis.Redis:
+        """A client of the server with shard ``shard`` of the replay log. The first has the weights too."""
         replay = self.config.replay
-        assert replay.redis_url is not None, "the run fills in the address of the server it started"
-        return connect(replay.redis_url, replay.connect_timeout_s)
+        assert replay.redis_urls, "the run fills in the address of the server it started"
+        return connect(replay.redis_urls[shard], replay.connect_timeout_s)
 
 
 class Report(NamedTuple):

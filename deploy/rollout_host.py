@@ -10,12 +10,18 @@ from mara.actors.prompts import Prompt
 from mara.actors.rollout import RolloutWorker
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.weights import RedisWeightChannel
+from mara.buffer.writer import BufferedSink
 from mara.deploy.process import LOADING, RUNNING, STARTING, HostSpec, Report, log_to
+
+FLUSH_S = 5.0
+"""How long an actor that ends goes on storing the episodes it still has, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec(HostSpec):
     prompts: tuple[Prompt, ...]
+    number: int = 0
+    """Which of the run's actors this is, from 0; one that replaces another has its number."""
 
 
 class RolloutHost:
@@ -25,6 +31,7 @@ class RolloutHost:
         self._spec = spec
         self._stop = threading.Event()
         self._worker: RolloutWorker | None = None
+        self._sink: BufferedSink | None = None
         self._phase = STARTING
 
     def run(self) -> None:
@@ -32,7 +39,9 @@ class RolloutHost:
         log_to(self._spec.log_file)
         self._phase = LOADING
         config = self._spec.config
-        client = self._spec.connect()
+        shard = self._spec.number % config.replay.num_shards
+        log = RedisEpisodeLog(self._spec.connect(shard), self._spec.run_id, config.replay, shard)
+        self._sink = BufferedSink(log, config.replay.writer_buffer_bytes)
         self._worker = RolloutWorker(
             config.llm,
             config.decoding,
@@ -40,13 +49,16 @@ class RolloutHost:
             config.agent,
             {name: head.path for name, head in config.rewards.items()},
             self._spec.prompts,
-            RedisEpisodeLog(client, self._spec.run_id, config.replay),
-            RedisWeightChannel(client, self._spec.run_id, config.replay),
+            self._sink,
+            RedisWeightChannel(self._spec.connect(), self._spec.run_id, config.replay),
             self._spec.name,
             config.run.seed,
         )
         self._phase = RUNNING
-        self._worker.run(self._stop)
+        try:
+            self._worker.run(self._stop)
+        finally:
+            self._sink.close(FLUSH_S)
 
     def stop(self) -> None:
         """End :meth:`run` after the current decoding step. Returns at once."""
@@ -54,4 +66,6 @@ class RolloutHost:
 
     def report(self) -> Report:
         """Phase and metrics now. Returns at once."""
-        return Report(self._phase, os.getpid(), self._worker.metrics() if self._worker else {}, [])
+        if self._worker is None or self._sink is None:
+            return Report(self._phase, os.getpid(), {}, [])
+        return Report(self._phase, os.getpid(), self._worker.metrics() | self._sink.metrics, [])

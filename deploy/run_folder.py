@@ -13,6 +13,8 @@ from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOGS = "logs"
+REPLAY = "replay"
+"""Where the run's own server keeps its append-only file, with ``replay.durable``."""
 LATEST = "latest"
 
 

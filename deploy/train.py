@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara.buffer.server import EmbeddedServer
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say
 from mara.deploy.exit import RunFailed
@@ -30,7 +31,7 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, make_run_folder, what_is_saved
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, REPLAY, make_run_folder, what_is_saved
 from mara.deploy.signals import StopSignal
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mara.deploy.topology import Cluster
 
 POLL_S = 1.0
+MAX_SERVER_RESTARTS = 20
 TICK_S = 0.05
 LAST_REPORT_S = 10.0
 WANDB_START_S = 45.0
@@ -164,6 +166,8 @@ class _Training:
         self._folder = folder
         self._recorder = recorder
         self._show = show
+        self._server: EmbeddedServer | None = None
+        self._num_server_restarts = 0
 
     def run(self) -> LearnerSummary:
         """Start everything, train, save; end everything, whatever happens."""
@@ -186,9 +190,32 @@ class _Training:
         if config.replay.redis_url is not None:
             return config
         self._show.state("starting the server for episodes and weights")
-        server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes(config.rollout.num_actors)))
+        max_bytes = config.replay.store_max_bytes(config.rollout.num_actors)
+        server = EmbeddedServer(max_bytes, self._folder / REPLAY if config.replay.durable else None)
+        self._server = exits.enter_context(server)
         replay = config.replay.model_copy(update={"redis_url": server.url})
         return config.model_copy(update={"replay": replay})
+
+    def _keep_server(self) -> None:
+        """Start the run's own server again if it died: the others go on as soon as it answers.
+
+        Raises:
+            RunFailed: it does not start, or has died too often.
+        """
+        if self._server is None or self._server.pid is not None:
+            return
+        self._num_server_restarts += 1
+        if self._num_server_restarts > MAX_SERVER_RESTARTS:
+            raise RunFailed(
+                f"the server for episodes and weights died {self._num_server_restarts} times; the run ends; "
+                f"{what_is_saved(self._folder)}; free memory or lower replay.log_max_bytes"
+            )
+        try:
+            self._server.start()
+        except UserError as error:
+            raise RunFailed(f"{error}; the run ends; {what_is_saved(self._folder)}") from error
+        kept = "its data are kept" if self._config.replay.durable else "episodes that were unread are lost"
+        self._show.display.say(f"the server for episodes and weights died and was started again; {kept}")
 
     def _with_cluster(self, exits: ExitStack) -> Cluster:
         """The cluster at ``ray.address``, or one of the run's own on this machine."""
@@ -216,7 +243,7 @@ class _Training:
         card = agent_card(config, self._checked.head_digests)
         learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
-            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts)
+            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts, number)
             for number in range(config.rollout.num_actors)
         ]
         return Supervisor(cluster, learner, rollouts, self._show.display.say)
@@ -231,6 +258,7 @@ class _Training:
         """Watch until the learner is done, or was asked to stop and has saved."""
         deadline_s: float | None = None
         while True:
+            self._keep_server()
             status = supervisor.poll()
             self._take(status)
             if status.summary is not None:

@@ -37,6 +37,8 @@ READ_EPISODES = 64
 """Most episodes read between two gradient steps."""
 WAIT_S = 0.1
 """How long one wait for episodes lasts; a stop request is seen within it."""
+LOOK_S = 1.0
+"""Time between two looks at whether the store still has the weights, while there are no newer ones."""
 
 CHECKPOINT_FOLDER = "checkpoints"
 AGENT_FOLDER = "agent"
@@ -120,7 +122,7 @@ class Learner:
         self._num_sampled = 0
         self._published_version: int | None = None
         self._num_publications_dropped = 0
-        self._published_at = self._saved_at = 0.0
+        self._published_at = self._saved_at = self._looked_for_publication_at = 0.0
         self._window = Window()
         self._clock = self._new_clock()
         self._whole_run = self._new_clock()
@@ -246,7 +248,7 @@ class Learner:
 
     def _publish(self) -> None:
         """Publish the agent unless this version is out already. What the store did not take stays due."""
-        if self._published_version == self.sac.step:
+        if self._published_version == self.sac.step and not self._is_publication_lost():
             return
         tensors = {name: t.detach().cpu() for name, t in self.sac.agent.state_dict().items()}
         if self._weights.publish(self.sac.step, tensors):
@@ -254,6 +256,14 @@ class Learner:
         else:
             self._num_publications_dropped += 1
         self._published_at = time.monotonic()
+
+    def _is_publication_lost(self) -> bool:
+        """Whether the store has forgotten the weights, as one does that was restarted. Looks now and then."""
+        now = time.monotonic()
+        if now - self._looked_for_publication_at < LOOK_S:
+            return False
+        self._looked_for_publication_at = now
+        return not self._weights.holds(self.sac.step)
 
     def _save_before(self, error: Exception) -> None:
         """Save what was learnt before ``error`` ends the run; a failure to do so must not hide it.

@@ -1,5 +1,7 @@
 """A rollout actor with a tiny LLM, against the replay log and the weight channel in memory."""
 
+import os
+import signal
 import threading
 import time
 
@@ -14,7 +16,12 @@ from mara.actors.heads import RewardHead, save_head
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import RolloutWorker, score_prefixes
 from mara.buffer.codec import decode_episode, encode_episode
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.buffer.server import EmbeddedServer
+from mara.buffer.writer import BufferedSink
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
 from mara.common.episode import policy_token_logprobs
@@ -222,6 +229,32 @@ def test_only_waiting_for_the_store_is_idle_and_scoring_is_work(make_worker, mon
     worker.run(stop)
     idle_ratio = worker.metrics()["rollout/idle_ratio"]
     assert (idle_ratio > 0.2) if idle else (idle_ratio < 0.1)
+
+
+def test_an_actor_goes_on_while_the_store_is_away(make_worker):
+    config = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1)
+    weights = MemoryWeightChannel()
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    with EmbeddedServer(max_bytes=1 << 26) as server:
+        client = connect(server.url)
+        os.kill(server.pid, signal.SIGKILL)
+        sink = BufferedSink(RedisEpisodeLog(client, "r", config), max_bytes=1 << 14)
+        worker, stop = make_worker(sink, weights), threading.Event()
+        thread = threading.Thread(target=worker.run, args=(stop,))
+        thread.start()
+        while sink.metrics["replay/dropped"] < 20:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        assert worker.metrics()["rollout/idle_ratio"] < 0.2
+        while server.pid is not None:
+            time.sleep(0.01)
+        server.start()
+        stop.set()
+        thread.join()
+        assert sink.close(30)
+        num_stored = connect(server.url).xlen("mara:r:0:episodes")
+    made, dropped = worker.metrics()["rollout/episodes_total"], sink.metrics["replay/dropped"]
+    assert 0 < num_stored == made - dropped
 
 
 def test_scores_are_those_of_the_heads_on_the_whole_answer_read_anew(make_worker, llm_folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -279,17 +281,34 @@ def test_what_is_not_a_record_at_all_is_refused(data: bytes) -> None:
     assert len(str(caught.value)) < 300
 
 
-def decodes_to_something_usable(data: bytes) -> None:
+def test_a_record_of_maps_in_maps_is_refused_before_it_takes_memory() -> None:
+    """Three bytes of record make a map of 64 bytes."""
+    content: dict[str, Any] = {}
+    for _ in range(3):
+        content = {chr(32 + n): content for n in range(60)}
+    record = msgpack.packb(content)
+    assert len(record) > 600_000
+    tracemalloc.start()
+    with pytest.raises(MalformedRecord, match="more maps than a record has"):
+        decode_episode(record)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 256 << 10
+
+
+def decodes_to_something_usable(data: bytes) -> bool:
+    """Whether it is an episode; if so, it can be shaped and trained on."""
     try:
         episode = decode_episode(data)
     except MalformedRecord as error:
         if "\n" in str(error):
             raise AssertionError("more than one line") from error
-        return
+        return False
     for estimator in ("accepted_log_ratio", "pointwise"):
         shaped = shape_episode(episode, ShapingConfig(kl_estimator=estimator), 1.0)
         assert np.isfinite(shaped.rewards_T).all()
     assert torch.isfinite(episode.states_TD).all()
+    return True
 
 
 @settings(max_examples=200, deadline=None)
@@ -310,6 +329,135 @@ def test_flipped_lost_and_added_bytes_never_raise_anything_else(
         else:
             del record[at : at + data.draw(st.integers(1, 8))]
     decodes_to_something_usable(bytes(record))
+
+
+Mutation = Callable[[np.random.Generator, list[bytes]], bytes]
+
+
+def some_record(rng: np.random.Generator, records: list[bytes]) -> bytearray:
+    return bytearray(records[rng.integers(len(records))])
+
+
+def flipped(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    record = some_record(rng, records)
+    for at in rng.integers(0, len(record), int(rng.integers(1, 9))):
+        record[at] = rng.integers(256) if rng.random() < 0.5 else record[at] ^ (1 << int(rng.integers(8)))
+    return bytes(record)
+
+
+def truncated(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    record = some_record(rng, records)
+    start, end = sorted(rng.integers(0, len(record) + 1, 2).tolist())
+    return bytes(record[:end] if rng.random() < 0.7 else record[:start] + record[end:])
+
+
+def spliced(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    one, other = some_record(rng, records), some_record(rng, records)
+    at = int(rng.integers(0, len(one)))
+    return bytes(one[:at] + other[at if rng.random() < 0.5 else int(rng.integers(0, len(other))) :])
+
+
+HOSTILE_NUMBERS: list[Any] = [0, 1, -1, 2**31, 2**63, 2**64 - 1, -(2**63), 1e308, -1e308, 5e-324, -0.0]
+HOSTILE_NUMBERS += [float("nan"), float("inf"), float("-inf"), True, None]
+HOSTILE_VALUES: list[Any] = [*HOSTILE_NUMBERS, "", "x" * 400, b"", bytes(3), b"\xff" * 24, [], [1], {}]
+HOSTILE_VALUES += [{"x": b""}, {"": float("nan")}, {b"x": 1.0}, {"x": {"x": {}}}]
+ENTRIES = {"<i8": [-(2**63), 2**63 - 1], "<i4": [-(2**31), 2**31 - 1], "<i2": [-(2**15), 2**15 - 1]}
+FLOATS = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e9, -1e9, -1.1e9, 1e-45, 1e-3, -0.0]
+
+
+def with_another_field(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    """One field lost, of another type, of another size, or with an extreme entry; sometimes two."""
+    content = msgpack.unpackb(bytes(some_record(rng, records)))
+    for _ in range(int(rng.integers(1, 3))):
+        name = list(content)[rng.integers(len(content))]
+        kind = rng.random()
+        if kind < 0.1:
+            del content[name]
+        elif kind < 0.4 or type(content[name]) is not bytes:
+            content[name] = HOSTILE_VALUES[rng.integers(len(HOSTILE_VALUES))]
+        elif kind < 0.5:
+            length = int(rng.integers(0, 2 * len(content[name]) + 2))
+            content[name] = (content[name] * 2 + bytes(2))[:length]
+        else:
+            content[name] = with_an_extreme_entry(rng, content[name])
+    return bytes(msgpack.packb(content))
+
+
+def with_an_extreme_entry(rng: np.random.Generator, raw: bytes) -> bytes:
+    extremes: list[tuple[str, list[Any]]] = [*ENTRIES.items(), ("<f4", FLOATS), ("u1", [0, 1, 2, 255])]
+    dtype, values = extremes[rng.integers(len(extremes))]
+    size = np.dtype(dtype).itemsize
+    if len(raw) < size:
+        return raw
+    at = int(rng.integers(len(raw) // size)) * size
+    extreme = np.array([values[rng.integers(len(values))]], dtype).tobytes()
+    return raw[:at] + extreme + raw[at + size :]
+
+
+HUGE = [b"\xdb", b"\xc6", b"\xdd", b"\xdf", b"\xc9"]
+"""Headers of a text, bytes, a list, a map and an extension whose size takes four bytes."""
+
+
+def claiming_to_be_huge(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    record = some_record(rng, records)
+    header = HUGE[rng.integers(len(HUGE))] + int(rng.integers(1 << 16, 1 << 32)).to_bytes(4, "big")
+    at = int(rng.integers(0, len(record))) if rng.random() < 0.8 else 0
+    return bytes(record[:at] + header + record[at + (5 if rng.random() < 0.5 else 0) :])
+
+
+def nested_deeply(rng: np.random.Generator, records: list[bytes]) -> bytes:
+    record = some_record(rng, records)
+    level = [b"\x91", b"\x81\xa1x", b"\x81\xa6scores", b"\xdc\0\1", b"\x81"][rng.integers(5)]
+    at = int(rng.integers(0, len(record))) if rng.random() < 0.5 else 0
+    return bytes(record[:at] + level * int(rng.integers(2, 600)) + record[at:])
+
+
+MUTATIONS: dict[Mutation, int] = {
+    flipped: 25_000,
+    truncated: 10_000,
+    spliced: 15_000,
+    with_another_field: 40_000,
+    claiming_to_be_huge: 7_000,
+    nested_deeply: 5_000,
+}
+
+
+def test_a_hundred_thousand_damaged_records_are_refused_or_usable_and_take_little_memory(
+    make_episode: MakeEpisode,
+) -> None:
+    records = [
+        encode_episode(make_episode(f"u{seed}", seed, num_tokens, dtype=dtype, fallback=fallback))
+        for seed, (num_tokens, dtype, fallback) in enumerate(
+            [
+                (2, torch.bfloat16, "last"),
+                (5, torch.float16, "first"),
+                (9, torch.bfloat16, "first"),
+                (0, torch.float16, "last"),
+            ]
+        )
+    ]
+    rng = np.random.default_rng(0)
+    decodes_to_something_usable(records[2])  # whatever is loaded at the first use is loaded now
+    peak_before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usable = 0
+    for mutate, count in MUTATIONS.items():
+        for n in range(count):
+            record = mutate(rng, records)
+            if n % 50 == 0:  # tracing is slow
+                tracemalloc.start()
+            try:
+                usable += decodes_to_something_usable(record)
+            except Exception as error:
+                raise AssertionError(f"{mutate.__name__} number {n}: {record!r}") from error
+            if n % 50 == 0:
+                _, peak_bytes = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                # Each level that is open takes a map, and there may be a thousand.
+                assert peak_bytes < 8 * len(record) + (256 << 10), f"{mutate.__name__} number {n}"
+    assert sum(MUTATIONS.values()) >= 100_000
+    assert usable > 3000, "the mutations are so wild that nothing behind the first check was reached"
+    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before_kb
+    assert grown_kb < 32 << 10
 
 
 ANYTHING = st.recursive(

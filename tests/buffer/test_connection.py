@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import secrets
+import shutil
 import socket
+import ssl
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+import torch
 
-from mara.buffer.connection import check_memory, connect
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import check_memory, check_stores, connect
+from mara.buffer.keys import keys_of
+from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.server import EmbeddedServer
+from mara.buffer.shards import open_reader
+from mara.buffer.weights import RedisWeightChannel
+from mara.common.episode import Episode
 from mara.common.errors import UserError
 
 SECRET = "s3cr3t-w0rd"
@@ -21,6 +35,12 @@ SECRET = "s3cr3t-w0rd"
 def own_server() -> Iterator[EmbeddedServer]:
     """A server whose settings the tests may change."""
     with EmbeddedServer(max_bytes=64 << 20) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy_server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(max_bytes=4 << 30) as running:
         yield running
 
 
@@ -169,6 +189,90 @@ def test_a_server_that_evicts_only_what_expires_keeps_a_run(own_server: Embedded
         check_memory(owner, own_server.url, needed_bytes=1)
     finally:
         owner.config_set("maxmemory-policy", "noeviction")
+
+
+def does_everything_a_run_does(url: str, make_episode: Callable[..., Episode]) -> None:
+    run_id = f"run-{secrets.token_hex(4)}"
+    config = ReplayConfig(redis_url=url)
+    check_stores(config, num_actors=1)
+    RedisEpisodeLog(connect(url), run_id, config).append([make_episode(uid="a")])
+    connect(url).xadd(keys_of(run_id).episodes, {"e": b"garbage"})
+    reader = open_reader([connect(url)], run_id, config)
+    assert [episode.uid for episode in reader.read(5, 0)] == ["a"]
+    assert reader.num_quarantined == 1
+    channel = RedisWeightChannel(connect(url), run_id, config)
+    assert channel.publish(1, {"w": torch.ones(3)})
+    newer = channel.fetch_newer(than=0)
+    assert newer is not None and newer.version == 1
+
+
+def test_a_user_with_rights_on_our_keys_alone_can_do_everything_a_run_does(
+    roomy_server: EmbeddedServer, make_episode: Callable[..., Episode]
+) -> None:
+    owner = connect(roomy_server.url)
+    owner.acl_setuser("mara", enabled=True, passwords=[f"+{SECRET}"], categories=["+@all"], keys=["mara:*"])
+    path = roomy_server.url.rpartition("@")[2]
+    does_everything_a_run_does(f"unix://mara:{SECRET}@{path}", make_episode)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        connect(f"unix://mara:{SECRET}@{path}").get("another:key")
+
+
+def test_an_encrypted_connection_can_do_everything_a_run_does(
+    roomy_server: EmbeddedServer, tmp_path: Path, make_episode: Callable[..., Episode]
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+    ]
+    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    credentials, _, path = roomy_server.url.removeprefix("unix://").rpartition("@")
+    with encrypted(path, certificate, key) as port:
+        address = f"rediss://{credentials}@localhost:{port}"
+        does_everything_a_run_does(f"{address}?ssl_ca_certs={certificate}", make_episode)
+        assert "cannot be used" in refused(address)  # signed by nobody that this machine trusts
+
+
+@contextlib.contextmanager
+def encrypted(server_path: str, certificate: Path, key: Path) -> Iterator[int]:
+    """The port of a TLS end before a server that may have been built without it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_unix_connection(server_path)
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield listener.sockets[0].getsockname()[1]
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    listener.close()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
 
 
 def test_a_server_that_refuses_writes(own_server: EmbeddedServer) -> None:

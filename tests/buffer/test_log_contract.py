@@ -1,18 +1,20 @@
-"""What every replay log promises, held against the one in memory and the one on Redis."""
+"""What every replay log promises, held against the one in memory and those on Redis."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
-from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog
+from mara.buffer.shards import open_reader
+from mara.buffer.writer import BufferedSink
 from mara.common.contracts import EpisodeSink
 from mara.common.episode import Episode
 
@@ -21,22 +23,45 @@ Same = Callable[[Episode, Episode], bool]
 
 
 class Log(NamedTuple):
-    make_sink: Callable[[], EpisodeSink]
+    make_sink: Callable[..., EpisodeSink]
+    """Takes the optional number of an actor."""
     make_reader: Callable[..., Any]
     """Takes an optional cursor."""
 
 
-@pytest.fixture(params=["memory", "redis"])
+class Stored:
+    """A sink with a buffer that is looked at only when it is empty: when an append counts."""
+
+    def __init__(self, sink: BufferedSink) -> None:
+        self._sink = sink
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        self._sink.append(episodes)
+        assert self._sink.flush(30)
+
+
+@pytest.fixture(params=["memory", "redis", "three shards", "buffered"])
 def make_log(request: pytest.FixtureRequest, run_id: str) -> Callable[..., Log]:
     def make(**settings: Any) -> Log:
         config = ReplayConfig(**settings)
         if request.param == "memory":
             log = MemoryEpisodeLog(config)
-            return Log(lambda: log, log.reader)
+            return Log(lambda *actor: log, log.reader)
         url = request.getfixturevalue("server").url
+        buffered = request.param == "buffered"
+        num_shards = 3 if request.param == "three shards" else 1
+        # What one actor may store is the same for all.
+        total = {"redis_url": (url,) * num_shards, "log_max_bytes": num_shards * config.log_max_bytes}
+        config = ReplayConfig(**settings | total)
+
+        def make_sink(actor: int = 1) -> EpisodeSink:
+            shard = actor % num_shards
+            log = RedisEpisodeLog(connect(url), run_id, config, shard)
+            return Stored(BufferedSink(log, config.writer_buffer_bytes)) if buffered else log
+
         return Log(
-            lambda: RedisEpisodeLog(connect(url), run_id, config),
-            lambda *cursor: RedisEpisodeReader(connect(url), run_id, config, *cursor),
+            make_sink,
+            lambda *cursor: open_reader([connect(url) for _ in range(num_shards)], run_id, config, *cursor),
         )
 
     return make
@@ -211,7 +236,7 @@ def test_many_writers_lose_and_double_nothing(
     log = make_log()
 
     def write(writer: int) -> None:
-        sink = log.make_sink()
+        sink = log.make_sink(writer)
         for n in range(25):
             sink.append([make_episode(uid=f"{writer}.{n}")])
 

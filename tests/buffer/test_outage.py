@@ -19,6 +19,7 @@ from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
+from mara.buffer.writer import BufferedSink
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 
@@ -110,14 +111,21 @@ def cut_after_the_first_script(
         listener.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.parametrize("buffered", [False, True])
 def test_an_episode_whose_reply_was_lost_is_stored_once(
-    server: EmbeddedServer, run_id: str, tmp_path: Path, make_episode: MakeEpisode
+    server: EmbeddedServer, run_id: str, tmp_path: Path, make_episode: MakeEpisode, buffered: bool
 ) -> None:
     credentials, _, server_path = server.url.removeprefix("unix://").rpartition("@")
     with cut_after_the_first_script(server_path, tmp_path / "s") as cuts:
-        sink = RedisEpisodeLog(connect(f"unix://{credentials}@{tmp_path / 's'}"), run_id, PATIENT)
+        log = RedisEpisodeLog(connect(f"unix://{credentials}@{tmp_path / 's'}"), run_id, PATIENT)
+        sink = BufferedSink(log, 1 << 20) if buffered else log
         sink.append([make_episode(uid="a"), make_episode(uid="b")])
+        if isinstance(sink, BufferedSink):
+            assert sink.flush(30)
         sink.append([make_episode(uid="c")])
+        if isinstance(sink, BufferedSink):
+            assert sink.close(30)
+            assert sink.metrics["replay/dropped"] == 0
     assert len(cuts) == 1
     reader = RedisEpisodeReader(connect(server.url), run_id, PATIENT)
     assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b", "c"]

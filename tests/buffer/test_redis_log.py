@@ -17,13 +17,18 @@ from mara.buffer.codec import encode_episode
 from mara.buffer.config import QUARANTINE_ENTRIES, QUARANTINE_RECORD_BYTES, READ_BYTES, ReplayConfig
 from mara.buffer.connection import connect
 from mara.buffer.keys import keys_of
-from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader, record_key
+from mara.buffer.log import Record, RedisEpisodeLog, RedisEpisodeReader, record_key
 from mara.buffer.server import EmbeddedServer
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
 CONFIG = ReplayConfig()
+
+
+def store(sink: RedisEpisodeLog, records: list[tuple[str, bytes]]) -> None:
+    """Store records that no episode was encoded to."""
+    assert sink.store([Record(uid, data, len(data)) for uid, data in records])
 
 
 def test_the_accounts_agree_with_the_stream_while_it_is_trimmed(
@@ -86,15 +91,15 @@ def test_records_that_are_no_episodes_are_counted_and_passed_over(
 ) -> None:
     sink, reader = RedisEpisodeLog(client, run_id, CONFIG), RedisEpisodeReader(client, run_id, CONFIG)
     sink.append([make_episode(uid="a")])
-    sink.append_records([("c", b"garbage")])
+    store(sink, [("c", b"garbage")])
     client.xadd(keys_of(run_id).episodes, {"other": b"field"})
-    sink.append_records([("d", encode_episode(make_episode())[:-5])])
+    store(sink, [("d", encode_episode(make_episode())[:-5])])
     sink.append([make_episode(uid="b")])
     with caplog.at_level(logging.WARNING):
         assert [episode.uid for episode in reader.read(2, timeout_s=0)] == ["a", "b"]
     assert reader.num_malformed == 3
     assert len(caplog.records) == 3
-    sink.append_records([(f"{n}", b"garbage") for n in range(100)])
+    store(sink, [(f"{n}", b"garbage") for n in range(100)])
     with caplog.at_level(logging.WARNING):
         assert reader.read(10, timeout_s=0) == []
     assert reader.num_malformed == 103
@@ -108,7 +113,7 @@ def test_a_skipped_record_is_kept_with_the_reason_and_the_place_it_came_from(
     reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
     future = msgpack.packb({"schema": 7, "uid": "u"})
     sink = RedisEpisodeLog(client, run_id, CONFIG)
-    sink.append_records([("u", future), ("v", encode_episode(make_episode())[:-1])])
+    store(sink, [("u", future), ("v", encode_episode(make_episode())[:-1])])
     at = client.xrange(keys.episodes)[0][0]
     assert reader.read(5, timeout_s=0) == []
     first, second = (fields for _, fields in client.xrange(keys.quarantine))
@@ -128,7 +133,7 @@ def test_the_quarantine_stays_small_whatever_comes(client: redis.Redis, run_id: 
     reader, keys = RedisEpisodeReader(client, run_id, CONFIG), keys_of(run_id)
     sink = RedisEpisodeLog(client, run_id, CONFIG)
     for n in range(3 * QUARANTINE_ENTRIES):
-        sink.append_records([(str(n), b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES))])
+        store(sink, [(str(n), b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES))])
     while reader.num_malformed < 3 * QUARANTINE_ENTRIES:
         assert reader.read(20, timeout_s=0) == []
     kept = [fields for _, fields in client.xrange(keys.quarantine)]
@@ -158,7 +163,7 @@ def test_reading_goes_on_where_no_copy_can_be_kept(
 ) -> None:
     with EmbeddedServer(max_bytes=8 << 20) as server:
         owner, keys = connect(server.url), keys_of("r")
-        RedisEpisodeLog(owner, "r", CONFIG).append_records([("g", b"garbage")])
+        store(RedisEpisodeLog(owner, "r", CONFIG), [("g", b"garbage")])
         RedisEpisodeLog(owner, "r", CONFIG).append([make_episode(uid="a")])
         client = connect(server.url)
         reader = RedisEpisodeReader(client, "r", CONFIG)

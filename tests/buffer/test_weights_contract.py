@@ -55,6 +55,13 @@ def test_only_newer_weights_are_fetched_and_the_latest_wins(make_end: Callable[[
     assert source.fetch_newer(than=9) is None
 
 
+def test_a_sink_knows_what_is_held(make_end: Callable[[], Any]) -> None:
+    sink = make_end()
+    assert not sink.holds(0)
+    sink.publish(4, {"w": torch.zeros(1)})
+    assert sink.holds(4) and sink.holds(3) and not sink.holds(5)
+
+
 @pytest.mark.parametrize("version", [7, 6, -1])
 def test_a_version_that_does_not_grow_is_refused(make_end: Callable[[], Any], version: int) -> None:
     make_end().publish(7, {"w": torch.tensor([7.0])})

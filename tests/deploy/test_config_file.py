@@ -225,6 +225,42 @@ def test_an_empty_server_address_is_refused(minimal: Path) -> None:
     assert load_config(minimal, ["replay.redis_url=null"]).replay.redis_url is None
 
 
+@pytest.mark.parametrize(
+    ("text", "urls"),
+    [
+        ("[redis://:s3cret@a:1,redis://b]", ("redis://:s3cret@a:1", "redis://b")),
+        ("[ 'unix:///s?db=0' , \"rediss://a\" ]", ("unix:///s?db=0", "rediss://a")),
+        ("[${oc.env:MARA_TEST_URL},${oc.env:MARA_NONE,redis://x}]", ("redis://:s3cret@host", "redis://x")),
+        ("[redis://a]", ("redis://a",)),
+    ],
+)
+def test_several_servers_are_a_list_of_addresses(
+    minimal: Path, text: str, urls: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARA_TEST_URL", "redis://:s3cret@host")
+    config = load_config(minimal, [f"replay.redis_url={text}"])
+    assert config.replay.redis_urls == config.replay.redis_url == urls
+    assert "s3cret" not in dump_config(config) + repr(config)
+    minimal.write_text(minimal.read_text() + f"replay: {{redis_url: {list(urls)}}}\n")
+    assert load_config(minimal).replay == config.replay
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "replay.redis_url=[]",
+        "replay.redis_url=[redis://:s3cret@a,]",
+        "replay={redis_url: [redis://:s3cret@a, 5]}",
+        "replay={redis_url: [[redis://:s3cret@a]]}",
+        "replay={redis_url: {a: redis://:s3cret@a}}",
+    ],
+)
+def test_what_is_no_list_of_addresses_is_one_line_without_its_password(minimal: Path, override: str) -> None:
+    message = error_of(minimal, override)
+    assert message.startswith("replay.redis_url ")
+    assert "address" in message and "\n" not in message and "s3cret" not in message
+
+
 def seconds_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted keys of all settings in seconds."""
     keys = []

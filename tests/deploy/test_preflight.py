@@ -192,6 +192,14 @@ def test_a_server_that_evicts_is_refused_before_a_model_is_looked_for(
     assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory-policy allkeys-lru", "noeviction")
 
 
+def test_all_of_several_servers_are_checked(config_path: Path, server: EmbeddedServer) -> None:
+    second = "unix://:s3cret@/none.sock"
+    result = train(config_path, f"replay.redis_url=[{server.url},{second}]", "llm.model=nowhere")
+    assert_one_line(result, "replay.redis_url: unix://:***@/none.sock", "start the server or correct")
+    result = train(config_path, f"replay.redis_url=[{server.url},{server.url}]", "llm.model=nowhere")
+    assert_one_line(result, "replay.redis_url: unix://:***@", "maxmemory 67108864", "replay.log_max_bytes")
+
+
 def test_a_folder_that_cannot_be_written_is_named(config_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_one_line(train(config_path, f"run.dir={tmp_path / 'file' / 'runs'}"), "run.dir")

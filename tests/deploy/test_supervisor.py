@@ -189,6 +189,7 @@ def test_counts_add_up_and_the_slowest_actor_is_shown() -> None:
     assert merged["rollout/idle_ratio"] == pytest.approx(0.3)
     assert merged["rollout/policy_version"] == 7
     assert merged["weights/x_s"] == 3
+    assert fleet_metrics([{"replay/dropped": 1.0}, {}], [{"replay/dropped": 3.0}]) == {"replay/dropped": 4.0}
 
 
 def test_rates_are_growth_over_the_window() -> None:

@@ -89,6 +89,24 @@ def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(
         assert str(folder / place) in command.text
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_run_survives_the_death_of_its_server(mara: Start, durable: bool) -> None:
+    steps = "learner.gradient_steps_per_episode=0.1"
+    command = mara("learner.num_episodes=400", steps, NO_WANDB, f"replay.durable={durable}")
+    command.wait_until(lambda: is_training(command), "training")
+    (server,) = [p for p in command.processes() if "valkey" in p.name() or "redis" in p.name()]
+    server.kill()
+
+    assert command.wait() == 0, command.text
+    assert command.left_running() == []
+    told = "its data are kept" if durable else "episodes that were unread are lost"
+    assert f"the server for episodes and weights died and was started again; {told}" in command.text
+    rows = records(command)
+    assert rows[-1]["episodes/total"] == 400
+    assert rows[-1]["actors/restarted"] == rows[-1]["replay/malformed"] == rows[-1]["replay/dropped"] == 0
+    assert (run_folder(command.text) / "replay" / "appendonlydir").is_dir() == durable
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     mara: Start, number: signal.Signals

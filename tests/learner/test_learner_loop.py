@@ -183,6 +183,38 @@ def test_a_dropped_publication_is_made_again_when_the_next_one_is_due_and_no_ear
     assert reader.reads > 20
 
 
+class ForgettingChannel(MemoryWeightChannel):
+    """Loses its weights once, as a store does that was restarted."""
+
+    def forget(self) -> None:
+        self._latest = None
+
+
+def test_weights_that_the_store_has_lost_are_published_again_though_nothing_was_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mara.learner.loop.LOOK_S", 0.02)
+    channel = ForgettingChannel()
+
+    class Reader(ScriptedReader):
+        forgot = False
+
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            assert self.reads < 5000
+            if not self.forgot:
+                assert channel.latest_version() == 0
+                channel.forget()
+                self.forgot = True
+            elif channel.latest_version() == 0:
+                learner.stop()
+            time.sleep(0.001)
+            return super().read(max_episodes, timeout_s)
+
+    learner = make_learner(Reader([]), channel, publish_period_s=0.01)
+    assert learner.run().gradient_steps == 0
+    assert channel.latest_version() == 0
+
+
 def test_it_waits_for_episodes_only_when_it_has_nothing_to_train_on(make_episode: EpisodeMaker) -> None:
     full = [make_episode([1] * 8) for _ in range(2)]
     reader = ScriptedReader([[full[0]], [], [], [full[1]], [], []])

@@ -182,8 +182,8 @@ def _reported_errors() -> Iterator[None]:
     """Turn what a user can mend into one line for each mistake, without a traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted")
         raise typer.Exit(exits.INTERRUPTED) from None
     except exits.RunFailed as error:
         _complain(str(error))

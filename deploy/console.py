@@ -19,6 +19,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mara.deploy.output import complain
+
 PLAIN_PERIOD_S = 10.0
 HISTORY = 40
 BARS = "▁▂▃▄▅▆▇█"
@@ -131,6 +133,11 @@ def say(line: str) -> None:
     """Write a line to the standard output, at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """Write a warning to standard error, at once: what is on standard output stays what was asked for."""
+    complain(f"mara: warning: {line}")
 
 
 def plain_line(view: View) -> str:

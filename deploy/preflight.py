@@ -15,7 +15,7 @@ from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_memory, connect
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import say as say_line
+from mara.deploy.console import warn
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
@@ -53,7 +53,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation, "prompts.evaluation")
         if config.prompts.evaluation.samefile(config.prompts.train):
-            say_line("warning: prompts.evaluation is prompts.train; nothing is held out")
+            warn("prompts.evaluation is prompts.train; nothing is held out")
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
@@ -144,8 +144,8 @@ def warn_of_few_cores(config: RunConfig) -> None:
     rollout, num_cores = config.rollout, len(os.sched_getaffinity(0))
     num_threads = rollout.num_actors * rollout.num_threads
     if config.ray.address is None and num_threads > CROWDED * num_cores:
-        say_line(
-            f"warning: rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
+        warn(
+            f"rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
             f"is {num_threads} threads on {num_cores} cores, and each actor loads an LLM of its own; "
             "lower one of these settings"
         )
@@ -170,7 +170,7 @@ def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str)
     To go from a model to a fine-tuned one may be meant.
     """
     if recorded is not None and not _is_same_llm(recorded, model):
-        say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+        warn(f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
 
 
 def _is_same_llm(recorded: str | None, model: str) -> bool:

@@ -285,7 +285,7 @@ def test_a_head_of_another_llm_of_the_same_size_is_a_line_with_both(
     for llm, said in (("other/model", True), (str(tmp_path / "llm"), False), ("/moved/llm", False)):
         make_head(tmp_path / "helpful", HIDDEN_SIZE, llm=llm)
         preflight(load_config(config_path))
-        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert len(lines) == said
         if said:
             assert "rewards.helpful.path" in lines[0] and "other/model" in lines[0]
@@ -311,7 +311,7 @@ def test_far_more_actors_than_cores_are_a_line_that_names_the_setting(
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     preflight(load_config(config_path, overrides.split()))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
 
@@ -321,7 +321,7 @@ def test_the_cores_of_this_machine_say_nothing_of_a_cluster(
 ) -> None:
     settings = ["rollout.num_actors=4096", "ray.address=auto", f"replay.redis_url={server.url}"]
     warn_of_few_cores(load_config(config_path, settings))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_what_the_plain_llm_scores_is_known_from_a_head_of_this_llm_alone(
@@ -354,7 +354,7 @@ def test_prompts_that_are_not_held_out_are_told(
 ) -> None:
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     preflight(load_config(config_path, [f"prompts.evaluation={tmp_path / 'prompts.jsonl'}"]))
-    assert "prompts.evaluation is prompts.train" in capsys.readouterr().out
+    assert "prompts.evaluation is prompts.train" in capsys.readouterr().err
 
 
 def make_head(folder: Path, hidden_size: int, **card: str) -> None:

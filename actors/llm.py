@@ -28,6 +28,9 @@ from mara.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+CASTS = "MatMul8bitLt: inputs will be cast"
+"""How bitsandbytes begins a warning that it gives in each layer at each pass, unless the model is in float16.
+The cast is part of its method and loses nothing that 8 bits would keep."""
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Names that torch gives to a processor's instructions for bfloat16 (x86, ARM)."""
 
@@ -251,6 +254,7 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
             name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if config.quantization != "none":
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
             options |= {
                 "quantization_config": _quantized(config.quantization, dtype),
                 "device_map": {"": device},
@@ -265,6 +269,10 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
     if pack and device.type == "cpu" and config.quantization == "none" and dtype in packing.TOLERANCE:
         packing.pack_linears(model)
     return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CASTS)
 
 
 def _quantized(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.decoding import support
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model, resolve_dtype
@@ -117,7 +118,7 @@ def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypat
 
 
 @pytest.mark.parametrize(("bits", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
-def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer):
+def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer, caplog):
     llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
     assert layer in {type(module).__name__ for module in llm.model.modules()}
     assert llm.dtype == torch.float32
@@ -125,6 +126,19 @@ def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, lay
     engine = Engine(llm.model, llm.eos_ids, config, "greedy", 2, 4)
     (generation,) = engine.generate([Request([3, 4, 5])])
     assert generation.token_states[0].dtype == torch.float32
+    # One warning for each layer of each pass would hide everything else.
+    assert [record for record in caplog.records if record.name.startswith("bitsandbytes")] == []
+
+
+@pytest.mark.parametrize(("bits", "others"), [("8bit", "4bit or none"), ("4bit", "none")])
+def test_a_self_check_that_fails_with_fewer_bits_names_the_bits(llm_folder, bits, others, monkeypatch):
+    llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
+    monkeypatch.setattr(support, "_largest_difference", lambda model, lengths: 0.9)
+    with pytest.raises(UserError) as caught:
+        support.self_check(llm.model, 9)
+    message = str(caught.value)
+    assert message.startswith(f"llm.quantization={bits}: llama in {bits[0]} bits computes other states")
+    assert message.endswith(f"use llm.quantization={others}") and "llm.model" not in message
 
 
 def test_fewer_bits_without_the_package_for_them_are_refused_with_the_remedy(llm_folder, monkeypatch):

@@ -4,6 +4,7 @@ late."""
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -95,10 +96,17 @@ def check_json_path(path: Path | None) -> None:
     """Refuse a file that could not be written, before minutes are spent on what goes into it.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder itself.
+        UserError: it is a folder, its folder does not exist, or one of them cannot be written.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--json: {path} cannot be written; give a file in a folder that exists")
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"--json: {path} is a folder; give a file, such as {path / 'figures.json'}")
+    if not folder.is_dir():
+        raise UserError(f"--json: there is no folder {folder}; make it, or give a file in another")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"--json: {path} cannot be written; give another file")
 
 
 def report(figures: Sequence[Figure], path: Path | None) -> None:

@@ -101,7 +101,11 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["bench", "decode", "{run}", "--json", "{tmp}/none/f.json"], "--json: "),
+        (
+            ["bench", "decode", "{run}", "--json", "{tmp}/none/f.json"],
+            "--json: there is no folder {tmp}/none",
+        ),
+        (["bench", "decode", "{run}", "--json", "{tmp}"], "--json: {tmp} is a folder; give a file, such as"),
         (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
         (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
         (["bench", "decode", "{tmp}/none"], "is not a run folder"),
@@ -114,5 +118,5 @@ def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(
     folder, _ = tiny_run
     result = CliRunner().invoke(app, [a.format(run=folder, tmp=tmp_path) for a in arguments])
     assert result.exit_code == 2
-    assert says in result.stderr and "loading" not in result.output
+    assert says.format(tmp=tmp_path) in result.stderr and "loading" not in result.output
     assert len(result.stderr.splitlines()) == 1

@@ -251,9 +251,27 @@ def test_the_real_command_refuses_at_once_and_leaves_nothing(config_path: Path, 
     assert time.monotonic() - started < 60
 
 
-def test_a_dry_run_prints_settings_that_load_to_the_same(config_path: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_what_the_run_would_refuse(config_path: Path, tmp_path: Path) -> None:
+    result = train(config_path, "--dry-run")
+    assert_one_line(result, "rewards.helpful.path", "helpful")
+    assert result.stdout == ""
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    for mistake, part in (
+        ("prompts.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("llm.device=gpu", "llm.device=gpu"),
+        ("replay.redis_url=redis://127.0.0.1:1/0", "replay.redis_url"),
+    ):
+        assert_one_line(train(config_path, mistake, "--dry-run"), part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_settings_that_load_to_the_same_and_nothing_else(
+    config_path: Path, tmp_path: Path
+) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE, llm="other/model")
     result = CliRunner().invoke(app, ["train", str(config_path), "learner.batch_size=9", "--dry-run"])
     assert result.exit_code == 0
+    assert "mara: warning: rewards.helpful.path" in result.stderr
     printed = tmp_path / "printed.yaml"
     printed.write_text(result.stdout)
     assert load_config(printed) == load_config(config_path, ["learner.batch_size=9"])

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
@@ -101,6 +102,32 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
     for loaded in (llm, again):
         answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=2)
         assert "Paris" in loaded.decode(answer[0, len(ids) :])
+
+
+def test_what_killed_processes_left_half_unpacked_is_removed_and_what_is_being_written_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.setattr(llm_module, "_expand", lambda folder, gguf_file, dtype, expanded: expanded.mkdir())
+    own = expand_gguf(str(tmp_path), "m.gguf", "float32")
+    own.rmdir()
+    cache = own.parent
+    left = [cache / f"partial-{name}" for name in (own.name, "other-0123", "busy-4567")]
+    for folder in left:
+        (folder / "weights").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as thread:
+        lock = FileLock(cache / "busy-4567.lock", thread_local=False)
+        thread.submit(lock.acquire).result()
+        assert expand_gguf(str(tmp_path), "m.gguf", "float32") == own
+        assert [folder.is_dir() for folder in left] == [False, False, True]
+        thread.submit(lock.release).result()
+
+
+def test_an_unpacking_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="none.gguf"):
+        _expand(str(tmp_path), "none.gguf", "float32", tmp_path / "model-0123")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ class Checked:
     base_scores: dict[str, dict[str, float]]
     """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
     them on this LLM."""
+    unpacks_llm: bool
+    """Whether the LLM is going to be unpacked into this machine's cache first."""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
@@ -48,7 +50,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     say("checking folders and prompts")
     check_writable("run.dir", config.run.dir)
     check_wandb(config.wandb, os.environ)
-    check_cache(config)
+    unpacks_llm = check_cache(config)
     prompts = load_prompts(config.prompts.train, "prompts.train")
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation, "prompts.evaluation")
@@ -70,7 +72,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         digests[name] = head_digests(head.path)
         is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
         base_scores[name] = read_base_scores(head.path) if is_own else {}
-    return Checked(tuple(prompts), hidden_size, digests, base_scores)
+    return Checked(tuple(prompts), hidden_size, digests, base_scores, unpacks_llm)
 
 
 def check_server(config: RunConfig) -> None:
@@ -81,12 +83,12 @@ def check_server(config: RunConfig) -> None:
         check_memory(client, replay.redis_url, replay.store_max_bytes(config.rollout.num_actors))
 
 
-def check_cache(config: RunConfig) -> None:
-    """Where the weights of a GGUF file are unpacked can be written, unless they are there already."""
+def check_cache(config: RunConfig) -> bool:
+    """Where the weights of a GGUF file are unpacked can be written. Whether they are not there already."""
     gguf_file = locate_model(config.llm)[1]
     cache = cache_folder()
     if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
-        return
+        return False
     try:
         check_writable("the cache", cache)
     except UserError as error:
@@ -94,6 +96,7 @@ def check_cache(config: RunConfig) -> None:
             f"llm.model={config.llm.model} is unpacked into {cache}, which cannot be written; "
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
+    return True
 
 
 def check_writable(field: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mara.actors.llm import cache_folder
 from mara.buffer.server import EmbeddedServer
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say, warn
@@ -65,7 +66,11 @@ def train(config: RunConfig) -> None:
         RunFailed: the run could not go on.
         KeyboardInterrupt: a second signal came, or the first before there was an agent to save.
     """
-    view = View(title=f"mara · {config.run.name}", num_episodes=config.learner.num_episodes)
+    view = View(
+        title=f"mara · {config.run.name}",
+        num_episodes=config.learner.num_episodes,
+        start_transitions=config.learner.start_transitions,
+    )
     with StopSignal() as stop, ExitStack() as exits:
         with open_display(view) as display:
             show = _Show(view, display, stop)
@@ -76,6 +81,11 @@ def train(config: RunConfig) -> None:
                 recorder = Recorder(folder, config, display.say)
                 exits.callback(recorder.close)
                 display.say(f"run folder: {folder}")
+                if checked.unpacks_llm:
+                    display.say(
+                        f"the LLM is unpacked into {cache_folder()} first, once for this machine; "
+                        "that takes half a minute or more"
+                    )
                 summary = _Training(config, checked, folder, recorder, show).run()
             except _StoppedEarly:
                 raise KeyboardInterrupt("stopped before training began; there is no agent to save") from None
@@ -307,7 +317,11 @@ def describe(status: Status, view: View) -> str:
     ]
     if view.metrics.get("learner/gradient_step", 0) >= 1:
         return "; ".join(["training", *waits])
-    return "; ".join(waits) or "collecting the first episodes"
+    if waits:
+        return "; ".join(waits)
+    if view.num_done == 0:
+        return "waiting for the first answers"
+    return f"collecting answers; training starts at {view.start_transitions} transitions"
 
 
 def _who(names: Sequence[str]) -> str:
@@ -324,7 +338,7 @@ def closing_line(summary: LearnerSummary) -> str:
     return (
         f"{'stopped' if summary.stopped else 'trained'}: {summary.num_episodes} episodes, "
         f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
-        f"the learner was idle {summary.idle_ratio:.0%} of the time"
+        f"over the whole run the learner was idle {summary.idle_ratio:.0%} of the time"
     )
 
 

@@ -109,19 +109,40 @@ def check_json_path(path: Path | None) -> None:
         raise UserError(f"--json: {path} cannot be written; give another file")
 
 
+SHOWN = ("llm", "dtype", "device", "new_tokens", "top_k", "top_p", "rounds", "processor", "threads", "torch")
+"""Conditions that a person wants to see, in this order."""
+
+
+def conditions_line(figures: Sequence[Figure]) -> str:
+    """Those of the conditions in ``SHOWN`` that all figures share, in one line."""
+    first, *others = [figure.conditions for figure in figures]
+    shared = [
+        name for name in SHOWN if name in first and all(other.get(name) == first[name] for other in others)
+    ]
+    return ", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared)
+
+
 def report(figures: Sequence[Figure], path: Path | None) -> None:
     """Print the figures, and write them to ``path`` as a JSON list."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title="Figures (medians; a ratio above 1 is better)")
-    for column in ("figure", "value", "unit", "peer", "ratio"):
-        table.add_column(column, justify="right" if column in ("value", "ratio") else "left")
+    for column in ("figure", "ours", "peer", "unit", "ratio", "the peer is"):
+        table.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
     for figure in figures:
-        ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-        table.add_row(figure.figure, f"{figure.value:.3g}", figure.unit, figure.peer or "", ratio)
+        peer_value = figure.conditions.get("peer_value")
+        table.add_row(
+            figure.figure,
+            f"{figure.value:.3g}",
+            "" if peer_value is None else f"{peer_value:.3g}",
+            figure.unit,
+            "" if figure.ratio is None else f"{figure.ratio:.2f}",
+            figure.peer or "",
+        )
     console.print(table)
-    for figure in figures:
-        details = ", ".join(f"{name} {value}" for name, value in figure.conditions.items())
-        console.print(f"{figure.figure}: {details}", highlight=False, markup=False, style="dim")
+    where = "" if path is not None else "; --json FILE keeps all conditions"
+    console.print(
+        conditions_line(figures) + where, highlight=False, markup=False, style="dim", soft_wrap=True
+    )
     if path is not None:
         content = [figure.model_dump(mode="json") for figure in figures]
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

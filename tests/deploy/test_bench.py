@@ -69,6 +69,9 @@ def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
         "decoding.max_new_tokens=6",
     )
     assert result.exit_code == 0, result.output
+    assert "{" not in result.output, "a dictionary is for programs"
+    (line,) = [line for line in result.output.splitlines() if "new tokens 6" in line]
+    assert "dtype float32, device cpu" in line and "passes_per_token" not in result.output
     figures = json.loads(out.read_text())
     assert [f["figure"] for f in figures] == ["aligned_vs_generate_batch_1", "aligned_vs_generate_batch_4"]
     for figure in figures:

@@ -28,7 +28,7 @@ from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
 from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size
-from mara.deploy.preflight import preflight, warn_of_few_cores
+from mara.deploy.preflight import check_cache, preflight, warn_of_few_cores
 
 HIDDEN_SIZE = 32
 
@@ -230,6 +230,19 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(
     assert_one_line(result, "/dev/null/.cache/mara", "set XDG_CACHE_HOME")
 
 
+def test_an_llm_that_is_going_to_be_unpacked_is_known_before(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm" / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load_config(config_path, ["llm.gguf_file=model.gguf"])
+    assert check_cache(config)
+    unpacked = tmp_path / "mara" / "model-0123"
+    unpacked.mkdir(parents=True)
+    (unpacked / "config.json").touch()
+    assert not check_cache(config)
+
+
 def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:
     result = train(config_path, "learner.batchsize=3", "rollout.row=3")
     assert result.exit_code == 2
@@ -293,6 +306,7 @@ def test_a_head_of_another_hidden_size_is_refused(config_path: Path, tmp_path: P
 def test_what_is_right_passes(config_path: Path, tmp_path: Path) -> None:
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     checked = preflight(load_config(config_path))
+    assert not checked.unpacks_llm
     assert checked.hidden_size == HIDDEN_SIZE
     assert [prompt.prompt for prompt in checked.prompts] == ["why?", "how?"]
 

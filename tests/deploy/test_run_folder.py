@@ -126,8 +126,9 @@ def test_the_reward_curve_shows_the_plain_llm_where_it_is_known_and_says_so_once
     figure = reward_curve(rows, known)
     assert [horizontal_lines(panel) for panel in figure.axes] == [[], [], [0.5, 0.0]]
     labels = legend_of(figure)
-    assert sum("the LLM alone, greedy" in label for label in labels) == 1
-    assert sum("the LLM alone, sampled" in label for label in labels) == 1
+    assert sum("the LLM alone, greedy: measured when" in label for label in labels) == 1
+    assert sum("the LLM alone, sampled: measured when" in label for label in labels) == 1
+    assert len(labels) == 4
     assert not any("LLM" in label for label in legend_of(reward_curve(rows, {})))
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import logging
 import os
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +28,11 @@ from mara.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+CASTS = "MatMul8bitLt: inputs will be cast"
+"""How bitsandbytes begins a warning that it gives in each layer at each pass, unless the model is in float16.
+The cast is part of its method and loses nothing that 8 bits would keep."""
+PARTIAL = "partial-"
+"""Begins the name of a folder of the cache while it is written; the name that it will have follows."""
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Names that torch gives to a processor's instructions for bfloat16 (x86, ARM)."""
 
@@ -206,16 +211,39 @@ def expand_gguf(folder: str, gguf_file: str, dtype: str) -> Path:
     if expanded.is_dir():
         return expanded
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{expanded}.lock"):
+    with _lock(expanded):
         if not expanded.is_dir():
+            _remove_abandoned(expanded)
             logger.info("unpacking %s into %s, once for this machine", gguf_file, expanded)
             _expand(folder, gguf_file, dtype, expanded)
     return expanded
 
 
+def _remove_abandoned(expanded: Path) -> None:
+    """Delete what killed processes left half-written in the cache: every part whose lock nobody holds.
+
+    The caller holds the lock of ``expanded``.
+    """
+    for partial in expanded.parent.glob(f"{PARTIAL}*"):
+        target = partial.with_name(partial.name.removeprefix(PARTIAL))
+        is_ours = target == expanded
+        with (
+            contextlib.suppress(Timeout),
+            contextlib.nullcontext() if is_ours else _lock(target, timeout_s=0),
+        ):
+            shutil.rmtree(partial, ignore_errors=True)  # Another process may have been quicker.
+
+
+def _lock(expanded: Path, timeout_s: float = -1) -> FileLock:
+    """What a process holds while it writes ``expanded``."""
+    return FileLock(f"{expanded}.lock", timeout=timeout_s)
+
+
 def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
     """Write the model of a GGUF file into ``expanded``, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=expanded.parent, prefix="partial-") as partial:
+    partial = expanded.with_name(PARTIAL + expanded.name)
+    partial.mkdir()
+    try:
         # The reader draws a progress bar on standard error whatever transformers' settings say.
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
@@ -225,12 +253,13 @@ def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
                 dtype=getattr(torch, dtype),
                 quantization_config=GgufConfig(dequantize=True),
             )
-        ready = Path(partial) / "model"
-        tokenizer.save_pretrained(ready)
+        tokenizer.save_pretrained(partial)
         # The copy is plain: without this it would be saved, and then read, as a GGUF file.
         model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(ready)
-        ready.rename(expanded)
+        model.save_pretrained(partial)
+        partial.rename(expanded)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
@@ -251,6 +280,7 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
             name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if config.quantization != "none":
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
             options |= {
                 "quantization_config": _quantized(config.quantization, dtype),
                 "device_map": {"": device},
@@ -265,6 +295,10 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
     if pack and device.type == "cpu" and config.quantization == "none" and dtype in packing.TOLERANCE:
         packing.pack_linears(model)
     return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CASTS)
 
 
 def _quantized(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Align a frozen language model: a small agent accepts or rejects its tokens.",
 )
-reward_app = typer.Typer(no_args_is_help=True, help="Reward models fitted on human preferences.")
+reward_app = typer.Typer(
+    cls=CommandLine, no_args_is_help=True, help="Reward models fitted on human preferences."
+)
 app.add_typer(reward_app, name="reward")
 bench_app = typer.Typer(
-    no_args_is_help=True, help="Measure this machine: each figure against a peer, in one run."
+    cls=CommandLine,
+    no_args_is_help=True,
+    help="Measure this machine: each figure against a peer, in one run.",
 )
 app.add_typer(bench_app, name="bench")
 
@@ -59,13 +64,31 @@ NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mara {version('mara-rl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mara(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def train(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart.")
     ],
     overrides: TrainOverrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all that needs no start, print the resolved settings, stop."),
+    ] = False,
 ) -> None:
     """Train an agent, then compare it with the LLM it steers.
 
@@ -76,6 +99,9 @@ def train(
 
         settings = load_config(find_config(config), overrides or [])
         if dry_run:
+            from mara.deploy.preflight import preflight
+
+            preflight(settings)
             if sys.stdout is not None:
                 sys.stdout.write(dump_config(settings))
                 sys.stdout.flush()
@@ -216,8 +242,8 @@ def _reported_errors() -> Iterator[None]:
     """Turn what a user can mend into one line for each mistake, without a traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted")
         raise typer.Exit(exits.INTERRUPTED) from None
     except exits.RunFailed as error:
         _complain(str(error))

@@ -164,10 +164,6 @@ class RunConfig(Config):
                 f"shaping.score_weights={self.shaping.score_weights} is not set here; "
                 "give each weight as rewards.NAME.weight"
             )
-        if self.rollout.num_actors < 1:
-            raise ValueError(
-                f"rollout.num_actors={self.rollout.num_actors} leaves nobody to make episodes; use at least 1"
-            )
         if self.ray.address is not None and self.replay.redis_url is None:
             raise ValueError(
                 f"ray.address={self.ray.address} needs a server that all nodes reach; set replay.redis_url"

@@ -35,6 +35,9 @@ def find_config(name: str) -> Path:
     shipped = sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml"))
     if name in shipped:
         return CONFIGS_DIR / f"{name}.yaml"
+    beside = [str(Path(name).with_name(file.name)) for file in path.parent.glob("*.y*ml")]
+    if near := difflib.get_close_matches(name, [*shipped, *beside], n=1):
+        raise UserError(f"config: no file {name!r}; did you mean {near[0]}?")
     raise UserError(
         f"config: no file {name!r}; give a YAML file or a shipped configuration ({', '.join(shipped)})"
     )
@@ -55,7 +58,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: {path} cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"config: {path} is not valid YAML: {_where_in_file(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
     config = make_settings(RunConfig, content, overrides, folder=path.parent)
@@ -99,6 +102,14 @@ def dump_config(config: RunConfig) -> str:
     shown = [hide_password(url) for url in config.replay.redis_urls]
     content["replay"]["redis_url"] = shown[0] if isinstance(config.replay.redis_url, str) else shown or None
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
+
+
+_PLACE = re.compile(r""" in "<unicode string>", (line \d+, column \d+|position \d+)""")
+"""How YAML names the place of a mistake in a text that it was handed without a name."""
+
+
+def _where_in_file(error: Exception) -> str:
+    return _PLACE.sub(r" at \1", _one_line(error))
 
 
 def _one_line(error: Exception) -> str:
@@ -147,7 +158,7 @@ def _parse_value(parts: Sequence[str], text: str, model: type[BaseModel]) -> Any
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         shown = HIDDEN if _is_secret(text) else text
-        reason = "" if _is_secret(text) else f": {_one_line(error)}"
+        reason = "" if _is_secret(text) else f": {_PLACE.sub('', _one_line(error))}"
         raise UserError(f"{'.'.join(parts)}={shown}: not a YAML value{reason}") from error
 
 

@@ -19,8 +19,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mara.deploy.output import complain
+
 PLAIN_PERIOD_S = 10.0
 HISTORY = 40
+STEADY_SHARE, STEADY_S = 0.1, 60.0
+"""The remaining time is told after this share of the episodes, or this long after the first, seconds."""
 BARS = "▁▂▃▄▅▆▇█"
 MISSING = "–"
 
@@ -32,20 +36,22 @@ class View:
     title: str
     num_episodes: int
     """Episodes the run is going to train on."""
+    start_transitions: int = 0
+    """Transitions that must have come before training starts."""
     state: str = "starting"
     """One line in plain words: what is being waited for or done."""
     metrics: dict[str, float] = field(default_factory=dict)
     history: dict[str, deque[float]] = field(default_factory=dict)
     """Last values of the reward and of each score."""
     began: float = field(default_factory=time.monotonic)
-    trained_since: float | None = None
-    """When the first episode had come."""
+    first_seen: tuple[float, int] | None = None
+    """When the first episodes had come, and how many they were."""
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Take over the latest values."""
         self.metrics.update(metrics)
-        if self.trained_since is None and self.num_done > 0:
-            self.trained_since = time.monotonic()
+        if self.first_seen is None and self.num_done > 0:
+            self.first_seen = (time.monotonic(), self.num_done)
 
     def remember(self, row: Mapping[str, float]) -> None:
         """Add the rewards of one row of the record to the history."""
@@ -64,13 +70,18 @@ class View:
 
     @property
     def remaining_s(self) -> float | None:
-        """Estimate from the pace so far; None while there is none."""
-        if self.trained_since is None or self.num_done < 1:
+        """Estimate from the pace so far; None until that is steady.
+
+        Answers come in waves at first, as all rows of an actor begin together. Those seen first say
+        nothing of the pace: they were made before anybody looked.
+        """
+        if self.first_seen is None:
             return None
-        passed_s = time.monotonic() - self.trained_since
-        if passed_s < 5:
+        since_s, num_before = self.first_seen
+        passed_s, num_since = time.monotonic() - since_s, self.num_done - num_before
+        if num_since < 1 or (num_since < STEADY_SHARE * self.num_episodes and passed_s < STEADY_S):
             return None
-        return passed_s / self.num_done * max(0, self.num_episodes - self.num_done)
+        return passed_s / num_since * max(0, self.num_episodes - self.num_done)
 
 
 class Display(Protocol):
@@ -133,6 +144,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def warn(line: str) -> None:
+    """Write a warning to standard error, at once: what is on standard output stays what was asked for."""
+    complain(f"mara: warning: {line}")
+
+
 def plain_line(view: View) -> str:
     """Everything that matters in one line: time, state, and the metrics that are known."""
     parts = [f"[{_clock(view.elapsed_s)}] {view.state}"]
@@ -157,8 +173,9 @@ PLAIN_COLUMNS = (
     ("entropy", "sac/entropy", ".3f"),
     ("alpha", "sac/temperature", ".3f"),
     ("lag", "policy/lag_mean", ".1f"),
-    ("idle actors", "rollout/idle_ratio", ".0%"),
-    ("idle learner", "learner/idle_ratio", ".0%"),
+    # The actors' share is that of their whole life, the learner's that of the last row.
+    ("actors idle so far", "rollout/idle_ratio", ".0%"),
+    ("learner idle now", "learner/idle_ratio", ".0%"),
 )
 
 
@@ -209,14 +226,14 @@ ROLLOUT_ROWS: tuple[Row, ...] = (
     ("episodes/s", "{:.2f}", ("rollout/episodes_per_s",)),
     ("actors alive", "{:.0f}", ("actors/alive",)),
     ("actors restarted", "{:.0f}", ("actors/restarted",)),
-    ("actors idle", "{:.1%}", ("rollout/idle_ratio",)),
+    ("actors idle so far", "{:.1%}", ("rollout/idle_ratio",)),
     ("decisions/token", "{:.2f}", ("episode/decisions_per_token",)),
     ("first candidate", "{:.0%}", ("episode/accepted_rank_0",)),
 )
 LEARNER_ROWS: tuple[Row, ...] = (
     ("gradient step", "{:.0f}", ("learner/gradient_step",)),
     ("steps/s", "{:.2f}", ("learner/gradient_steps_per_s",)),
-    ("learner idle", "{:.1%}", ("learner/idle_ratio",)),
+    ("learner idle now", "{:.1%}", ("learner/idle_ratio",)),
     ("replay", "{:.0f} transitions", ("replay/transitions",)),
     ("replay fill", "{:.1%}", ("replay/fill",)),
     ("policy lag", "{:.1f} mean, {:.0f} max", ("policy/lag_mean", "policy/lag_max")),

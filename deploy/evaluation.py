@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import say
+from mara.deploy.console import say, warn
 from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.output import complain
 from mara.deploy.preflight import check_head, warn_of_another_llm, warn_of_head
 from mara.learner.loop import AGENT_FOLDER
 
@@ -46,11 +47,11 @@ EVALUATION_USES = (
 GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
-def run_evaluation(folder: Path, config: RunConfig, *, warn: bool = True) -> dict[str, float]:
+def run_evaluation(folder: Path, config: RunConfig, *, after_training: bool = False) -> dict[str, float]:
     """Compare the agent in ``folder`` with the LLM alone on the held-out prompts; print and save the report.
 
-    Returns the headline figures by metric name. Without ``warn`` heads of another LLM are not told of: a
-    training has done so when it began.
+    Returns the headline figures by metric name. With ``after_training`` heads of another LLM and an
+    untrained agent are not told of: the training has done so.
 
     Raises:
         UserError: there is no agent, no evaluation prompts were configured, a head does not fit, or a score
@@ -61,12 +62,13 @@ def run_evaluation(folder: Path, config: RunConfig, *, warn: bool = True) -> dic
     prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(f"evaluation: {len(prompts)} held-out prompts, the LLM alone and with the agent")
     hidden_size = find_hidden_size(config.llm)
-    agent = _read_agent(folder, config, hidden_size)
+    agent, card = _read_agent(folder, config, hidden_size)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
-    if warn:
+    if not after_training:
+        warn_of_untrained(card)
         for name, head in config.rewards.items():
             warn_of_head(name, head.path, config.llm.model)
-    llm = _load(config)
+    llm = _load(config, say)
     report = evaluate(
         llm,
         agent.to(llm.device),
@@ -102,8 +104,9 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
     if not prompt.strip():
         raise UserError("PROMPT is empty; ask something")
     check_unicode(prompt, "PROMPT")
-    agent = _read_agent(folder, config, find_hidden_size(config.llm))
-    llm = _load(config)
+    agent, card = _read_agent(folder, config, find_hidden_size(config.llm))
+    warn_of_untrained(card)
+    llm = _load(config, complain)  # Standard output is for the answers alone.
     policies: dict[str, Policy | Plain] = {
         "base": "greedy",
         "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
@@ -113,6 +116,20 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
             llm, [Prompt("prompt", prompt)], config.decoding, policy, 1, config.rollout.max_prompt_tokens
         )
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
+
+
+def warn_of_untrained(card: Mapping[str, Any]) -> None:
+    """Say in one line that the agent with this card is as it was before its training.
+
+    An older card does not tell.
+    """
+    training = card.get("training")
+    if isinstance(training, dict) and training.get("policy_steps") == 0:
+        num_steps = training.get("gradient_steps", 0)
+        warn(
+            f"the agent is untrained: of the {num_steps} gradient steps of its run none was the policy's; "
+            "train with more learner.num_episodes, or fewer learner.sac.critic_only_steps"
+        )
 
 
 def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
@@ -217,19 +234,19 @@ def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
     return [*places, f"later: {rest:.0%}"] if top_k > len(shares) else places
 
 
-def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> Agent:
-    """The agent of a run, on the CPU. Read before the LLM: what is wrong with it shows at once."""
+def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> tuple[Agent, dict[str, Any]]:
+    """The agent of a run, on the CPU, and its card. Read before the LLM: what is wrong shows at once."""
     agent, card = load_agent(folder / AGENT_FOLDER, hidden_size)
     trained_for = card.get("llm")
     recorded = trained_for.get("model") if isinstance(trained_for, dict) else trained_for
     if isinstance(recorded, str):
         warn_of_another_llm("the agent", "trained", recorded, config.llm.model)
-    return agent.requires_grad_(False)
+    return agent.requires_grad_(False), card
 
 
-def _load(config: RunConfig) -> LLM:
+def _load(config: RunConfig, tell: Callable[[str], None]) -> LLM:
     resolve_device(config.llm.device)
-    say("loading the LLM")
+    tell("loading the LLM")
     return load_llm(config.llm, pack=not config.decoding.compile)
 
 

@@ -85,12 +85,24 @@ def reward_curve(records: Sequence[Record], levels: Levels) -> Figure:
     for panel, name in zip(panels, (REWARD, *scores), strict=True):
         points = [(r[EPISODES], r[name]) for r in records if r.get(name) is not None]
         episodes, values = (np.array(column) for column in zip(*points, strict=True))
-        panel.plot(episodes, values, marker=".", linewidth=0.5, alpha=0.35, label="each report")
+        panel.plot(
+            episodes,
+            values,
+            marker=".",
+            linewidth=0.5,
+            alpha=0.35,
+            label="with the agent: mean of the answers in one report",
+        )
         # A report has a few dozen answers, and answers differ much more than the policy moves in its time.
-        panel.plot(episodes, _running_mean(values), linewidth=2, label="mean of the latest tenth")
+        panel.plot(
+            episodes,
+            _running_mean(values),
+            linewidth=2,
+            label="with the agent: running mean over a tenth of the run",
+        )
         for drawn, style in LLM_ALONE.items():
             if (level := levels.get(name, {}).get(drawn)) is not None:
-                label = f"the LLM alone, {drawn}, in the fit of the heads"
+                label = f"the LLM alone, {drawn}: measured when the reward heads were fitted"
                 panel.axhline(level, linestyle=style, color="dimgray", label=label)
         panel.set_ylabel(name.removeprefix("episode/").replace("score/", "score: "))
         panel.grid(alpha=0.3)
@@ -107,7 +119,7 @@ def _label_once(figure: Figure) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize="small"
+        list(handles.values()), list(handles), loc="outside lower center", ncols=1, fontsize="small"
     )
 
 

@@ -15,7 +15,7 @@ from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import say as say_line
+from mara.deploy.console import warn
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
@@ -37,6 +37,8 @@ class Checked:
     base_scores: dict[str, dict[str, float]]
     """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
     them on this LLM."""
+    unpacks_llm: bool
+    """Whether the LLM is going to be unpacked into this machine's cache first."""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
@@ -48,12 +50,12 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     say("checking folders and prompts")
     check_writable("run.dir", config.run.dir)
     check_wandb(config.wandb, os.environ)
-    check_cache(config)
+    unpacks_llm = check_cache(config)
     prompts = load_prompts(config.prompts.train, "prompts.train")
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation, "prompts.evaluation")
         if config.prompts.evaluation.samefile(config.prompts.train):
-            say_line("warning: prompts.evaluation is prompts.train; nothing is held out")
+            warn("prompts.evaluation is prompts.train; nothing is held out")
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")
     check_devices(config)
@@ -70,15 +72,15 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         digests[name] = head_digests(head.path)
         is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
         base_scores[name] = read_base_scores(head.path) if is_own else {}
-    return Checked(tuple(prompts), hidden_size, digests, base_scores)
+    return Checked(tuple(prompts), hidden_size, digests, base_scores, unpacks_llm)
 
 
-def check_cache(config: RunConfig) -> None:
-    """Where the weights of a GGUF file are unpacked can be written, unless they are there already."""
+def check_cache(config: RunConfig) -> bool:
+    """Where the weights of a GGUF file are unpacked can be written. Whether they are not there already."""
     gguf_file = locate_model(config.llm)[1]
     cache = cache_folder()
     if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
-        return
+        return False
     try:
         check_writable("the cache", cache)
     except UserError as error:
@@ -86,6 +88,7 @@ def check_cache(config: RunConfig) -> None:
             f"llm.model={config.llm.model} is unpacked into {cache}, which cannot be written; "
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
+    return True
 
 
 def check_writable(field: str, folder: Path) -> None:
@@ -136,8 +139,8 @@ def warn_of_few_cores(config: RunConfig) -> None:
     rollout, num_cores = config.rollout, len(os.sched_getaffinity(0))
     num_threads = rollout.num_actors * rollout.num_threads
     if config.ray.address is None and num_threads > CROWDED * num_cores:
-        say_line(
-            f"warning: rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
+        warn(
+            f"rollout.num_actors={rollout.num_actors} × rollout.num_threads={rollout.num_threads} "
             f"is {num_threads} threads on {num_cores} cores, and each actor loads an LLM of its own; "
             "lower one of these settings"
         )
@@ -162,7 +165,7 @@ def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str)
     To go from a model to a fine-tuned one may be meant.
     """
     if recorded is not None and not _is_same_llm(recorded, model):
-        say_line(f"warning: {field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+        warn(f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
 
 
 def _is_same_llm(recorded: str | None, model: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
@@ -19,7 +21,7 @@ LATEST = "latest"
 
 
 def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
-    """Make ``DIR/NAME-YYYYmmdd-HHMMSS`` with the resolved configuration, and point ``DIR/latest`` to it.
+    """Make ``DIR/NAME-YYYYmmdd-HHMMSS`` with the resolved configuration.
 
     Raises:
         UserError: it cannot be written there.
@@ -30,9 +32,6 @@ def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
         folder = _unused(config.run.dir / f"{config.run.name}-{stamp}")
         (folder / LOGS).mkdir()
         (folder / CONFIG_FILE).write_text(dump_config(config))
-        link = config.run.dir / f".{LATEST}.{folder.name}"
-        link.symlink_to(folder.name)
-        link.replace(config.run.dir / LATEST)
     except OSError as error:
         raise UserError(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
     return folder
@@ -50,6 +49,25 @@ def _unused(wanted: Path) -> Path:
                 raise
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def name_latest(folder: Path) -> bool:
+    """Point ``latest`` beside ``folder`` to it, if the agent in it has done a gradient step. Whether it has.
+
+    ``latest`` is what the next command is given: until a run has an agent worth using, and where it never
+    gets that far, the run before keeps the name.
+
+    Raises:
+        OSError: the link cannot be written.
+    """
+    card = folder / AGENT_FOLDER / CARD_FILE
+    if not card.is_file() or not json.loads(card.read_text()).get("training", {}).get("gradient_steps"):
+        return False
+    link = folder.with_name(f".{LATEST}.{folder.name}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name(LATEST))
+    return True
 
 
 def what_is_saved(folder: Path) -> str:
@@ -80,6 +98,11 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: it is not a run folder.
     """
+    if folder.name == LATEST and not folder.exists():
+        raise UserError(
+            f"{folder} is not there: no run in {folder.absolute().parent} has saved a trained agent yet; "
+            "give the folder of a run, or train one first"
+        )
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     return load_config(folder / CONFIG_FILE, overrides)

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mara.actors.llm import cache_folder
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import Display, View, open_display, say
+from mara.deploy.console import Display, View, open_display, say, warn
 from mara.deploy.exit import RunFailed
 from mara.deploy.learner_host import LearnerSpec, agent_card
 from mara.deploy.plots import draw_plots, llm_levels
@@ -31,7 +32,15 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, REPLAY, make_run_folder, what_is_saved
+from mara.deploy.run_folder import (
+    CONFIG_FILE,
+    LATEST,
+    LOGS,
+    REPLAY,
+    make_run_folder,
+    name_latest,
+    what_is_saved,
+)
 from mara.deploy.signals import StopSignal
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
@@ -67,7 +76,11 @@ def train(config: RunConfig) -> None:
         RunFailed: the run could not go on.
         KeyboardInterrupt: a second signal came.
     """
-    view = View(title=f"mara · {config.run.name}", num_episodes=config.learner.num_episodes)
+    view = View(
+        title=f"mara · {config.run.name}",
+        num_episodes=config.learner.num_episodes,
+        start_transitions=config.learner.start_transitions,
+    )
     with StopSignal() as stop, ExitStack() as exits:
         with open_display(view) as display:
             show = _Show(view, display, stop)
@@ -78,6 +91,11 @@ def train(config: RunConfig) -> None:
                 recorder = Recorder(folder, config, display.say)
                 exits.callback(recorder.close)
                 display.say(f"run folder: {folder}")
+                if checked.unpacks_llm:
+                    display.say(
+                        f"the LLM is unpacked into {cache_folder()} first, once for this machine; "
+                        "that takes half a minute or more"
+                    )
                 summary = _Training(config, checked, folder, recorder, show).run()
             except _StoppedEarly:
                 display.say("stopped before training began; there is no agent to save")
@@ -86,8 +104,9 @@ def train(config: RunConfig) -> None:
                 if folder is None:
                     raise
                 raise RunFailed(f"{_reason(error)}; the run ends; {what_is_saved(folder)}") from error
-        for line in closing_lines(summary):
-            say(line)
+        say(closing_line(summary))
+        if (reason := why_untrained(summary, config.learner.sac.critic_only_steps)) is not None:
+            warn(reason)
         try:
             levels = llm_levels(checked.base_scores, config.score_weights)
             draw_plots(folder, config.decoding.truncation.top_k, levels)
@@ -168,10 +187,13 @@ class _Training:
         self._show = show
         self._server: EmbeddedServer | None = None
         self._num_server_restarts = 0
+        self._is_latest = False
 
     def run(self) -> LearnerSummary:
         """Start everything, train, save; end everything, whatever happens."""
         with ExitStack() as exits:
+            # Last of all, also after a failure: the learner saves what it can before it ends.
+            exits.callback(self._name_latest)
             config = self._with_server(exits)
             cluster = self._with_cluster(exits)
             self._show.state("asking Ray for the learner and the rollout actors")
@@ -284,9 +306,20 @@ class _Training:
         view = self._show.view
         view.update(status.metrics)
         self._record(status.rows, status.metrics)
+        self._name_latest()
         if not self._show.stop.requested:
             view.state = describe(status, view)
         self._show.display.refresh()
+
+    def _name_latest(self) -> None:
+        """Give the run the name ``latest`` once it has an agent that learnt."""
+        if self._is_latest:
+            return
+        try:
+            self._is_latest = name_latest(self._folder)
+        except OSError as error:
+            self._is_latest = True  # Told once; the run itself does not need the link.
+            self._show.display.say(f"{LATEST} names another run still: {_reason(error)}")
 
     def _record(self, rows: list[dict[str, float]], fleet: dict[str, float]) -> None:
         for row in rows:
@@ -321,7 +354,11 @@ def describe(status: Status, view: View) -> str:
     ]
     if view.metrics.get("learner/gradient_step", 0) >= 1:
         return "; ".join(["training", *waits])
-    return "; ".join(waits) or "collecting the first episodes"
+    if waits:
+        return "; ".join(waits)
+    if view.num_done == 0:
+        return "waiting for the first answers"
+    return f"collecting answers; training starts at {view.start_transitions} transitions"
 
 
 def _who(names: Sequence[str]) -> str:
@@ -333,16 +370,32 @@ def _who(names: Sequence[str]) -> str:
     return " and ".join(groups)
 
 
-def closing_lines(summary: LearnerSummary) -> list[str]:
-    """What the run came to, and a second line if nothing was learnt: the agent looks like any other."""
-    lines = [
+def closing_line(summary: LearnerSummary) -> str:
+    """What the run came to."""
+    return (
         f"{'stopped' if summary.stopped else 'trained'}: {summary.num_episodes} episodes, "
         f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
-        f"the learner was idle {summary.idle_ratio:.0%} of the time"
-    ]
+        f"over the whole run the learner was idle {summary.idle_ratio:.0%} of the time"
+    )
+
+
+def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None:
+    """Why the saved agent is as it was at the start, with the remedy; None if it is not.
+
+    Its files look like those of any other agent.
+    """
+    if summary.policy_steps > 0:
+        return None
     if summary.gradient_steps == 0:
-        lines.append("warning: the saved agent is untrained: the run ended before the first gradient step")
-    return lines
+        return (
+            "the saved agent is untrained: the run ended before the first gradient step; let it run longer "
+            f"(learner.num_episodes) or begin sooner (learner.start_batches). {LATEST!r} does not name it"
+        )
+    return (
+        f"the saved agent is untrained: in the first {critic_only_steps} gradient steps only the critic "
+        f"learns, and the run ended after {summary.gradient_steps}; let it run longer (learner.num_episodes) "
+        "or lower learner.sac.critic_only_steps"
+    )
 
 
 def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal) -> None:
@@ -356,7 +409,7 @@ def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSig
     stop.interrupt_from_here()
     from mara.deploy.evaluation import run_evaluation
 
-    recorder.summarise(run_evaluation(folder, config, warn=False))
+    recorder.summarise(run_evaluation(folder, config, after_training=True))
 
 
 def _print_places(folder: Path, recorder: Recorder) -> None:
@@ -370,6 +423,9 @@ def _print_places(folder: Path, recorder: Recorder) -> None:
         *(("evaluation", path) for path in sorted(folder.glob("report.json"))),
         ("logs", folder / LOGS),
     ]
+    latest = folder.with_name(LATEST)
+    if latest.resolve() == folder.resolve():
+        places.insert(0, ("run", latest))
     say("saved:")
     for what, path in places:
         if path is not None and path.exists():

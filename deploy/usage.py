@@ -1,7 +1,8 @@
-"""Mistakes in the command itself: one line like all others, and one more that says where to read on."""
+"""Mistakes in the command itself: one line like all others, with where to read on."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,14 @@ UsageError: Any = BadParameter.__base__
 class CommandLine(TyperGroup):
     """The commands, without the boxes that Typer draws around a mistake."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` begin with; one that is not there is told with the nearest, or all."""
+        if args and args[0] not in self.commands:
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.commands)}"
+            ctx.fail(f"no such command {args[0]!r}; {remedy}")
+        return super().resolve_command(ctx, args)
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -41,13 +50,23 @@ class CommandLine(TyperGroup):
             if not standalone_mode:
                 raise
             # Nothing is left to say where nothing was asked for: the help has been shown.
-            if message := " ".join(error.format_message().split()).rstrip("."):
-                complain(f"{PROGRAM}: error: {hide_passwords(message[0].lower() + message[1:])}")
-                complain(f"`{' '.join(_command_path(self, args))} --help` shows what can be given")
+            if message := _in_words(error):
+                where = f"`{' '.join(_command_path(self, args))} --help` shows what can be given"
+                complain(f"{PROGRAM}: error: {hide_passwords(message)}; {where}")
             sys.exit(USER_ERROR)
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else OK)
+
+
+def _in_words(error: Any) -> str:
+    """One line of a mistake in the words of the project's other messages; empty if the help was shown."""
+    if near := getattr(error, "possibilities", None):
+        return f"no such option: {error.option_name}; did you mean {' or '.join(sorted(near))}?"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    # The values of options are checked by pydantic.
+    message = message.replace("Input should be", "must be").partition(", unable to parse")[0]
+    return message[:1].lower() + message[1:]
 
 
 def _command_path(group: TyperGroup, args: Sequence[str]) -> list[str]:

@@ -58,6 +58,8 @@ class LearnerSummary:
     """What a run of the learner came to."""
 
     gradient_steps: int
+    policy_steps: int
+    """Those in which the agent moved: not the first ``sac.critic_only_steps``."""
     num_episodes: int
     num_tokens: int
     num_transitions: int
@@ -175,6 +177,7 @@ class Learner:
             )
         return LearnerSummary(
             gradient_steps=self.sac.step,
+            policy_steps=self.sac.policy_steps,
             num_episodes=self._num_episodes,
             num_tokens=self._num_tokens,
             num_transitions=self.mirror.total_transitions,
@@ -281,7 +284,11 @@ class Learner:
         self._saved_at = time.monotonic()
         if self._run_folder is None:
             return
-        trained = {"gradient_steps": self.sac.step, "episodes": self._num_episodes}
+        trained = {
+            "gradient_steps": self.sac.step,
+            "policy_steps": self.sac.policy_steps,
+            "episodes": self._num_episodes,
+        }
         save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
         save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self)
 

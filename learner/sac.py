@@ -82,6 +82,11 @@ class SAC:
         self.policy_optimiser = _adam(list(self.agent.parameters()), config.policy_learning_rate)
         self.temperature_optimiser = _adam([self.log_alpha], config.temperature_learning_rate)
 
+    @property
+    def policy_steps(self) -> int:
+        """Gradient steps in which the agent itself moved. While it is 0, the agent is as it began."""
+        return max(0, self.step - self.config.critic_only_steps)
+
     def update(self, batch: TransitionBatch) -> SACMetrics:
         """Do one gradient step on ``batch``, which is on the device of the networks.
 

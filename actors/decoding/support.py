@@ -99,19 +99,32 @@ def self_check(model: Any, num_tokens: int) -> None:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        at_fault, remedy = _at_fault(model, name)
         raise UserError(
-            f"llm.model: {name} cannot be driven with a cache and a mask of our own ({reason}); "
-            "use another model"
+            f"{at_fault} cannot be driven with a cache and a mask of our own ({reason}); {remedy}"
         ) from error
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
     if getattr(model, "is_loaded_in_8bit", False):
         tolerance = TOLERANCE_8_BIT_WEIGHTS
     if not difference <= tolerance:
+        at_fault, remedy = _at_fault(model, name)
         raise UserError(
-            f"llm.model: {name} computes other states with a cache and a mask of our own than without "
-            f"(relative difference {difference:.2g}, allowed {tolerance:.2g}); use another model"
+            f"{at_fault} computes other states with a cache and a mask of our own than without "
+            f"(relative difference {difference:.2g}, allowed {tolerance:.2g}); {remedy}"
         )
     _checked[model] = state
+
+
+def _at_fault(model: Any, name: str) -> tuple[str, str]:
+    """What is most likely why ``model``, of the family ``name``, fails the self-check, and the remedy.
+
+    Where the weights are in fewer bits it is those: the model without them has not been looked at.
+    """
+    for bits in ("8bit", "4bit"):
+        if getattr(model, f"is_loaded_in_{bits}", False):
+            others = "none" if bits == "4bit" else "4bit or none"
+            return f"llm.quantization={bits}: {name} in {bits[0]} bits", f"use llm.quantization={others}"
+    return f"llm.model: {name}", "use another model"
 
 
 def _windows(text_config: Any, num_tokens: int) -> list[int]:

@@ -4,6 +4,7 @@ late."""
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -95,25 +96,53 @@ def check_json_path(path: Path | None) -> None:
     """Refuse a file that could not be written, before minutes are spent on what goes into it.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder itself.
+        UserError: it is a folder, its folder does not exist, or one of them cannot be written.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--json: {path} cannot be written; give a file in a folder that exists")
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"--json: {path} is a folder; give a file, such as {path / 'figures.json'}")
+    if not folder.is_dir():
+        raise UserError(f"--json: there is no folder {folder}; make it, or give a file in another")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"--json: {path} cannot be written; give another file")
+
+
+SHOWN = ("llm", "dtype", "device", "new_tokens", "top_k", "top_p", "rounds", "processor", "threads", "torch")
+"""Conditions that a person wants to see, in this order."""
+
+
+def conditions_line(figures: Sequence[Figure]) -> str:
+    """Those of the conditions in ``SHOWN`` that all figures share, in one line."""
+    first, *others = [figure.conditions for figure in figures]
+    shared = [
+        name for name in SHOWN if name in first and all(other.get(name) == first[name] for other in others)
+    ]
+    return ", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in shared)
 
 
 def report(figures: Sequence[Figure], path: Path | None) -> None:
     """Print the figures, and write them to ``path`` as a JSON list."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title="Figures (medians; a ratio above 1 is better)")
-    for column in ("figure", "value", "unit", "peer", "ratio"):
-        table.add_column(column, justify="right" if column in ("value", "ratio") else "left")
+    for column in ("figure", "ours", "peer", "unit", "ratio", "the peer is"):
+        table.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
     for figure in figures:
-        ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-        table.add_row(figure.figure, f"{figure.value:.3g}", figure.unit, figure.peer or "", ratio)
+        peer_value = figure.conditions.get("peer_value")
+        table.add_row(
+            figure.figure,
+            f"{figure.value:.3g}",
+            "" if peer_value is None else f"{peer_value:.3g}",
+            figure.unit,
+            "" if figure.ratio is None else f"{figure.ratio:.2f}",
+            figure.peer or "",
+        )
     console.print(table)
-    for figure in figures:
-        details = ", ".join(f"{name} {value}" for name, value in figure.conditions.items())
-        console.print(f"{figure.figure}: {details}", highlight=False, markup=False, style="dim")
+    where = "" if path is not None else "; --json FILE keeps all conditions"
+    console.print(
+        conditions_line(figures) + where, highlight=False, markup=False, style="dim", soft_wrap=True
+    )
     if path is not None:
         content = [figure.model_dump(mode="json") for figure in figures]
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

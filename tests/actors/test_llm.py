@@ -6,10 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.decoding import support
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.llm import _expand, expand_gguf, load_llm, locate_model, resolve_dtype
@@ -102,6 +104,32 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
         assert "Paris" in loaded.decode(answer[0, len(ids) :])
 
 
+def test_what_killed_processes_left_half_unpacked_is_removed_and_what_is_being_written_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.setattr(llm_module, "_expand", lambda folder, gguf_file, dtype, expanded: expanded.mkdir())
+    own = expand_gguf(str(tmp_path), "m.gguf", "float32")
+    own.rmdir()
+    cache = own.parent
+    left = [cache / f"partial-{name}" for name in (own.name, "other-0123", "busy-4567")]
+    for folder in left:
+        (folder / "weights").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as thread:
+        lock = FileLock(cache / "busy-4567.lock", thread_local=False)
+        thread.submit(lock.acquire).result()
+        assert expand_gguf(str(tmp_path), "m.gguf", "float32") == own
+        assert [folder.is_dir() for folder in left] == [False, False, True]
+        thread.submit(lock.release).result()
+
+
+def test_an_unpacking_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="none.gguf"):
+        _expand(str(tmp_path), "none.gguf", "float32", tmp_path / "model-0123")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
@@ -117,7 +145,7 @@ def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypat
 
 
 @pytest.mark.parametrize(("bits", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
-def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer):
+def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer, caplog):
     llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
     assert layer in {type(module).__name__ for module in llm.model.modules()}
     assert llm.dtype == torch.float32
@@ -125,6 +153,19 @@ def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, lay
     engine = Engine(llm.model, llm.eos_ids, config, "greedy", 2, 4)
     (generation,) = engine.generate([Request([3, 4, 5])])
     assert generation.token_states[0].dtype == torch.float32
+    # One warning for each layer of each pass would hide everything else.
+    assert [record for record in caplog.records if record.name.startswith("bitsandbytes")] == []
+
+
+@pytest.mark.parametrize(("bits", "others"), [("8bit", "4bit or none"), ("4bit", "none")])
+def test_a_self_check_that_fails_with_fewer_bits_names_the_bits(llm_folder, bits, others, monkeypatch):
+    llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
+    monkeypatch.setattr(support, "_largest_difference", lambda model, lengths: 0.9)
+    with pytest.raises(UserError) as caught:
+        support.self_check(llm.model, 9)
+    message = str(caught.value)
+    assert message.startswith(f"llm.quantization={bits}: llama in {bits[0]} bits computes other states")
+    assert message.endswith(f"use llm.quantization={others}") and "llm.model" not in message
 
 
 def test_fewer_bits_without_the_package_for_them_are_refused_with_the_remedy(llm_folder, monkeypatch):

@@ -69,6 +69,9 @@ def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
         "decoding.max_new_tokens=6",
     )
     assert result.exit_code == 0, result.output
+    assert "{" not in result.output, "a dictionary is for programs"
+    (line,) = [line for line in result.output.splitlines() if "new tokens 6" in line]
+    assert "dtype float32, device cpu" in line and "passes_per_token" not in result.output
     figures = json.loads(out.read_text())
     assert [f["figure"] for f in figures] == ["aligned_vs_generate_batch_1", "aligned_vs_generate_batch_4"]
     for figure in figures:
@@ -101,7 +104,11 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["bench", "decode", "{run}", "--json", "{tmp}/none/f.json"], "--json: "),
+        (
+            ["bench", "decode", "{run}", "--json", "{tmp}/none/f.json"],
+            "--json: there is no folder {tmp}/none",
+        ),
+        (["bench", "decode", "{run}", "--json", "{tmp}"], "--json: {tmp} is a folder; give a file, such as"),
         (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
         (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
         (["bench", "decode", "{tmp}/none"], "is not a run folder"),
@@ -114,5 +121,5 @@ def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(
     folder, _ = tiny_run
     result = CliRunner().invoke(app, [a.format(run=folder, tmp=tmp_path) for a in arguments])
     assert result.exit_code == 2
-    assert says in result.stderr and "loading" not in result.output
+    assert says.format(tmp=tmp_path) in result.stderr and "loading" not in result.output
     assert len(result.stderr.splitlines()) == 1

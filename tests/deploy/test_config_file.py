@@ -133,7 +133,7 @@ def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
         ("run.stop_timeout_s=1e300", ["run.stop_timeout_s=1e+300", "less than or equal"]),
         ("learner.batch_size={", ["learner.batch_size={", "not a YAML value"]),
         ("learner.batch_size", ["'learner.batch_size' is not of the form key=value"]),
-        ("rollout.num_actors=0", ["rollout.num_actors=0", "at least 1"]),
+        ("rollout.num_actors=-1", ["rollout.num_actors=-1", "greater than or equal to 1"]),
         ("ray.address=auto", ["ray.address=auto", "set replay.redis_url"]),
         ("rewards.helpful.weight=0", ["rewards", "every weight is 0"]),
         ("shaping.score_weights={helpful: 2}", ["shaping.score_weights", "rewards.NAME.weight"]),
@@ -168,19 +168,29 @@ def test_no_rewards_at_all_is_a_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "'key: value' lines"), ("llm: {model: '${nope}'}", "nope")],
+    [
+        ("a: [1", "c.yaml is not valid YAML"),
+        ("a: 1\nb: c: d\n", "mapping values are not allowed in this context at line 2, column 5"),
+        ("a: \x07", "at position 3"),
+        ("- 1\n- 2\n", "'key: value' lines"),
+        ("llm: {model: '${nope}'}", "nope"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     message = error_of(path)
     assert part in message
-    assert "\n" not in message
+    assert "\n" not in message and "unicode string" not in message
 
 
-def test_an_unknown_configuration_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match=r"no file 'quickstrat'.*quickstart"):
-        find_config("quickstrat")
+def test_an_unknown_configuration_name_is_told_with_the_nearest_or_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    for name, nearest in (("quickstrat", "quickstart"), (tmp_path / "mine.yml", tmp_path / "mine.yaml")):
+        with pytest.raises(UserError, match=rf"no file '{name}'; did you mean {nearest}\?$"):
+            find_config(str(name))
+    with pytest.raises(UserError, match=r"no file 'xyz'.* a shipped configuration \(quickstart\)"):
+        find_config("xyz")
     assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
 
 

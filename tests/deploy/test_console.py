@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 
 import pytest
@@ -43,7 +44,14 @@ def view() -> View:
 
 def test_a_plain_line_tells_state_progress_and_metrics(view: View) -> None:
     line = plain_line(view)
-    for part in ("training", "episodes 100/400", "tokens/s 123", "step 42", "alpha 0.090", "idle actors 1%"):
+    for part in (
+        "training",
+        "episodes 100/400",
+        "tokens/s 123",
+        "step 42",
+        "alpha 0.090",
+        "learner idle now 20%",
+    ):
         assert part in line
     assert "\n" not in line
 
@@ -65,10 +73,22 @@ def test_plain_lines_come_at_a_change_of_state_and_then_once_a_period(
     assert ["training" in lines[0], "stopping" in lines[1], lines[2]] == [True, True, "actor-0 died"]
 
 
-def test_the_remaining_time_follows_the_pace_so_far(view: View) -> None:
-    assert view.trained_since is not None
-    view.trained_since -= 10
-    assert view.remaining_s == pytest.approx(30, rel=0.05)
+@pytest.mark.parametrize(
+    ("seconds_ago", "num_done", "remaining_s"),
+    [
+        (10, 100, None),  # None since those that came at once.
+        (10, 120, None),  # A twentieth of all: the pace is that of one wave.
+        (10, 200, 20),
+        (70, 120, 980),
+    ],
+)
+def test_the_remaining_time_follows_the_pace_once_that_is_steady(
+    view: View, seconds_ago: float, num_done: int, remaining_s: float | None
+) -> None:
+    view.update({"episodes/total": num_done})
+    assert view.first_seen is not None and view.first_seen[1] == 100
+    view.first_seen = (time.monotonic() - seconds_ago, 100)
+    assert view.remaining_s == (remaining_s if remaining_s is None else pytest.approx(remaining_s, rel=0.05))
 
 
 def test_the_live_panel_shows_progress_losses_rewards_and_actors(view: View) -> None:

@@ -48,7 +48,8 @@ def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny
     (sample,) = json.loads((folder / REPORT_FILE).read_text())["samples"]
     capsys.readouterr()
     generate(folder, config, "why")
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "loading the LLM" in said and "loading" not in shown
     assert f"base LLM, greedy:\n{sample['answers']['base'].strip()}\n" in shown
     assert f"with the agent, greedy:\n{sample['answers']['agent'].strip()}\n" in shown
     assert sample["answers"]["base"] != sample["answers"]["agent"]
@@ -98,7 +99,9 @@ def test_an_agent_of_another_llm_of_the_same_size_is_a_line_with_both(tiny_run, 
     card = {"llm": {"model": "other/model"}}
     save_agent(Agent(32, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, card)
     generate(folder, config, "why")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    shown, said = capsys.readouterr()
+    (line,) = [line for line in said.splitlines() if "warning" in line]
+    assert "warning" not in shown
     assert "the agent was trained for the LLM other/model" in line and config.llm.model in line
 
 
@@ -108,10 +111,33 @@ def test_heads_of_another_llm_are_told_of_unless_the_training_has_done_so(tiny_r
         card = json.loads((tmp_path / name / "head.json").read_text())
         (tmp_path / name / "head.json").write_text(json.dumps({**card, "llm": "other/model"}))
     run_evaluation(folder, config)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert [line.split()[1] for line in warnings] == ["rewards.helpful.path", "rewards.cost.path"]
-    run_evaluation(folder, config, warn=False)
-    assert "warning" not in capsys.readouterr().out
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.split()[2] for line in warnings] == ["rewards.helpful.path", "rewards.cost.path"]
+    run_evaluation(folder, config, after_training=True)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("training", "warned"),
+    [
+        ({"gradient_steps": 40, "policy_steps": 0}, True),
+        ({"gradient_steps": 0, "policy_steps": 0}, True),
+        ({"gradient_steps": 40, "policy_steps": 1}, False),
+        ({"gradient_steps": 40}, False),  # A card from before the policy's steps were counted.
+    ],
+)
+def test_an_agent_whose_policy_never_moved_is_told_of_in_a_line_with_the_remedy(
+    tiny_run, capsys, training, warned
+):
+    folder, config = tiny_run
+    save_agent(Agent(32, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, {"training": training})
+    for command in (lambda: generate(folder, config, "why"), lambda: run_evaluation(folder, config)):
+        command()
+        shown, said = capsys.readouterr()
+        assert "warning" not in shown
+        warnings = [line for line in said.splitlines() if "warning" in line]
+        assert len(warnings) == warned
+        assert not warned or ("untrained" in warnings[0] and "learner.sac.critic_only_steps" in warnings[0])
 
 
 def changed_llm(config: RunConfig, **settings: str) -> RunConfig:

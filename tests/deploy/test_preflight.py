@@ -28,7 +28,7 @@ from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
 from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size
-from mara.deploy.preflight import preflight, warn_of_few_cores
+from mara.deploy.preflight import check_cache, preflight, warn_of_few_cores
 
 HIDDEN_SIZE = 32
 
@@ -238,6 +238,19 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(
     assert_one_line(result, "/dev/null/.cache/mara", "set XDG_CACHE_HOME")
 
 
+def test_an_llm_that_is_going_to_be_unpacked_is_known_before(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm" / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load_config(config_path, ["llm.gguf_file=model.gguf"])
+    assert check_cache(config)
+    unpacked = tmp_path / "mara" / "model-0123"
+    unpacked.mkdir(parents=True)
+    (unpacked / "config.json").touch()
+    assert not check_cache(config)
+
+
 def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:
     result = train(config_path, "learner.batchsize=3", "rollout.row=3")
     assert result.exit_code == 2
@@ -259,9 +272,27 @@ def test_the_real_command_refuses_at_once_and_leaves_nothing(config_path: Path, 
     assert time.monotonic() - started < 60
 
 
-def test_a_dry_run_prints_settings_that_load_to_the_same(config_path: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_what_the_run_would_refuse(config_path: Path, tmp_path: Path) -> None:
+    result = train(config_path, "--dry-run")
+    assert_one_line(result, "rewards.helpful.path", "helpful")
+    assert result.stdout == ""
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    for mistake, part in (
+        ("prompts.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("llm.device=gpu", "llm.device=gpu"),
+        ("replay.redis_url=redis://127.0.0.1:1/0", "replay.redis_url"),
+    ):
+        assert_one_line(train(config_path, mistake, "--dry-run"), part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_settings_that_load_to_the_same_and_nothing_else(
+    config_path: Path, tmp_path: Path
+) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE, llm="other/model")
     result = CliRunner().invoke(app, ["train", str(config_path), "learner.batch_size=9", "--dry-run"])
     assert result.exit_code == 0
+    assert "mara: warning: rewards.helpful.path" in result.stderr
     printed = tmp_path / "printed.yaml"
     printed.write_text(result.stdout)
     assert load_config(printed) == load_config(config_path, ["learner.batch_size=9"])
@@ -283,6 +314,7 @@ def test_a_head_of_another_hidden_size_is_refused(config_path: Path, tmp_path: P
 def test_what_is_right_passes(config_path: Path, tmp_path: Path) -> None:
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     checked = preflight(load_config(config_path))
+    assert not checked.unpacks_llm
     assert checked.hidden_size == HIDDEN_SIZE
     assert [prompt.prompt for prompt in checked.prompts] == ["why?", "how?"]
 
@@ -293,7 +325,7 @@ def test_a_head_of_another_llm_of_the_same_size_is_a_line_with_both(
     for llm, said in (("other/model", True), (str(tmp_path / "llm"), False), ("/moved/llm", False)):
         make_head(tmp_path / "helpful", HIDDEN_SIZE, llm=llm)
         preflight(load_config(config_path))
-        lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert len(lines) == said
         if said:
             assert "rewards.helpful.path" in lines[0] and "other/model" in lines[0]
@@ -319,7 +351,7 @@ def test_far_more_actors_than_cores_are_a_line_that_names_the_setting(
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     preflight(load_config(config_path, overrides.split()))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
 
@@ -329,7 +361,7 @@ def test_the_cores_of_this_machine_say_nothing_of_a_cluster(
 ) -> None:
     settings = ["rollout.num_actors=4096", "ray.address=auto", f"replay.redis_url={server.url}"]
     warn_of_few_cores(load_config(config_path, settings))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_what_the_plain_llm_scores_is_known_from_a_head_of_this_llm_alone(
@@ -362,7 +394,7 @@ def test_prompts_that_are_not_held_out_are_told(
 ) -> None:
     make_head(tmp_path / "helpful", HIDDEN_SIZE)
     preflight(load_config(config_path, [f"prompts.evaluation={tmp_path / 'prompts.jsonl'}"]))
-    assert "prompts.evaluation is prompts.train" in capsys.readouterr().out
+    assert "prompts.evaluation is prompts.train" in capsys.readouterr().err
 
 
 def make_head(folder: Path, hidden_size: int, **card: str) -> None:

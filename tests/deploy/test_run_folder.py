@@ -10,32 +10,60 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mara.common.agent import Agent, save_agent
+from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.plots import accepted_positions, draw_plots, llm_levels, read_metrics, reward_curve
-from mara.deploy.run_folder import check_agent, load_run, make_run_folder
+from mara.deploy.run_folder import check_agent, load_run, make_run_folder, name_latest
 
 
-def test_a_run_folder_holds_the_settings_and_is_the_latest(config: RunConfig) -> None:
+def save_untrained(folder: Path, gradient_steps: int) -> None:
+    card = {"training": {"gradient_steps": gradient_steps, "policy_steps": 0}}
+    save_agent(Agent(4, AgentConfig(widths=(4, 4))), folder / "agent", card)
+
+
+def test_a_run_folder_holds_the_settings(config: RunConfig) -> None:
     folder = make_run_folder(config)
     assert folder.name.startswith("tiny-2")
     assert load_run(folder) == config
-    assert (config.run.dir / "latest").resolve() == folder
-    assert load_run(config.run.dir / "latest", ["learner.batch_size=7"]).learner.batch_size == 7
+    assert load_run(folder, ["learner.batch_size=7"]).learner.batch_size == 7
+
+
+def test_latest_is_the_newest_run_with_an_agent_that_learnt(config: RunConfig) -> None:
+    latest = config.run.dir / "latest"
+    first = make_run_folder(config)
+    assert not name_latest(first)
+    with pytest.raises(UserError, match=f"{latest} is not there: no run in {config.run.dir} has saved"):
+        load_run(latest)
+    save_untrained(first, gradient_steps=0)
+    assert not name_latest(first)
+    save_untrained(first, gradient_steps=1)
+    assert name_latest(first)
+    assert load_run(latest) == config
+
+    second = make_run_folder(config)
+    assert not name_latest(second)
+    assert latest.resolve() == first
+    save_untrained(second, gradient_steps=1)
+    assert name_latest(second)
+    assert latest.resolve() == second
+    assert not list(config.run.dir.glob(".latest*"))
 
 
 def test_a_run_without_an_agent_is_named_by_its_own_name(config: RunConfig) -> None:
     folder = make_run_folder(config)
+    link = folder.with_name("mine")
+    link.symlink_to(folder)
     with pytest.raises(UserError, match=f"{folder} has no agent"):
-        check_agent(config.run.dir / "latest")
+        check_agent(link)
     (folder / "agent").mkdir()
-    check_agent(config.run.dir / "latest")
+    check_agent(link)
 
 
 def test_two_runs_of_the_same_second_have_folders_of_their_own(config: RunConfig) -> None:
     first, second = make_run_folder(config, now_s=0), make_run_folder(config, now_s=0)
     assert second.name == first.name + "-2"
-    assert (config.run.dir / "latest").resolve() == second
 
 
 def test_a_run_folder_that_cannot_be_made_is_told(config: RunConfig, tmp_path: Path) -> None:
@@ -98,8 +126,9 @@ def test_the_reward_curve_shows_the_plain_llm_where_it_is_known_and_says_so_once
     figure = reward_curve(rows, known)
     assert [horizontal_lines(panel) for panel in figure.axes] == [[], [], [0.5, 0.0]]
     labels = legend_of(figure)
-    assert sum("the LLM alone, greedy" in label for label in labels) == 1
-    assert sum("the LLM alone, sampled" in label for label in labels) == 1
+    assert sum("the LLM alone, greedy: measured when" in label for label in labels) == 1
+    assert sum("the LLM alone, sampled: measured when" in label for label in labels) == 1
+    assert len(labels) == 4
     assert not any("LLM" in label for label in legend_of(reward_curve(rows, {})))
 
 

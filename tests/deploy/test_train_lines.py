@@ -9,11 +9,12 @@ import pytest
 from mara.deploy.console import View
 from mara.deploy.process import LOADING, RUNNING, STARTING, WAITING
 from mara.deploy.supervisor import Status
-from mara.deploy.train import closing_lines, describe
+from mara.deploy.train import closing_line, describe, why_untrained
 from mara.learner.loop import LearnerSummary
 
 SUMMARY = LearnerSummary(
     gradient_steps=3,
+    policy_steps=2,
     num_episodes=20,
     num_tokens=800,
     num_transitions=900,
@@ -24,13 +25,14 @@ SUMMARY = LearnerSummary(
 )
 
 
-def test_an_agent_that_learnt_nothing_is_called_untrained_in_a_line_of_its_own() -> None:
-    for stopped in (True, False):
-        nothing = replace(SUMMARY, gradient_steps=0, stopped=stopped)
-        first, second = closing_lines(nothing)
-        assert "0 gradient steps" in first
-        assert "the saved agent is untrained" in second
-    assert len(closing_lines(SUMMARY)) == 1
+def test_an_agent_that_learnt_nothing_is_called_untrained_with_the_remedy() -> None:
+    nothing = replace(SUMMARY, gradient_steps=0, policy_steps=0)
+    assert "0 gradient steps" in closing_line(nothing)
+    assert "untrained: the run ended before the first gradient step" in (why_untrained(nothing, 0) or "")
+    critic_alone = why_untrained(replace(SUMMARY, policy_steps=0), critic_only_steps=100) or ""
+    assert "in the first 100 gradient steps only the critic" in critic_alone and "after 3;" in critic_alone
+    assert "lower learner.sac.critic_only_steps" in critic_alone
+    assert why_untrained(SUMMARY, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_an_agent_that_learnt_nothing_is_called_untrained_in_a_line_of_its_own()
             "loading the LLM into 1 rollout actor",
         ),
         (RUNNING, [LOADING, LOADING], 0, "loading the LLM into 2 rollout actors"),
-        (RUNNING, [RUNNING, RUNNING], 0, "collecting the first episodes"),
+        (RUNNING, [RUNNING, RUNNING], 0, "waiting for the first answers"),
         (RUNNING, [RUNNING, RUNNING], 5, "training"),
         (RUNNING, [RUNNING, LOADING], 5, "training; loading the LLM into 1 rollout actor"),
     ],
@@ -57,3 +59,14 @@ def test_what_is_waited_for_is_said_in_words(
     view = View("t", num_episodes=10)
     view.update({"learner/gradient_step": gradient_step})
     assert describe(Status([], {}, phases, None), view) == told
+
+
+def test_until_training_starts_it_is_said_when_it_will() -> None:
+    view = View("t", num_episodes=10, start_transitions=2048)
+    view.update({"learner/gradient_step": 0, "episodes/total": 3})
+    told = describe(Status([], {}, {"learner": RUNNING, "actor-0": RUNNING}, None), view)
+    assert told == "collecting answers; training starts at 2048 transitions"
+
+
+def test_the_idle_time_of_the_summary_is_that_of_the_whole_run() -> None:
+    assert closing_line(SUMMARY).endswith("over the whole run the learner was idle 25% of the time")

@@ -218,7 +218,7 @@ def test_a_run_joins_a_cluster_uses_all_its_nodes_and_leaves_it_as_it_was(
     actors = [{name for name in placed[node.name] if name != "learner"} for node in cluster.nodes]
     assert sorted(actors, key=str) == [{"actor-0"}, {"actor-1"}], placed
     assert sum("learner" in hosts for hosts in placed.values()) == 1, placed
-    assert list(tmp_path.glob("runs/latest/agent/*.safetensors")), output.read_text()
+    assert list(tmp_path.glob("runs/run-*/agent/*.safetensors")), output.read_text()
     assert "Traceback" not in output.read_text()
     assert all(node.is_running for node in cluster.nodes)
     wait_until(lambda: not any(cluster.hosts().values()), 20, lambda: f"left running: {cluster.hosts()}")

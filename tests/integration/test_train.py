@@ -111,7 +111,7 @@ def test_a_run_survives_the_death_of_its_server(mara: Start, durable: bool) -> N
 def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     mara: Start, number: signal.Signals
 ) -> None:
-    command = mara(FOR_EVER, NO_WANDB, "rollout.num_actors=1")
+    command = mara(FOR_EVER, NO_WANDB, "rollout.num_actors=1", "learner.sac.critic_only_steps=1000000")
     command.wait_until(lambda: is_training(command), "training")
     command.signal_group(number)
 
@@ -121,6 +121,9 @@ def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     _, card = load_agent(folder / "agent", hidden_size=32)
     assert card["training"]["gradient_steps"] >= 1
     assert records(command)[-1]["learner/gradient_step"] == card["training"]["gradient_steps"]
+    assert card["training"]["policy_steps"] == 0
+    assert "mara: warning: the saved agent is untrained: in the first 1000000 gradient steps" in command.text
+    assert (folder.parent / "latest").resolve() == folder
     assert "Traceback" not in command.text
 
 
@@ -131,7 +134,8 @@ def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Sta
 
     assert command.wait() == 0, command.text
     assert command.left_running() == []
-    assert "there is no agent to save" in command.text
+    assert command.text.splitlines()[-1] == "stopped before training began; there is no agent to save"
+    assert not (run_folder(command.text).parent / "latest").exists()
     assert "joining the Ray cluster" not in command.text
 
 

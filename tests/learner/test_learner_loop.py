@@ -490,7 +490,22 @@ def test_the_saved_agent_is_the_trained_one_with_its_card(make_episode: EpisodeM
     agent, card = load_agent(tmp_path / "agent", hidden_size=D)
     torch.testing.assert_close(agent.state_dict(), learner.sac.agent.state_dict(), rtol=0, atol=0)
     assert card["llm"] == "tiny"
-    assert card["training"] == {"gradient_steps": 8, "episodes": 4}
+    assert card["training"] == {"gradient_steps": 8, "policy_steps": 8, "episodes": 4}
+
+
+@pytest.mark.parametrize(("critic_only_steps", "policy_steps"), [(5, 3), (8, 0), (20, 0)])
+def test_the_card_counts_the_steps_in_which_the_agent_moved(
+    make_episode: EpisodeMaker, tmp_path: Path, critic_only_steps: int, policy_steps: int
+) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(4)])
+    sac = SACConfig(critic_widths=(8, 8), critic_only_steps=critic_only_steps)
+    learner = make_learner(log.reader(), num_episodes=4, run_folder=tmp_path, sac=sac)
+    start = {name: tensor.clone() for name, tensor in learner.sac.agent.state_dict().items()}
+    assert learner.run().policy_steps == policy_steps
+    agent, card = load_agent(tmp_path / "agent", hidden_size=D)
+    assert (card["training"]["gradient_steps"], card["training"]["policy_steps"]) == (8, policy_steps)
+    moved = any(not torch.equal(tensor, start[name]) for name, tensor in agent.state_dict().items())
+    assert moved == (policy_steps > 0)
 
 
 def test_checkpoints_are_written_on_the_way(make_episode: EpisodeMaker, tmp_path: Path) -> None:

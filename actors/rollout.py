@@ -30,11 +30,11 @@ from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead, load_head
 from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, endless
-from mara.common.agent import Agent
+from mara.common.agent import Agent, why_not_finite, why_unfit
 from mara.common.config import AgentConfig
 from mara.common.contracts import EpisodeSink, WeightSource
 from mara.common.episode import Episode
-from mara.common.errors import UserError
+from mara.common.errors import DamagedWeights, UserError
 from mara.common.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -92,17 +92,20 @@ class RolloutWorker:
             shared_prefix=common_prefix(list(self._prompt_ids.values())),
         )
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(("tokens", "episodes", "decisions", "scores_failed"), 0)
+        self._counts = dict.fromkeys(
+            ("tokens", "episodes", "decisions", "scores_failed", "weights_refused"), 0
+        )
         self._waiting_s = 0.0
         self._busy_s = 0.0
         self._publish_to_applied_s = 0.0
         self._looked_for_weights_at = -1e9
+        self._refused_version: int | None = None
 
     def run(self, should_stop: threading.Event) -> None:
         """Decode, score and log until ``should_stop`` is set. Blocks.
 
         Raises:
-            UserError: published weights do not fit, or most answers cannot be scored.
+            UserError: the first weights that come do not fit, or most answers cannot be scored.
         """
         asked = (
             prompt
@@ -144,6 +147,7 @@ class RolloutWorker:
                 "rollout/idle_ratio": self._waiting_s / total_s,
                 "rollout/policy_version": self._policy.version,
                 "rollout/cache_bytes": self._engine.cache_nbytes,
+                "weights/refused": self._counts["weights_refused"],
                 "weights/publish_to_applied_s": self._publish_to_applied_s,
             }
 
@@ -162,19 +166,43 @@ class RolloutWorker:
         if now - self._looked_for_weights_at < self._rollout.weights_poll_s and self._policy.version >= 0:
             return
         self._looked_for_weights_at = now
-        newer = self._weights.fetch_newer(self._policy.version)
+        try:
+            newer = self._weights.fetch_newer(self._policy.version, skip=self._refused_version)
+        except DamagedWeights as error:
+            self._refuse_weights(error.version, error.why)
+            return
         if newer is None:
             return
-        try:
-            self._policy.agent.load_state_dict(newer.tensors)
-        except RuntimeError as error:
-            raise UserError(
-                f"agent: the published weights (version {newer.version}) do not fit this actor's agent; "
-                "use the same llm and agent settings for all actors and the learner"
-            ) from error
+        if why := why_unfit(self._policy.agent, newer):
+            if self._policy.version < 0:
+                raise UserError(
+                    f"agent: the published weights (version {newer.version}) do not fit this actor's agent "
+                    f"({why}); use the same llm and agent settings for all actors and the learner"
+                )
+            self._refuse_weights(newer.version, f"they are of another agent ({why})")
+            return
+        if why := why_not_finite(newer):
+            self._refuse_weights(newer.version, why)
+            return
+        self._policy.agent.load_state_dict(newer.tensors)
         self._policy.version = newer.version
         with self._lock:
             self._publish_to_applied_s = time.time() - newer.published_at_s
+
+    def _refuse_weights(self, version: int, why: str) -> None:
+        """Go on with the weights there are. The same version is not looked at again; others may follow."""
+        self._refused_version = version
+        with self._lock:
+            self._counts["weights_refused"] += 1
+            is_first = self._counts["weights_refused"] == 1
+        if is_first:
+            logger.warning(
+                "weights of version %d are refused: %s; this actor goes on with version %d. Further ones are "
+                "counted as weights/refused",
+                version,
+                why,
+                self._policy.version,
+            )
 
     def _score(self, generations: list[Generation]) -> list[Episode]:
         """Episodes of the answers, with the raw scores of each reward head; unscorable ones are counted.

@@ -119,7 +119,9 @@ class MemoryEpisodeReader:
 class MemoryWeightChannel:
     """A weight sink and source in one. Tensors are copied on both ways, so nobody shares them."""
 
-    def __init__(self) -> None:
+    def __init__(self, agent_digest: str = "") -> None:
+        """``agent_digest`` goes out with everything published here."""
+        self._agent_digest = agent_digest
         self._lock = threading.Lock()
         self._latest: VersionedWeights | None = None
 
@@ -131,7 +133,7 @@ class MemoryWeightChannel:
                 raise ValueError(
                     f"version {version} is not above the published {self._latest.version}; versions must grow"
                 )
-            self._latest = VersionedWeights(version, time.time(), copies)
+            self._latest = VersionedWeights(version, time.time(), copies, self._agent_digest)
         return True
 
     def holds(self, version: int) -> bool:
@@ -139,11 +141,11 @@ class MemoryWeightChannel:
         latest = self.latest_version()
         return latest is not None and latest >= version
 
-    def fetch_newer(self, than: int) -> VersionedWeights | None:
-        """Return the latest weights if their version exceeds ``than``."""
+    def fetch_newer(self, than: int, skip: int | None = None) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than`` and is not ``skip``."""
         with self._lock:
             latest = self._latest
-        if latest is None or latest.version <= than:
+        if latest is None or latest.version <= than or latest.version == skip:
             return None
         return latest._replace(tensors={name: tensor.clone() for name, tensor in latest.tensors.items()})
 

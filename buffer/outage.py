@@ -76,11 +76,6 @@ class Outage:
         self._num_failures = 0
 
     @property
-    def is_on(self) -> bool:
-        """Whether the last attempt failed."""
-        return self._began_at is not None
-
-    @property
     def pause_s(self) -> float:
         """Seconds until the next attempt is due; 0 where there is no outage."""
         return max(0.0, self._retry_at - time.monotonic()) if self._began_at is not None else 0.0

@@ -28,7 +28,8 @@ class ShardedEpisodeReader:
 
     def __init__(self, readers: Sequence[RedisEpisodeReader]) -> None:
         self._readers = list(readers)
-        self._next = 0
+        self._first = 0  # who is asked first
+        self._waits_at = 0  # who is waited for
         self._passed_over_until = [0.0] * len(readers)
         self._waited_s = 0.0
 
@@ -77,15 +78,15 @@ class ShardedEpisodeReader:
             if episodes or left_s <= 0:
                 return episodes
             # Whoever has its turn is waited for; the others are looked at again after it.
-            self._next = (self._next + 1) % len(self._readers)
-            if episodes := self._ask(self._next, max_episodes, min(left_s, _TURN_S)):
+            self._waits_at = (self._waits_at + 1) % len(self._readers)
+            if episodes := self._ask(self._waits_at, max_episodes, min(left_s, _TURN_S)):
                 return episodes
 
     def _take(self, max_episodes: int) -> list[Episode]:
         """What there is, in equal parts; what one shard has not, the others may give."""
         episodes: list[Episode] = []
-        self._next = (self._next + 1) % len(self._readers)
-        asked = [(self._next + n) % len(self._readers) for n in range(len(self._readers))]
+        self._first = (self._first + 1) % len(self._readers)
+        asked = [(self._first + n) % len(self._readers) for n in range(len(self._readers))]
         while asked and len(episodes) < max_episodes:
             have_more = []
             for place, shard in enumerate(asked):

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import cast
 
 import redis
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.keys import keys_of
 from mara.buffer.outage import AWAY, Outage
 from mara.common.contracts import VersionedWeights
+from mara.common.errors import DamagedWeights
 
-# Returns the version that stands in the way, or nothing. What it stores goes neither into an append-only
-# file, which would grow by the whole agent every second, nor to replicas. Before Redis 7 a script had to ask
-# for the right to say so; later that does nothing.
+# Returns the version that stands in the way, or nothing. One of another agent does not, nor what is none.
+# What is stored goes neither into an append-only file, which would grow by the whole agent every second, nor
+# to replicas. Before Redis 7 a script had to ask for the right to say so; later that does nothing.
 _PUBLISH = """
 if redis.replicate_commands then redis.replicate_commands() end
 redis.set_repl(redis.REPL_NONE)
-local current = redis.call('HGET', KEYS[1], 'version')
-if current and tonumber(current) >= tonumber(ARGV[1]) then return current end
-redis.call('HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'tensors', ARGV[3])
+local stored = redis.call('HMGET', KEYS[1], 'version', 'agent')
+local current = tonumber(stored[1] or '')
+if current and current >= tonumber(ARGV[1]) and stored[2] == ARGV[4] then return stored[1] end
+redis.call(
+    'HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'tensors', ARGV[3], 'agent', ARGV[4]
+)
 return false
 """
 
@@ -36,8 +42,16 @@ class RedisWeightChannel:
     :class:`~mara.common.errors.ReplayUnavailable`.
     """
 
-    def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        run_id: str,
+        config: ReplayConfig | None = None,
+        agent_digest: str = "",
+    ) -> None:
+        """``agent_digest`` goes out with everything published here; a channel that only reads needs none."""
         self._client = client
+        self._agent_digest = agent_digest
         self._key = keys_of(run_id).weights
         self._outage = Outage(config or ReplayConfig())
         # Publications without a reply: they may have been stored all the same.
@@ -47,7 +61,7 @@ class RedisWeightChannel:
         """Make ``tensors`` the latest weights; False if the store is away, and the same may be tried again.
 
         Raises:
-            ValueError: ``version`` is not above the published one.
+            ValueError: ``version`` is not above the one published of this agent.
             ReplayUnavailable: the store has been away for ``max_outage_s``.
             UserError: it has had no memory left for as long.
         """
@@ -55,7 +69,9 @@ class RedisWeightChannel:
         if self._outage.pause_s > 0:
             return False
         try:
-            current = self._client.eval(_PUBLISH, 1, self._key, str(version), repr(time.time()), content)
+            current = self._client.eval(
+                _PUBLISH, 1, self._key, str(version), repr(time.time()), content, self._agent_digest
+            )
         except AWAY as error:
             self._unanswered.add(version)
             self._outage.failed(error)
@@ -70,7 +86,7 @@ class RedisWeightChannel:
         return True
 
     def holds(self, version: int) -> bool:
-        """Whether the store has weights of ``version`` or later ones. True while it is away: nobody knows.
+        """Whether the store has this agent's weights of ``version`` or later. True while it is away.
 
         A store that was restarted has none, or old ones: they are in no append-only file, unless it was
         rewritten since.
@@ -78,38 +94,56 @@ class RedisWeightChannel:
         Raises:
             ReplayUnavailable: the store has been away for ``max_outage_s``.
         """
-        latest = self.latest_version()
-        return self._outage.is_on or (latest is not None and latest >= version)
+        stored = self._fetch("version", "agent")
+        if stored is None:
+            return True
+        latest = _version(stored[0])
+        return latest is not None and latest >= version and stored[1] == self._agent_digest.encode()
 
-    def fetch_newer(self, than: int) -> VersionedWeights | None:
-        """Return the latest weights if their version exceeds ``than``; one tiny request if not.
+    def fetch_newer(self, than: int, skip: int | None = None) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than`` and is not ``skip``.
+
+        One tiny request if not.
 
         Raises:
+            DamagedWeights: they cannot be read.
             ReplayUnavailable: the store has been away for ``max_outage_s``.
         """
         latest = self.latest_version()
-        if latest is None or latest <= than:
+        if latest is None or latest <= than or latest == skip:
             return None
+        stored = self._fetch("version", "published_at_s", "tensors", "agent")
+        if stored is None or (version := _version(stored[0])) is None:  # away or deleted in between
+            return None
+        _, published_at_s, content, agent = stored
         try:
-            version, published_at_s, content = cast(
-                tuple[bytes | None, bytes, bytes],
-                self._client.hmget(self._key, ["version", "published_at_s", "tensors"]),
+            weights = VersionedWeights(
+                version, float(published_at_s or b""), load(content or b""), (agent or b"").decode()
             )
-        except AWAY as error:
-            self._outage.failed(error)
-            return None
-        if version is None:  # deleted in between
-            return None
-        return VersionedWeights(int(version), float(published_at_s), load(content))
+        # What the library says to bytes that are no safetensors, to a dtype that torch does not have, …
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DamagedWeights(version, f"they cannot be read ({reason[:120]})") from error
+        return weights
 
     def latest_version(self) -> int | None:
         """Version of the latest weights; None before the first publication or while the store is away."""
+        stored = self._fetch("version")
+        return None if stored is None else _version(stored[0])
+
+    def _fetch(self, *fields: str) -> list[bytes | None] | None:
+        """The stored fields, each None if there is none; None altogether while the store is away."""
         if self._outage.pause_s > 0:
             return None
         try:
-            version = cast(bytes | None, self._client.hget(self._key, "version"))
+            stored = cast(list[bytes | None], self._client.hmget(self._key, list(fields)))
         except AWAY as error:
             self._outage.failed(error)
             return None
         self._outage.ended()
-        return None if version is None else int(version)
+        return stored
+
+
+def _version(text: bytes | None) -> int | None:
+    """A version as it is stored; None for anything else, which stands in nobody's way."""
+    return int(text) if text is not None and re.fullmatch(rb"-?\d{1,18}", text) else None

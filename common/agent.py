@@ -5,6 +5,7 @@ Legend: B rows, D hidden size of the LLM.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mara.common.config import AgentConfig
+from mara.common.contracts import VersionedWeights
 from mara.common.errors import UserError
 
 ACCEPT = 1
@@ -73,6 +75,37 @@ def normalised_linear(states_BD: torch.Tensor, norm: nn.LayerNorm, linear: nn.Li
     x_BD = nn.functional.layer_norm(states_BD, norm.normalized_shape, eps=norm.eps)
     bias = torch.addmv(linear.bias, linear.weight, norm.bias)
     return nn.functional.linear(x_BD, linear.weight * norm.weight, bias)
+
+
+def agent_digest(hidden_size: int, config: AgentConfig) -> str:
+    """SHA-256, in hex, of what gives an agent's weights their meaning: its shape and its settings."""
+    content = {"hidden_size": hidden_size, **config.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def why_unfit(agent: Agent, weights: VersionedWeights) -> str | None:
+    """Why ``weights`` are those of another agent than ``agent``, in a few words; None if they are not.
+
+    Looks at the digest, the names, the shapes and the dtypes, and changes nothing.
+    """
+    own = agent.state_dict()
+    if unlike := own.keys() ^ weights.tensors.keys():
+        return f"{min(unlike)} is on one side only"
+    for name, tensor in own.items():
+        theirs = weights.tensors[name]
+        if theirs.shape != tensor.shape:
+            return f"{name} is {tuple(theirs.shape)}, not {tuple(tensor.shape)}"
+        if theirs.dtype != tensor.dtype:
+            return f"{name} is {theirs.dtype}, not {tensor.dtype}"
+    if weights.agent_digest != agent_digest(agent.hidden_size, agent.config):
+        return "the agent settings differ"
+    return None
+
+
+def why_not_finite(weights: VersionedWeights) -> str | None:
+    """Which of ``weights`` are not finite, in a few words; None if all are."""
+    bad = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
+    return f"{', '.join(bad)}: not finite" if bad else None
 
 
 def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:

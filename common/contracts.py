@@ -90,14 +90,17 @@ class VersionedWeights(NamedTuple):
     """Unix time of publication, for the publish-to-applied latency."""
     tensors: dict[str, torch.Tensor]
     """A ``state_dict`` on the CPU."""
+    agent_digest: str = ""
+    """:func:`mara.common.agent.agent_digest` of the agent they are for."""
 
 
 class WeightSink(Protocol):
     """Where the learner publishes. Called from one thread."""
 
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Make ``tensors`` the latest weights. ``version`` must exceed every one stored before.
+        """Make ``tensors`` the latest weights. ``version`` must exceed that of this agent's stored before.
 
+        Weights of another agent, which somebody has published under this run's name, are replaced.
         Returns whether they are stored. If not, the same version may be published again: nobody has seen it.
         A reader sees either the previous version whole or this one whole. Never waits for the store.
         """
@@ -114,8 +117,15 @@ class WeightSink(Protocol):
 class WeightSource(Protocol):
     """Where a rollout actor looks for newer weights between two decoding steps."""
 
-    def fetch_newer(self, than: int) -> VersionedWeights | None:
-        """Return the latest weights if their version exceeds ``than``, else ``None``. Never waits."""
+    def fetch_newer(self, than: int, skip: int | None = None) -> VersionedWeights | None:
+        """Return the latest weights if their version exceeds ``than`` and is not ``skip``, else ``None``.
+
+        Never waits. They are as they were found: whether they fit and are finite is for the caller to check
+        (:func:`mara.common.agent.why_unfit`).
+
+        Raises:
+            DamagedWeights: they cannot be read; ask again with their version as ``skip``.
+        """
         ...
 
 

@@ -8,5 +8,14 @@ class UserError(Exception):
     """
 
 
+class DamagedWeights(Exception):
+    """Published weights cannot be read; one line says why. Others may follow them."""
+
+    def __init__(self, version: int, why: str) -> None:
+        super().__init__(version, why)
+        self.version = version
+        self.why = why
+
+
 class ReplayUnavailable(Exception):
     """The replay store did not answer within the time allowed; retrying later may work."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 RATE_WINDOW_S = 10.0
-COUNTS = ("_total", "_failed", "/dropped")
+COUNTS = ("_total", "_failed", "/dropped", "/refused")
 """How the names of metrics end that only ever grow."""
 
 

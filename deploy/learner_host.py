@@ -11,6 +11,7 @@ from typing import Any
 
 from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
+from mara.common.agent import agent_digest
 from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
 from mara.learner.loop import AGENT_FOLDER, Learner, LearnerSummary
@@ -39,6 +40,7 @@ class LearnerHost:
         log_to(self._spec.log_file)
         config, run_id = self._spec.config, self._spec.run_id
         clients = [self._spec.connect(shard) for shard in range(config.replay.num_shards)]
+        digest = agent_digest(self._spec.hidden_size, config.agent)
         self._learner = Learner(
             config.learner,
             config.agent,
@@ -46,7 +48,7 @@ class LearnerHost:
             config.weighted_shaping,
             hidden_size=self._spec.hidden_size,
             source=open_reader(clients, run_id, config.replay),
-            weights=RedisWeightChannel(clients[0], run_id, config.replay),
+            weights=RedisWeightChannel(clients[0], run_id, config.replay, digest),
             seed=config.run.seed,
             on_metrics=self._rows.append,
             run_folder=self._spec.folder,

@@ -21,13 +21,15 @@ from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
 from mara.buffer.server import EmbeddedServer
+from mara.buffer.weights import RedisWeightChannel
 from mara.buffer.writer import BufferedSink
-from mara.common.agent import Agent
+from mara.common.agent import Agent, agent_digest
 from mara.common.config import AgentConfig
 from mara.common.episode import policy_token_logprobs
 from mara.common.errors import UserError
 
 AGENT = AgentConfig(widths=(8, 8), accept_bias=0.5)
+DIGEST = agent_digest(32, AGENT)
 LLM_CONFIG = {"dtype": "float32", "device": "cpu"}
 DECODING = DecodingConfig(max_new_tokens=6, truncation=TruncationConfig(top_k=4))
 PROMPTS = [Prompt(f"p{number}", text) for number, text in enumerate(["why", "how so", "what is it", "when"])]
@@ -81,7 +83,7 @@ class StopAfter(MemoryEpisodeLog):
 
 def run(make_worker, count, version=1, seed=0, **settings):
     stop = threading.Event()
-    log, weights = StopAfter(count, stop), MemoryWeightChannel()
+    log, weights = StopAfter(count, stop), MemoryWeightChannel(DIGEST)
     torch.manual_seed(5)
     weights.publish(version, Agent(32, AGENT).state_dict())
     worker = make_worker(log, weights, seed, **settings)
@@ -165,7 +167,7 @@ class PublishOnFirst(StopAfter):
 
 
 def test_later_weights_are_taken_while_it_runs_and_decide(make_worker):
-    stop, weights = threading.Event(), MemoryWeightChannel()
+    stop, weights = threading.Event(), MemoryWeightChannel(DIGEST)
     log = PublishOnFirst(15, stop, weights)
     log.publish(4, bias=1.0)
     worker = make_worker(log, weights)
@@ -192,7 +194,7 @@ def test_answers_without_a_finite_score_are_dropped_and_end_the_actor_once_they_
     broken = make_head(1)
     broken.base_std.fill_(0.0)  # Finite itself, unlike what is divided by it.
     save_head(tmp_path / "harmless", broken, {})
-    stop, weights = threading.Event(), MemoryWeightChannel()
+    stop, weights = threading.Event(), MemoryWeightChannel(DIGEST)
     log = StopAfter(10_000, stop)
     weights.publish(0, Agent(32, AGENT).state_dict())
     worker = make_worker(log, weights)
@@ -215,7 +217,7 @@ class SlowSink(StopAfter):
 
 @pytest.mark.parametrize(("slow", "idle"), [("store", True), ("heads", False)])
 def test_only_waiting_for_the_store_is_idle_and_scoring_is_work(make_worker, monkeypatch, slow, idle):
-    stop, weights = threading.Event(), MemoryWeightChannel()
+    stop, weights = threading.Event(), MemoryWeightChannel(DIGEST)
     weights.publish(0, Agent(32, AGENT).state_dict())
     log = (SlowSink if slow == "store" else StopAfter)(12, stop)
     if slow == "heads":
@@ -233,7 +235,7 @@ def test_only_waiting_for_the_store_is_idle_and_scoring_is_work(make_worker, mon
 
 def test_an_actor_goes_on_while_the_store_is_away(make_worker):
     config = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1)
-    weights = MemoryWeightChannel()
+    weights = MemoryWeightChannel(DIGEST)
     weights.publish(0, Agent(32, AGENT).state_dict())
     with EmbeddedServer(max_bytes=1 << 26) as server:
         client = connect(server.url)
@@ -288,7 +290,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(make_worke
 
 def test_every_prompt_is_answered_as_often_as_asked_for(make_worker):
     stop = threading.Event()
-    log, weights = StopAfter(16, stop), MemoryWeightChannel()
+    log, weights = StopAfter(16, stop), MemoryWeightChannel(DIGEST)
     weights.publish(0, Agent(32, AGENT).state_dict())
     make_worker(log, weights, answers_per_prompt=4).run(stop)
     asked = {int(episode.uid.rsplit("-", 1)[1]): episode.prompt_id for episode in log.kept}
@@ -299,7 +301,7 @@ def test_every_prompt_is_answered_as_often_as_asked_for(make_worker):
 
 def test_an_actor_makes_nothing_before_the_first_weights(make_worker):
     stop = threading.Event()
-    log, weights = StopAfter(3, stop), MemoryWeightChannel()
+    log, weights = StopAfter(3, stop), MemoryWeightChannel(DIGEST)
     worker = make_worker(log, weights)
     thread = threading.Thread(target=worker.run, args=(stop,))
     thread.start()
@@ -311,18 +313,86 @@ def test_an_actor_makes_nothing_before_the_first_weights(make_worker):
     assert len(log.kept) >= 3
 
 
-def test_weights_of_another_agent_end_the_actor_with_the_reason(make_worker):
-    weights = MemoryWeightChannel()
-    weights.publish(1, Agent(32, AgentConfig(widths=(4, 4))).state_dict())
-    with pytest.raises(UserError, match="do not fit this actor's agent"):
+OTHER_BOUND = AgentConfig(widths=(8, 8), accept_bias=0.5, max_log_odds=3.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (AgentConfig(widths=(4, 4), accept_bias=0.5), r"linear1\.weight is \(4, 32\), not \(8, 32\)"),
+        (OTHER_BOUND, "the agent settings differ"),
+    ],
+)
+def test_first_weights_of_another_agent_end_the_actor_with_the_reason(make_worker, config, why):
+    weights = MemoryWeightChannel(agent_digest(32, config))
+    weights.publish(1, Agent(32, config).state_dict())
+    with pytest.raises(UserError, match=rf"version 1\) do not fit .* agent \({why}\); use the same"):
         make_worker(MemoryEpisodeLog(), weights).run(threading.Event())
+
+
+def changed_weights(name, tensor):
+    return {**Agent(32, AGENT).state_dict(), name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (OTHER_BOUND, Agent(32, OTHER_BOUND).state_dict()),
+        (AGENT, changed_weights("linear2.bias", torch.zeros(9))),
+        (AGENT, changed_weights("linear2.bias", torch.zeros(8, dtype=torch.float16))),
+        (AGENT, changed_weights("linear2.bias", torch.full((8,), torch.nan))),
+        (AGENT, changed_weights("another", torch.zeros(1))),
+        (AGENT, {}),
+        (AGENT, None),
+    ],
+)
+def test_later_weights_that_are_foreign_or_damaged_are_counted_and_the_actor_goes_on(
+    make_worker, caplog, config, tensors
+):
+    with EmbeddedServer(max_bytes=1 << 26) as server:
+        client = connect(server.url)
+        stop, own = threading.Event(), RedisWeightChannel(client, "r", agent_digest=DIGEST)
+        log = StopAfter(1 << 30, stop)
+        assert own.publish(3, Agent(32, AGENT).state_dict())
+        worker = make_worker(log, RedisWeightChannel(client, "r"))
+        thread = threading.Thread(target=worker.run, args=(stop,))
+
+        def goes_on_until(condition):
+            deadline = time.monotonic() + 60
+            while not condition():
+                assert thread.is_alive() and time.monotonic() < deadline
+                time.sleep(0.01)
+
+        try:
+            with caplog.at_level("WARNING"):
+                thread.start()
+                goes_on_until(lambda: worker.metrics()["rollout/policy_version"] == 3)
+                if tensors is None:
+                    client.hset("mara:r:weights", mapping={"version": 5, "tensors": b"\x08" + bytes(99)})
+                else:
+                    foreign = RedisWeightChannel(client, "r", agent_digest=agent_digest(32, config))
+                    assert foreign.publish(5, tensors)
+                goes_on_until(lambda: worker.metrics()["weights/refused"] == 1)
+                num_kept = len(log.kept)
+                goes_on_until(lambda: len(log.kept) > num_kept + 6)
+            assert worker.metrics()["weights/refused"] == 1, "the same version was looked at again"
+            assert worker.metrics()["rollout/policy_version"] == 3
+            (warning,) = [record.message for record in caplog.records if "refused" in record.message]
+            assert "weights of version 5 are refused: " in warning and "goes on with version 3" in warning
+            # The learner's next ones are taken, also where those of another agent have a higher version.
+            version = 4 if config is OTHER_BOUND else 6
+            assert own.publish(version, Agent(32, AGENT).state_dict())
+            goes_on_until(lambda: worker.metrics()["rollout/policy_version"] == version)
+        finally:
+            stop.set()
+            thread.join()
 
 
 def test_a_prompt_that_is_too_long_is_named(make_worker):
     with pytest.raises(
         UserError, match=r"p1 has 13 tokens with its template, rollout.max_prompt_tokens is 12"
     ):
-        make_worker(MemoryEpisodeLog(), MemoryWeightChannel(), max_prompt_tokens=12)
+        make_worker(MemoryEpisodeLog(), MemoryWeightChannel(DIGEST), max_prompt_tokens=12)
 
 
 @pytest.mark.parametrize("width", [0, 8])

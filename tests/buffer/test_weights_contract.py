@@ -13,18 +13,20 @@ import torch
 from mara.buffer.connection import connect
 from mara.buffer.memory import MemoryWeightChannel
 from mara.buffer.weights import RedisWeightChannel
-from mara.common.agent import Agent
+from mara.common.agent import Agent, agent_digest, why_not_finite, why_unfit
 from mara.common.config import AgentConfig
+
+DIGEST = agent_digest(16, AgentConfig(widths=(8, 4)))
 
 
 @pytest.fixture(params=["memory", "redis"])
 def make_end(request: pytest.FixtureRequest, run_id: str) -> Callable[[], Any]:
     """Makes another end of the same channel."""
     if request.param == "memory":
-        channel = MemoryWeightChannel()
+        channel = MemoryWeightChannel(DIGEST)
         return lambda: channel
     url = request.getfixturevalue("server").url
-    return lambda: RedisWeightChannel(connect(url), run_id)
+    return lambda: RedisWeightChannel(connect(url), run_id, agent_digest=DIGEST)
 
 
 def test_nothing_is_newer_before_the_first_publication(make_end: Callable[[], Any]) -> None:
@@ -38,6 +40,7 @@ def test_an_agent_arrives_as_it_was_published(make_end: Callable[[], Any]) -> No
     make_end().publish(0, agent.state_dict())
     weights = make_end().fetch_newer(than=-1)
     assert weights.version == 0
+    assert why_unfit(agent, weights) is why_not_finite(weights) is None
     assert before <= weights.published_at_s <= time.time()
     copy = Agent(16, AgentConfig(widths=(8, 4)))
     copy.load_state_dict(weights.tensors, strict=True)
@@ -53,6 +56,8 @@ def test_only_newer_weights_are_fetched_and_the_latest_wins(make_end: Callable[[
     assert source.fetch_newer(than=1).tensors["w"].item() == 9
     assert source.fetch_newer(than=8).version == 9
     assert source.fetch_newer(than=9) is None
+    assert source.fetch_newer(than=1, skip=9) is None
+    assert source.fetch_newer(than=1, skip=5).version == 9
 
 
 def test_a_sink_knows_what_is_held(make_end: Callable[[], Any]) -> None:

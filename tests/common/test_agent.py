@@ -13,6 +13,7 @@ from mara.common.agent import (
     REJECT,
     WEIGHTS_FILE,
     Agent,
+    agent_digest,
     load_agent,
     normalised_linear,
     save_agent,
@@ -165,3 +166,16 @@ def test_an_agent_that_is_not_finite_is_refused_by_the_name_of_the_tensor(tmp_pa
     save_agent(agent, tmp_path, {})
     with pytest.raises(UserError, match=r"agent\.safetensors: output_linear\.weight is not finite"):
         load_agent(tmp_path)
+
+
+def test_a_digest_changes_with_everything_that_gives_weights_their_meaning() -> None:
+    configs = [
+        (16, AgentConfig(widths=(8, 4))),
+        (17, AgentConfig(widths=(8, 4))),
+        (16, AgentConfig(widths=(4, 8))),
+        (16, AgentConfig(widths=(8, 4), max_log_odds=5.0)),
+        (16, AgentConfig(widths=(8, 4), accept_bias=1.0)),
+    ]
+    digests = [agent_digest(*config) for config in configs]
+    assert len(set(digests)) == len(configs)
+    assert digests[0] == agent_digest(16, AgentConfig(widths=(8, 4)))

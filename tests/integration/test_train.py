@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from mara.buffer.connection import connect
+from mara.buffer.keys import keys_of
+from mara.buffer.server import EmbeddedServer
 from mara.common.agent import load_agent
 from mara.deploy.run_folder import load_run
 
@@ -105,6 +108,23 @@ def test_a_run_survives_the_death_of_its_server(mara: Start, durable: bool) -> N
     assert rows[-1]["episodes/total"] == 400
     assert rows[-1]["actors/restarted"] == rows[-1]["replay/malformed"] == rows[-1]["replay/dropped"] == 0
     assert (run_folder(command.text) / "replay" / "appendonlydir").is_dir() == durable
+
+
+def test_a_run_spreads_its_log_over_two_servers_and_learns_from_both(mara: Start) -> None:
+    with EmbeddedServer(1 << 29) as one, EmbeddedServer(1 << 29) as other:
+        urls = f"replay.redis_url=[{one.url},{other.url}]"
+        command = mara("learner.num_episodes=120", NO_WANDB, urls)
+        assert command.wait() == 0, command.text
+        written = [connect(server.url) for server in (one, other)]
+        (weights,) = written[0].keys("mara:*:weights")
+        run_id = weights.decode().split(":")[1]
+        counts = [int(c.hget(keys_of(run_id, shard).counts, "appended")) for shard, c in enumerate(written)]
+        assert written[1].keys("mara:*:weights") == []
+    assert min(counts) > 0 and sum(counts) >= 120
+    rows = records(command)
+    assert rows[-1]["episodes/total"] == 120
+    assert rows[-1]["weights/refused"] == rows[-1]["replay/dropped"] == rows[-1]["replay/malformed"] == 0
+    assert load_run(run_folder(command.text)).replay.num_shards == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

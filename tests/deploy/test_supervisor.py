@@ -18,7 +18,7 @@ from mara.deploy.supervisor import Supervisor
 from mara.deploy.topology import Ended, learner_gpus
 from mara.learner.loop import LearnerSummary
 
-SUMMARY = LearnerSummary(1, 2, 3, 4, 0.0, 0.5, 6.0, stopped=False)
+SUMMARY = LearnerSummary(1, 1, 2, 3, 4, 0.0, 0.5, 6.0, stopped=False)
 
 
 class FakeHandle:

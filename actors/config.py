@@ -105,7 +105,7 @@ class RolloutConfig(Config):
     """GPUs, or a fraction of one, that Ray reserves for one actor."""
     num_threads: int = Field(default=1, ge=1)
     """Threads of one actor's arithmetic on the CPU."""
-    weights_poll_s: float = Field(default=0.2, ge=0, le=LONGEST_S)
+    weights_poll_s: float = Field(default=0.05, ge=0, le=LONGEST_S)
     """Least time between two looks for newer agent weights, seconds."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Prompts longer than this, after templating, are refused at the start."""

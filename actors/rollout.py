@@ -30,7 +30,7 @@ from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead, load_head
 from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, endless
-from mara.common.agent import Agent, why_not_finite, why_unfit
+from mara.common.agent import Agent, why_unfit
 from mara.common.config import AgentConfig
 from mara.common.contracts import EpisodeSink, WeightSource
 from mara.common.episode import Episode
@@ -181,10 +181,8 @@ class RolloutWorker:
                 )
             self._refuse_weights(newer.version, f"they are of another agent ({why})")
             return
-        if why := why_not_finite(newer):
-            self._refuse_weights(newer.version, why)
-            return
-        self._policy.agent.load_state_dict(newer.tensors)
+        # On the CPU the new tensors take the place of the old ones: nobody else writes to either.
+        self._policy.agent.load_state_dict(newer.tensors, assign=self._llm.device.type == "cpu")
         self._policy.version = newer.version
         with self._lock:
             self._publish_to_applied_s = time.time() - newer.published_at_s

@@ -26,7 +26,9 @@ class Keys(NamedTuple):
     quarantine: str
     """Stream, bounded: records that could not be decoded, each with the reason. One for each server."""
     weights: str
-    """Hash: version, time of publication and tensors of the latest agent. Only where the first shard is."""
+    """Hash: version, time of publication and digest of the latest agent. Only where the first shard is."""
+    tensors: str
+    """String: its tensors, beside it."""
 
 
 def keys_of(run_id: str, shard: int = 0) -> Keys:
@@ -35,7 +37,7 @@ def keys_of(run_id: str, shard: int = 0) -> Keys:
         raise UserError(
             f"run id {run_id!r} cannot name keys in the store; use up to 128 letters, digits, '.', '_', '-'"
         )
-    shared = ("quarantine", "weights")
+    shared = ("quarantine", "weights", "tensors")
     return Keys(
         *(
             f"mara:{run_id}:{name}" if name in shared else f"mara:{run_id}:{shard}:{name}"

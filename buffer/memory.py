@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mara.buffer.config import ReplayConfig
+from mara.buffer.weights import not_finite
 from mara.common.contracts import VersionedWeights
 from mara.common.episode import Episode
+from mara.common.errors import DamagedWeights
 
 
 class MemoryEpisodeLog:
@@ -147,6 +149,8 @@ class MemoryWeightChannel:
             latest = self._latest
         if latest is None or latest.version <= than or latest.version == skip:
             return None
+        if bad := not_finite(latest.tensors):
+            raise DamagedWeights(latest.version, f"{', '.join(bad)}: not finite")
         return latest._replace(tensors={name: tensor.clone() for name, tensor in latest.tensors.items()})
 
     def latest_version(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The weight channel on Redis: one hash with the latest agent, replaced in one command."""
+"""The weight channel on Redis: the latest agent, replaced in one script."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ redis.set_repl(redis.REPL_NONE)
 local stored = redis.call('HMGET', KEYS[1], 'version', 'agent')
 local current = tonumber(stored[1] or '')
 if current and current >= tonumber(ARGV[1]) and stored[2] == ARGV[4] then return stored[1] end
-redis.call(
-    'HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'tensors', ARGV[3], 'agent', ARGV[4]
-)
+redis.call('HSET', KEYS[1], 'version', ARGV[1], 'published_at_s', ARGV[2], 'agent', ARGV[4])
+redis.call('SET', KEYS[2], ARGV[3])
 return false
 """
 
@@ -52,7 +51,8 @@ class RedisWeightChannel:
         """``agent_digest`` goes out with everything published here; a channel that only reads needs none."""
         self._client = client
         self._agent_digest = agent_digest
-        self._key = keys_of(run_id).weights
+        keys = keys_of(run_id)
+        self._key, self._tensors_key = keys.weights, keys.tensors
         self._outage = Outage(config or ReplayConfig())
         # Publications without a reply: they may have been stored all the same.
         self._unanswered: set[int] = set()
@@ -70,7 +70,10 @@ class RedisWeightChannel:
             return False
         try:
             current = self._client.eval(
-                _PUBLISH, 1, self._key, str(version), repr(time.time()), content, self._agent_digest
+                _PUBLISH,
+                2,
+                *(self._key, self._tensors_key),
+                *(str(version), repr(time.time()), content, self._agent_digest),
             )
         except AWAY as error:
             self._unanswered.add(version)
@@ -106,24 +109,27 @@ class RedisWeightChannel:
         One tiny request if not.
 
         Raises:
-            DamagedWeights: they cannot be read.
+            DamagedWeights: they cannot be read, or are not finite.
             ReplayUnavailable: the store has been away for ``max_outage_s``.
         """
         latest = self.latest_version()
         if latest is None or latest <= than or latest == skip:
             return None
-        stored = self._fetch("version", "published_at_s", "tensors", "agent")
+        stored = self._fetch("version", "published_at_s", "agent", with_tensors=True)
         if stored is None or (version := _version(stored[0])) is None:  # away or deleted in between
             return None
-        _, published_at_s, content, agent = stored
+        _, published_at_s, agent, content = stored
         try:
             weights = VersionedWeights(
                 version, float(published_at_s or b""), load(content or b""), (agent or b"").decode()
             )
+            bad = not_finite(weights.tensors)
         # What the library says to bytes that are no safetensors, to a dtype that torch does not have, …
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DamagedWeights(version, f"they cannot be read ({reason[:120]})") from error
+        if bad:
+            raise DamagedWeights(version, f"{', '.join(bad)}: not finite")
         return weights
 
     def latest_version(self) -> int | None:
@@ -131,17 +137,37 @@ class RedisWeightChannel:
         stored = self._fetch("version")
         return None if stored is None else _version(stored[0])
 
-    def _fetch(self, *fields: str) -> list[bytes | None] | None:
-        """The stored fields, each None if there is none; None altogether while the store is away."""
+    def _fetch(self, *fields: str, with_tensors: bool = False) -> list[bytes | None] | None:
+        """The stored fields, each None if there is none; None altogether while the store is away.
+
+        The tensors, if asked for, come last, and are those of the other fields.
+        """
         if self._outage.pause_s > 0:
             return None
         try:
-            stored = cast(list[bytes | None], self._client.hmget(self._key, list(fields)))
+            if with_tensors:
+                both = self._client.pipeline(transaction=True)
+                both.hmget(self._key, list(fields))
+                both.get(self._tensors_key)
+                values, content = both.execute()
+                stored = [*values, content]
+            else:
+                stored = cast(list[bytes | None], self._client.hmget(self._key, list(fields)))
         except AWAY as error:
             self._outage.failed(error)
             return None
         self._outage.ended()
         return stored
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those that are not finite throughout."""
+    # The extremes carry a NaN, and take one pass without memory of its own.
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
+    ]
 
 
 def _version(text: bytes | None) -> int | None:

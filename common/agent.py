@@ -102,12 +102,6 @@ def why_unfit(agent: Agent, weights: VersionedWeights) -> str | None:
     return None
 
 
-def why_not_finite(weights: VersionedWeights) -> str | None:
-    """Which of ``weights`` are not finite, in a few words; None if all are."""
-    bad = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
-    return f"{', '.join(bad)}: not finite" if bad else None
-
-
 def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
     """Write ``agent.safetensors`` and ``agent.json`` into ``folder``, which is made if missing.
 

@@ -120,11 +120,11 @@ class WeightSource(Protocol):
     def fetch_newer(self, than: int, skip: int | None = None) -> VersionedWeights | None:
         """Return the latest weights if their version exceeds ``than`` and is not ``skip``, else ``None``.
 
-        Never waits. They are as they were found: whether they fit and are finite is for the caller to check
+        Never waits. They are finite; whether they fit is for the caller to check
         (:func:`mara.common.agent.why_unfit`).
 
         Raises:
-            DamagedWeights: they cannot be read; ask again with their version as ``skip``.
+            DamagedWeights: they cannot be read or are not finite; ask again with their version as ``skip``.
         """
         ...
 

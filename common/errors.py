@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class DamagedWeights(Exception):
-    """Published weights cannot be read; one line says why. Others may follow them."""
+    """Published weights cannot be read or used; one line says why. Others may follow them."""
 
     def __init__(self, version: int, why: str) -> None:
         super().__init__(version, why)

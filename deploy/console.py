@@ -154,7 +154,7 @@ def plain_line(view: View) -> str:
     parts = [f"[{_clock(view.elapsed_s)}] {view.state}"]
     if view.num_done or "rollout/tokens_total" in view.metrics:
         parts.append(f"episodes {view.num_done}/{view.num_episodes}")
-    for label, name, form in PLAIN_COLUMNS:
+    for label, name, form in PLAIN_COLUMNS if view.num_done else FIRST_COLUMNS:
         if name in view.metrics:
             parts.append(f"{label} {view.metrics[name]:{form}}")
     if (remaining_s := view.remaining_s) is not None:
@@ -162,6 +162,11 @@ def plain_line(view: View) -> str:
     return " | ".join(parts)
 
 
+FIRST_COLUMNS = (
+    ("answers in progress per actor", "rollout/rows_active", ".0f"),
+    ("LLM passes", "rollout/passes_total", ".0f"),
+)
+"""What moves while the first answers are made: they all end at about the same time, and tokens count then."""
 PLAIN_COLUMNS = (
     ("tokens/s", "rollout/tokens_per_s", ".0f"),
     ("episodes/s", "rollout/episodes_per_s", ".2f"),
@@ -224,6 +229,7 @@ Row = tuple[str, str, tuple[str, ...]]
 ROLLOUT_ROWS: tuple[Row, ...] = (
     ("tokens/s", "{:.0f}", ("rollout/tokens_per_s",)),
     ("episodes/s", "{:.2f}", ("rollout/episodes_per_s",)),
+    ("passes/s", "{:.0f}", ("rollout/passes_per_s",)),
     ("actors alive", "{:.0f}", ("actors/alive",)),
     ("actors restarted", "{:.0f}", ("actors/restarted",)),
     ("actors idle so far", "{:.1%}", ("rollout/idle_ratio",)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import RolloutWorker
 from mara.buffer.log import RedisEpisodeLog
+from mara.buffer.shared_weights import SharedWeights
 from mara.buffer.weights import RedisWeightChannel
 from mara.buffer.writer import BufferedSink
 from mara.deploy.process import LOADING, RUNNING, STARTING, HostSpec, Report, log_to
@@ -42,6 +43,8 @@ class RolloutHost:
         shard = self._spec.number % config.replay.num_shards
         log = RedisEpisodeLog(self._spec.connect(shard), self._spec.run_id, config.replay, shard)
         self._sink = BufferedSink(log, config.replay.writer_buffer_bytes)
+        channel = RedisWeightChannel(self._spec.connect(), self._spec.run_id, config.replay)
+        weights = SharedWeights(channel, self._spec.run_id)
         self._worker = RolloutWorker(
             config.llm,
             config.decoding,
@@ -50,7 +53,7 @@ class RolloutHost:
             {name: head.path for name, head in config.rewards.items()},
             self._spec.prompts,
             self._sink,
-            RedisWeightChannel(self._spec.connect(), self._spec.run_id, config.replay),
+            weights,
             self._spec.name,
             config.run.seed,
         )
@@ -59,6 +62,7 @@ class RolloutHost:
             self._worker.run(self._stop)
         finally:
             self._sink.close(FLUSH_S)
+            weights.close()
 
     def stop(self) -> None:
         """End :meth:`run` after the current decoding step. Returns at once."""

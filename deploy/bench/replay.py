@@ -19,14 +19,16 @@ import numpy as np
 import redis
 import torch
 
+from mara.actors.config import RolloutConfig
 from mara.buffer.codec import encode_episode
 from mara.buffer.config import APPEND_BYTES, ReplayConfig, ShapingConfig
 from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
 from mara.buffer.mirror import Mirror
 from mara.buffer.server import EmbeddedServer
+from mara.buffer.shared_weights import SharedWeights
 from mara.buffer.weights import RedisWeightChannel
-from mara.common.agent import Agent
+from mara.common.agent import Agent, agent_digest, why_unfit
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
 from mara.deploy.bench.figures import Figure, Rounds, check_json_path, in_turn, machine, report
@@ -318,7 +320,7 @@ class WeightsSizes:
     num_subscribers: int = 32
     num_publications: int = 10
     publish_period_s: float = 1.0
-    poll_s: float = 0.05
+    poll_s: float = RolloutConfig().weights_poll_s
     """Time between two looks of a subscriber."""
 
 
@@ -334,6 +336,7 @@ def bench_weights(sizes: WeightsSizes, num_rounds: int, json_file: Path | None, 
         UserError: the JSON file cannot be written, or there is no server program.
     """
     check_json_path(json_file)
+    torch.set_num_threads(1)  # the subscribers are threads enough
     say(f"{num_rounds} × {sizes.num_publications} publications to {sizes.num_subscribers} subscribers")
     store = ReplayConfig(log_max_bytes=1 << 20).store_max_bytes(sizes.num_subscribers)
     with EmbeddedServer(store) as server:
@@ -377,18 +380,21 @@ def _publish_and_apply(url: str, run_id: str, sizes: WeightsSizes) -> list[float
     ended = threading.Event()
 
     def subscribe() -> None:
-        source = RedisWeightChannel(connect(url), run_id)
+        """What a rollout actor does between two decoding steps."""
         agent, version = Agent(sizes.hidden_size, config), -1
-        while not ended.wait(sizes.poll_s):
-            if (newer := source.fetch_newer(version)) is not None:
-                agent.load_state_dict(newer.tensors)
-                version = newer.version
-                latencies_s.append(time.time() - newer.published_at_s)
+        with SharedWeights(RedisWeightChannel(connect(url), run_id), run_id) as source:
+            while not ended.wait(sizes.poll_s):
+                newer = source.fetch_newer(version)
+                if newer is not None and not why_unfit(agent, newer):
+                    agent.load_state_dict(newer.tensors, assign=True)
+                    version = newer.version
+                    latencies_s.append(time.time() - newer.published_at_s)
 
     threads = [threading.Thread(target=subscribe) for _ in range(sizes.num_subscribers)]
     for thread in threads:
         thread.start()
-    sink, agent = RedisWeightChannel(connect(url), run_id), Agent(sizes.hidden_size, config)
+    digest = agent_digest(sizes.hidden_size, config)
+    sink, agent = RedisWeightChannel(connect(url), run_id, None, digest), Agent(sizes.hidden_size, config)
     for version in range(sizes.num_publications):
         time.sleep(sizes.publish_period_s)
         sink.publish(version, agent.state_dict())

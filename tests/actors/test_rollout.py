@@ -368,7 +368,8 @@ def test_later_weights_that_are_foreign_or_damaged_are_counted_and_the_actor_goe
                 thread.start()
                 goes_on_until(lambda: worker.metrics()["rollout/policy_version"] == 3)
                 if tensors is None:
-                    client.hset("mara:r:weights", mapping={"version": 5, "tensors": b"\x08" + bytes(99)})
+                    client.hset("mara:r:weights", mapping={"version": 5})
+                    client.set("mara:r:tensors", b"\x08" + bytes(99))
                 else:
                     foreign = RedisWeightChannel(client, "r", agent_digest=agent_digest(32, config))
                     assert foreign.publish(5, tensors)

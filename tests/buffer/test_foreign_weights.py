@@ -31,8 +31,9 @@ WEIGHTS = {"w": torch.arange(20.0), "b": torch.ones(3, dtype=torch.bfloat16)}
 def test_bytes_that_are_no_weights_are_told_with_their_version(
     client: redis.Redis, run_id: str, content: bytes
 ) -> None:
-    channel, key = RedisWeightChannel(client, run_id), keys_of(run_id).weights
-    client.hset(key, mapping={"version": 4, "published_at_s": "1.0", "tensors": content, "agent": ""})
+    channel, keys = RedisWeightChannel(client, run_id), keys_of(run_id)
+    client.hset(keys.weights, mapping={"version": 4, "published_at_s": "1.0", "agent": ""})
+    client.set(keys.tensors, content)
     with pytest.raises(DamagedWeights) as damaged:
         channel.fetch_newer(than=3)
     assert damaged.value.version == 4
@@ -44,9 +45,9 @@ def test_bytes_that_are_no_weights_are_told_with_their_version(
 
 
 def test_any_flipped_byte_gives_weights_or_the_one_error(client: redis.Redis, run_id: str) -> None:
-    channel, key = RedisWeightChannel(client, run_id), keys_of(run_id).weights
+    channel, key = RedisWeightChannel(client, run_id), keys_of(run_id).tensors
     assert channel.publish(1, WEIGHTS)
-    content = client.hget(key, "tensors")
+    content = client.get(key)
     rng, damaged = np.random.default_rng(0), 0
     for _ in range(2000):
         changed = bytearray(content)
@@ -54,7 +55,7 @@ def test_any_flipped_byte_gives_weights_or_the_one_error(client: redis.Redis, ru
             changed[at] = rng.integers(256)
         if rng.random() < 0.3:
             del changed[rng.integers(len(changed)) :]
-        client.hset(key, "tensors", bytes(changed))
+        client.set(key, bytes(changed))
         try:
             channel.fetch_newer(than=0)
         except DamagedWeights:
@@ -65,7 +66,7 @@ def test_any_flipped_byte_gives_weights_or_the_one_error(client: redis.Redis, ru
 @pytest.mark.parametrize("version", [b"", b"many", b"1.5", b"9" * 40, b"\xff"])
 def test_what_is_no_version_stands_in_nobodys_way(client: redis.Redis, run_id: str, version: bytes) -> None:
     channel, key = RedisWeightChannel(client, run_id), keys_of(run_id).weights
-    client.hset(key, mapping={"version": version, "tensors": b"x", "agent": "other"})
+    client.hset(key, mapping={"version": version, "agent": "other"})
     assert channel.fetch_newer(than=-1) is None
     assert not channel.holds(0)
     assert channel.publish(0, WEIGHTS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,20 +14,36 @@ import torch
 
 from mara.buffer.connection import connect
 from mara.buffer.memory import MemoryWeightChannel
+from mara.buffer.shared_weights import SharedWeights
 from mara.buffer.weights import RedisWeightChannel
-from mara.common.agent import Agent, agent_digest, why_not_finite, why_unfit
+from mara.common.agent import Agent, agent_digest, why_unfit
 from mara.common.config import AgentConfig
+from mara.common.contracts import VersionedWeights
+from mara.common.errors import DamagedWeights
 
 DIGEST = agent_digest(16, AgentConfig(widths=(8, 4)))
 
 
-@pytest.fixture(params=["memory", "redis"])
-def make_end(request: pytest.FixtureRequest, run_id: str) -> Callable[[], Any]:
+class SharedEnd(RedisWeightChannel):
+    """Publishes as ever, and fetches through the files of this machine."""
+
+    def __init__(self, url: str, run_id: str, parent: Path) -> None:
+        super().__init__(connect(url), run_id, agent_digest=DIGEST)
+        self._shared = SharedWeights(RedisWeightChannel(connect(url), run_id), run_id, parent)
+
+    def fetch_newer(self, than: int, skip: int | None = None) -> VersionedWeights | None:
+        return self._shared.fetch_newer(than, skip)
+
+
+@pytest.fixture(params=["memory", "redis", "shared"])
+def make_end(request: pytest.FixtureRequest, run_id: str, tmp_path: Path) -> Callable[[], Any]:
     """Makes another end of the same channel."""
     if request.param == "memory":
         channel = MemoryWeightChannel(DIGEST)
         return lambda: channel
     url = request.getfixturevalue("server").url
+    if request.param == "shared":
+        return lambda: SharedEnd(url, run_id, tmp_path / "shared")
     return lambda: RedisWeightChannel(connect(url), run_id, agent_digest=DIGEST)
 
 
@@ -40,7 +58,7 @@ def test_an_agent_arrives_as_it_was_published(make_end: Callable[[], Any]) -> No
     make_end().publish(0, agent.state_dict())
     weights = make_end().fetch_newer(than=-1)
     assert weights.version == 0
-    assert why_unfit(agent, weights) is why_not_finite(weights) is None
+    assert why_unfit(agent, weights) is None
     assert before <= weights.published_at_s <= time.time()
     copy = Agent(16, AgentConfig(widths=(8, 4)))
     copy.load_state_dict(weights.tensors, strict=True)
@@ -116,3 +134,17 @@ def test_readers_never_see_tensors_of_two_versions(make_end: Callable[[], Any]) 
         sink.publish(version, {name: torch.full((64, 200), float(version)) for name in "abcd"})
     assert faults == []
     assert version >= 10
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_weights_that_are_not_finite_are_refused_and_others_may_follow(
+    make_end: Callable[[], Any], value: float
+) -> None:
+    sink, source = make_end(), make_end()
+    sink.publish(1, {"w": torch.tensor([1.0, value, 2.0]), "b": torch.ones(2)})
+    with pytest.raises(DamagedWeights) as damaged:
+        source.fetch_newer(than=-1)
+    assert (damaged.value.version, damaged.value.why) == (1, "w: not finite")
+    assert source.fetch_newer(than=-1, skip=1) is None
+    sink.publish(2, {"w": torch.ones(3), "b": torch.ones(2)})
+    assert source.fetch_newer(than=-1, skip=1).version == 2

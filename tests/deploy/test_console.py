@@ -60,6 +60,12 @@ def test_before_the_first_episode_the_line_is_only_time_and_state() -> None:
     assert plain_line(View("t", 10, state="starting Ray")) == "[0:00] starting Ray"
 
 
+def test_until_the_first_answer_the_line_shows_what_moves_and_no_zeros() -> None:
+    view = View("t", 10, state="waiting for the first answers")
+    view.update({"rollout/tokens_per_s": 0.0, "rollout/rows_active": 64.0, "rollout/passes_total": 320.0})
+    assert plain_line(view).endswith("first answers | answers in progress per actor 64 | LLM passes 320")
+
+
 def test_plain_lines_come_at_a_change_of_state_and_then_once_a_period(
     view: View, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,21 @@ class ReplayConfig(Config):
     and password where it has them. None: a server of the run's own is started on this machine."""
     capacity_transitions: int = Field(default=1_000_000, ge=2)
     """Transitions the learner keeps; the oldest episodes make room. Usual range 20 thousand – 1 million (the
-    paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes."""
+    paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes, 26 with
+    ``sampling`` "prioritised"."""
+    sampling: Literal["uniform", "recency", "prioritised"] = "uniform"
+    """How a batch is drawn from them. ``uniform`` (the paper): all alike. ``recency``: the older, the
+    rarer, see ``half_life_transitions``. ``prioritised``: by what the critic gets wrong (Schaul et al.
+    2016)."""
+    half_life_transitions: float = Field(default=50_000.0, gt=0)
+    """With ``recency``: of two transitions so far apart, the older one is drawn half as often. Usual range a
+    twentieth to all of the capacity."""
+    priority_exponent: float = Field(default=0.6, ge=0, le=2)
+    """With ``prioritised``: the chance of a transition grows with its error to this power; 0 is uniform.
+    Usual range 0.4–0.7."""
+    importance_exponent: float = Field(default=0.4, ge=0, le=1)
+    """With ``prioritised``: how far the critic's loss makes up for drawing some more often than others; 1
+    does so wholly. Usual range 0.4–1."""
     log_max_bytes: int = Field(default=1 << 30, ge=1 << 14)
     """Bound on the episodes kept in the store, bytes; the oldest go first. It has to outlast the time in
     which the learner does not read. Usual range 256 MiB – 64 GiB."""

@@ -1,4 +1,4 @@
-"""The learner's own copy of the newest transitions: a preallocated ring that is sampled uniformly.
+"""The learner's own copy of the newest transitions: a preallocated ring that batches are drawn from.
 
 Legend: C capacity, B rows of a batch, T decisions of an episode, D hidden size of the LLM.
 
@@ -9,8 +9,9 @@ Legend: C capacity, B rows of a batch, T decisions of an episode, D hidden size 
 
 An episode lies in consecutive slots, so the next state of a transition is the state of the following slot
 and states are stored once. Whole episodes leave at the tail before a new one is written at the head: what
-lies between is valid throughout, no transition ever points into a half-overwritten episode, and a uniform
-sample is a random offset from the tail.
+lies between is valid throughout, no transition ever points into a half-overwritten episode, and a sample is
+an offset from the tail (:mod:`mara.buffer.sampling`). Tail and head count on and on; modulo C they are
+slots.
 
 Where scores are standardised, the first few episodes are held back outside the ring until their mean and
 deviation mean something, and are then written in the order in which they came.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.sampling import make_sampling
 from mara.buffer.shaping import ScoreNormaliser, shape_episode
 from mara.common.agent import ACCEPT
 from mara.common.contracts import TransitionBatch
@@ -36,8 +38,8 @@ from mara.common.errors import UserError
 class Mirror:
     """Holds up to C transitions on one device. Not thread-safe.
 
-    The ring takes C × (2 D + 22) bytes of address space at the first episode. On the CPU, Linux gives it
-    real memory only as it fills; on a GPU all of it is taken at once.
+    The ring takes C × (2 D + 22) bytes of address space at the first episode (26 with priorities). On the
+    CPU, Linux gives it real memory only as it fills; on a GPU all of it is taken at once.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Mirror:
         self._shaping = shaping
         self._device = torch.device(device)
         self._normaliser = ScoreNormaliser(shaping)
+        self._sampling = make_sampling(replay, self._device)
         self._states_dtype: torch.dtype | None = None  # that of the first decisions that came
         self._states_CD: torch.Tensor | None = None  # made by the first episode written
         self._actions_C = self._column(torch.uint8)
@@ -60,7 +63,7 @@ class Mirror:
         self._forced_C = self._column(torch.bool)
         self._behaviour_logprobs_C = self._column(torch.float32)
         self._policy_versions_C = self._column(torch.int64)
-        self._tail = 0
+        self._tail = 0  # place of the oldest transition; its slot is this modulo C
         self._size = 0
         self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
@@ -94,7 +97,8 @@ class Mirror:
                 self._held_back.clear()
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
-        """Return ``batch_size`` transitions drawn uniformly, with replacement, on the mirror's device.
+        """Return ``batch_size`` transitions drawn as ``replay.sampling`` says, with replacement, on its
+        device.
 
         The two state tensors are overwritten by the next sample of the same size: clone them to keep them
         (fresh memory for every batch would cost several times the copy itself). The next state of a last
@@ -105,9 +109,9 @@ class Mirror:
         """
         if self._size == 0 or self._states_CD is None:
             raise ValueError("the mirror is empty; add episodes before sampling")
-        draws_on = self._device if generator is None else generator.device
-        offsets_B = torch.randint(self._size, (batch_size,), generator=generator, device=draws_on)
-        slots_B = (offsets_B.to(self._device) + self._tail) % self._capacity
+        draw = self._sampling.draw(self._tail, self._size, batch_size, generator)
+        places_B = draw.offsets_B + self._tail
+        slots_B = places_B % self._capacity
         discounts_B = self._discounts_C[slots_B]
         next_slots_B = torch.where(discounts_B > 0, (slots_B + 1) % self._capacity, slots_B)
         states_BD, next_states_BD = self._batch_buffers(batch_size, self._states_CD)
@@ -123,7 +127,18 @@ class Mirror:
             next_forced_B=self._forced_C[next_slots_B],
             behaviour_logprobs_B=self._behaviour_logprobs_C[slots_B],
             policy_versions_B=self._policy_versions_C[slots_B],
+            places_B=places_B,
+            weights_B=draw.weights_B,
         )
+
+    def learnt(self, batch: TransitionBatch, errors_B: torch.Tensor) -> None:
+        """Tell what the critic got wrong on a sample: the next ones go by it, if ``replay.sampling`` does.
+
+        ``errors_B`` [B] are temporal differences; their sign does not matter. Transitions that have made room
+        since they were sampled are passed over.
+        """
+        assert batch.places_B is not None, "the batch is a sample of this mirror"
+        self._sampling.learnt(batch.places_B, errors_B, self._tail)
 
     @property
     def num_transitions(self) -> int:
@@ -158,7 +173,8 @@ class Mirror:
     @property
     def nbytes(self) -> int:
         """Bytes of the transitions held."""
-        return self._size * (2 * self._hidden_size + sum(c.element_size() for c in self._columns()))
+        columns = sum(column.element_size() for column in self._columns())
+        return self._size * (2 * self._hidden_size + columns + self._sampling.bytes_per_transition)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the memory of the score normaliser, in plain types; not the transitions.
@@ -183,7 +199,8 @@ class Mirror:
         num_decisions = episode.num_decisions
         while self._capacity - self._size < num_decisions:
             evicted, _ = self._held.popleft()
-            self._tail = (self._tail + evicted) % self._capacity
+            self._sampling.freed(self._tail, evicted)
+            self._tail += evicted
             self._size -= evicted
         if self._states_CD is None:
             self._states_CD = torch.empty(
@@ -195,7 +212,8 @@ class Mirror:
         behaviour_T = np.where(
             episode.actions_T == ACCEPT, episode.accept_logprobs_T, episode.reject_logprobs_T
         )
-        head = (self._tail + self._size) % self._capacity
+        place = self._tail + self._size
+        head = place % self._capacity
         self._put(self._states_CD, head, episode.states_TD)
         self._put(self._actions_C, head, _tensor(episode.actions_T))
         self._put(self._rewards_C, head, _tensor(shaped.rewards_T))
@@ -203,6 +221,7 @@ class Mirror:
         self._put(self._forced_C, head, _tensor(episode.forced_T))
         self._put(self._behaviour_logprobs_C, head, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
         self._put(self._policy_versions_C, head, _tensor(episode.policy_versions_T))
+        self._sampling.written(place, num_decisions)
         self._held.append((num_decisions, score))
         self._size += num_decisions
         self._total_transitions += num_decisions

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -145,6 +145,10 @@ class TransitionBatch:
     """float32; log-probability of the action under the policy that took it (0 where forced)."""
     policy_versions_B: torch.Tensor
     """int64; the version of the weights that decided."""
+    places_B: torch.Tensor | None = None
+    """int64; names each transition for as long as the mirror runs. None in a batch made without a mirror."""
+    weights_B: torch.Tensor | None = None
+    """float32 in (0, 1]; what each row counts in the critic's loss. None: all count the same."""
 
     def __len__(self) -> int:
         return int(self.actions_B.shape[0])
@@ -153,6 +157,8 @@ class TransitionBatch:
         """The same batch on ``device``; returns itself if it is there already."""
         if self.states_BD.device == torch.device(device):
             return self
-        return TransitionBatch(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
-        )
+        moved: dict[str, Any] = {}
+        for name in self.__slots__:
+            column = getattr(self, name)
+            moved[name] = None if column is None else column.to(device, non_blocking=True)
+        return TransitionBatch(**moved)

@@ -228,6 +228,8 @@ class Learner:
         batch = self.mirror.sample(self.config.batch_size, self._generator)
         step = self.sac.step
         metrics = self.sac.update(batch)
+        if self.sac.errors_B is not None:
+            self.mirror.learnt(batch, self.sac.errors_B)
         self._budget.spend()
         self._num_sampled += len(batch)
         self._window.average(asdict(metrics), prefix="sac/")

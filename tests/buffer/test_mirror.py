@@ -133,7 +133,7 @@ def test_next_states_are_finite_even_where_they_count_for_nothing(make_episode: 
 
 
 def test_batches_have_the_dtypes_of_the_contract(make_episode: MakeEpisode) -> None:
-    mirror = make_mirror()
+    mirror = Mirror(4, ReplayConfig(capacity_transitions=40, sampling="prioritised"), SHAPING)
     mirror.add([make_episode(dtype=torch.float16)])
     batch = mirror.sample(3)
     dtypes = {name: getattr(batch, name).dtype for name in TransitionBatch.__slots__}
@@ -147,6 +147,8 @@ def test_batches_have_the_dtypes_of_the_contract(make_episode: MakeEpisode) -> N
         "next_forced_B": torch.bool,
         "behaviour_logprobs_B": torch.float32,
         "policy_versions_B": torch.int64,
+        "places_B": torch.int64,
+        "weights_B": torch.float32,
     }
 
 

@@ -246,6 +246,16 @@ def test_a_device_that_is_not_there_is_named(device: str) -> None:
         make_learner(MemoryEpisodeLog().reader(), device=device)
 
 
+def test_what_the_critic_gets_wrong_decides_what_is_drawn_next(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1, 0, 1], scores={"good": float(n)}) for n in range(10)])
+    replay = ReplayConfig(capacity_transitions=1000, sampling="prioritised")
+    learner = make_learner(log.reader(), replay=replay)
+    learner.run()
+    weights_B = learner.mirror.sample(200).weights_B
+    assert weights_B is not None
+    assert len(weights_B.unique()) > 10
+
+
 def test_metrics_say_what_happened(make_episode: EpisodeMaker) -> None:
     rows: list[dict[str, float]] = []
     episodes = [make_episode([1, 0, 1], version=0, scores={"good": float(i)}) for i in range(10)]

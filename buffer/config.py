@@ -10,6 +10,8 @@ from mara.common.config import LONGEST_S, Config
 
 READ_BYTES = 32 << 20
 """Episodes in one reply of the store, about; the store holds such a reply whole in its memory."""
+READ_AHEAD_BYTES = 64 << 20
+"""Episodes that the learner's process has read and not yet taken in, about."""
 APPEND_BYTES = 8 << 20
 """Episodes that an actor sends in one round trip, unless one alone is larger."""
 _WEIGHTS_BYTES = 128 << 20

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 
@@ -63,7 +64,9 @@ class MemoryEpisodeLog:
         """Up to ``max_episodes`` records after ``last_id``; waits for the first one."""
         with self._changed:
             self._changed.wait_for(lambda: self._last_id > last_id, timeout_s)
-            return [record for record in self._records if record[0] > last_id][:max_episodes]
+            # The records are numbered one after another.
+            first = max(0, last_id + 1 - self._records[0][0]) if self._records else 0
+            return list(islice(self._records, first, first + max_episodes))
 
 
 class MemoryEpisodeReader:

@@ -72,6 +72,15 @@ class EpisodeSource(Protocol):
         ...
 
 
+class LogReader(EpisodeSource, Protocol):
+    """A source that can say where it stands, so that a checkpoint can."""
+
+    @property
+    def cursor(self) -> str:
+        """Behind the last episode that was returned; a new reader that starts there goes on from it."""
+        ...
+
+
 class VersionedWeights(NamedTuple):
     """One published set of agent weights."""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mara.buffer.background import BackgroundReader
 from mara.buffer.log import RedisEpisodeReader
 from mara.buffer.weights import RedisWeightChannel
 from mara.deploy.config import RunConfig, portable_name
@@ -39,23 +40,24 @@ class LearnerHost:
         log_to(self._spec.log_file)
         config, run_id = self._spec.config, self._spec.run_id
         client = self._spec.connect()
-        self._learner = Learner(
-            config.learner,
-            config.agent,
-            config.replay,
-            config.weighted_shaping,
-            hidden_size=self._spec.hidden_size,
-            source=RedisEpisodeReader(client, run_id, config.replay),
-            weights=RedisWeightChannel(client, run_id, config.replay),
-            seed=config.run.seed,
-            on_metrics=self._rows.append,
-            run_folder=self._spec.folder,
-            agent_card=self._spec.agent_card,
-        )
-        if self._stop.is_set():
-            self._learner.stop()
-        self._phase = RUNNING
-        return self._learner.run()
+        with BackgroundReader(RedisEpisodeReader(client, run_id, config.replay)) as source:
+            self._learner = Learner(
+                config.learner,
+                config.agent,
+                config.replay,
+                config.weighted_shaping,
+                hidden_size=self._spec.hidden_size,
+                source=source,
+                weights=RedisWeightChannel(client, run_id, config.replay),
+                seed=config.run.seed,
+                on_metrics=self._rows.append,
+                run_folder=self._spec.folder,
+                agent_card=self._spec.agent_card,
+            )
+            if self._stop.is_set():
+                self._learner.stop()
+            self._phase = RUNNING
+            return self._learner.run()
 
     def stop(self) -> None:
         """End :meth:`run` after the current gradient step. Returns at once."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from mara.buffer.config import NORMALISE_FROM_EPISODES, ReplayConfig, ShapingCon
 from mara.buffer.mirror import Mirror
 from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import EpisodeSource, WeightSink
+from mara.common.contracts import LogReader, WeightSink
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.common.seeding import generator
@@ -40,15 +40,6 @@ WAIT_S = 0.1
 
 CHECKPOINT_FOLDER = "checkpoints"
 AGENT_FOLDER = "agent"
-
-
-class LogReader(EpisodeSource, Protocol):
-    """A source that can say where it stands, so that a checkpoint can."""
-
-    @property
-    def cursor(self) -> str:
-        """Where a new reader has to start to go on from here."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

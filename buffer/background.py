@@ -1,0 +1,138 @@
+"""Reading the replay log in a thread of its own, so that the training loop never waits for the store.
+
+::
+
+    store ── read, decode ──► queue (bounded in bytes) ── read ──► training loop
+             reader's thread                              caller's thread
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from mara.buffer.config import READ_AHEAD_BYTES
+from mara.common.contracts import LogReader
+from mara.common.episode import Episode
+
+_POLL_S = 0.1
+"""How long one read of the log may wait: within it the thread hears that it should end."""
+_CLOSE_S = 5.0
+
+
+class BackgroundReader:
+    """An :class:`~mara.common.contracts.EpisodeSource` that reads ahead from another, which it has to itself.
+
+    Differs from the source it wraps in one thing: :meth:`read` returns what has been read ahead, which may be
+    less than what the log has. Called from one thread; :meth:`close` it, or use it in ``with``.
+    """
+
+    def __init__(self, source: LogReader, max_bytes: int = READ_AHEAD_BYTES) -> None:
+        """Begin to read ``source`` from where it stands.
+
+        Args:
+            max_bytes: episodes read ahead before the thread waits. A single episode may be larger.
+        """
+        self._source = source
+        self._max_bytes = max_bytes
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Episode, str]] = deque()  # with the cursor behind each
+        self._queued_bytes = 0
+        self._cursor = source.cursor
+        self._error: BaseException | None = None
+        self._closing = False
+        self._waited_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="replay reader", daemon=True)
+        self._thread.start()
+
+    def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        """Return up to ``max_episodes`` of the episodes read ahead; waits at most ``timeout_s`` for the
+        first.
+
+        Raises whatever reading the log raised, once all that was read before has been handed out.
+        """
+        with self._changed:
+            if not self._queue and timeout_s > 0:
+                began = time.monotonic()
+                self._changed.wait_for(lambda: self._queue or self._has_ended, timeout_s)
+                self._waited_s += time.monotonic() - began
+            if not self._queue and self._error is not None:
+                raise self._error
+            episodes: list[Episode] = []
+            while self._queue and len(episodes) < max_episodes:
+                episode, self._cursor = self._queue.popleft()
+                self._queued_bytes -= episode.nbytes
+                episodes.append(episode)
+            self._changed.notify_all()
+        return episodes
+
+    def close(self) -> None:
+        """End the thread, within a tenth of a second unless the store hangs. What was read ahead is lost."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(_CLOSE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def cursor(self) -> str:
+        """Behind the last episode handed out, however far the thread has read."""
+        return self._cursor
+
+    @property
+    def num_malformed(self) -> int:
+        """Records set aside so far because they could not be decoded."""
+        return self._source.num_malformed
+
+    @property
+    def num_trimmed_unread(self) -> int:
+        """Episodes that went to make room before the thread came to them."""
+        return self._source.num_trimmed_unread
+
+    @property
+    def num_duplicates(self) -> int:
+        """Episodes appended although they were stored."""
+        return self._source.num_duplicates
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which :meth:`read` waited: for an episode to come, or for the thread to decode it."""
+        return self._waited_s
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._error is not None or self._closing
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_room():
+                # One at a time: the cursor of the source is then that of the episode.
+                episodes = self._source.read(1, _POLL_S)
+                with self._changed:
+                    for episode in episodes:
+                        self._queue.append((episode, self._source.cursor))
+                        self._queued_bytes += episode.nbytes
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        """Wait until more may be read ahead; False where the thread should end instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._queued_bytes < self._max_bytes)
+            return not self._closing

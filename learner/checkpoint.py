@@ -31,7 +31,7 @@ from mara.common.errors import UserError
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 LATEST = "latest"
-SCHEMA = 1
+SCHEMA = 2
 NUM_KEPT = 2
 """Checkpoints kept; older ones are deleted once a newer one is complete."""
 TENSOR_KEY = "$tensor"

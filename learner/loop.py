@@ -26,9 +26,9 @@ from mara.common.contracts import LogReader, WeightSink
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.common.seeding import generator
-from mara.learner.budget import StepBudget
 from mara.learner.checkpoint import save_checkpoint
 from mara.learner.config import LearnerConfig
+from mara.learner.limiter import RateLimiter
 from mara.learner.meters import Clock, Window
 from mara.learner.sac import SAC
 from mara.learner.statistics import episode_statistics
@@ -63,13 +63,13 @@ class Learner:
     """Trains one agent from one log. Plain and single-threaded; only :meth:`stop` may be called from outside.
 
     Args:
-        config: what and how much to train.
-        agent_config: the accept-reject network.
-        replay: size of the mirror.
-        shaping: how scores become rewards.
-        hidden_size: of the LLM, D.
-        source: the log, at the position to start from.
-        weights: where the agent's weights go. Version n is the agent after n gradient steps.
+        config: what and how much to train. agent_config: the accept-reject network. replay: size of the
+        mirror. shaping: how scores become rewards. hidden_size: of the LLM, D. source: the log, at the
+        position to start from. weights: where the agent's weights go. Version n is the agent after n
+        gradient steps. lockstep: the next episode is taken in only when every step that is owed was done,
+        and none is dropped:
+            for a log that nobody waits to write to. The order of all that happens is then that of the log, so
+            the same log gives the same agent.
         seed: of the networks and the sampling.
         on_metrics: called with one row of numbers by name, every ``log_period_s`` and at the end.
         run_folder: where ``checkpoints/`` and ``agent/`` are kept up to date. None: nothing is written.
@@ -86,6 +86,7 @@ class Learner:
         hidden_size: int,
         source: LogReader,
         weights: WeightSink,
+        lockstep: bool = False,
         seed: int = 0,
         on_metrics: Callable[[dict[str, float]], None] = lambda row: None,
         run_folder: Path | None = None,
@@ -103,12 +104,18 @@ class Learner:
         self._run_folder = run_folder
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
-        self._budget = StepBudget(config.gradient_steps_per_episode, config.max_backlog_episodes)
+        self._lockstep = lockstep
+        self._limiter = RateLimiter(
+            config.gradient_steps_per_episode,
+            None if lockstep else config.max_backlog_episodes,
+            config.max_samples_per_transition,
+        )
         self._stop = threading.Event()
         self._started = False
         self._num_episodes = 0
         self._num_tokens = 0
         self._num_sampled = 0
+        self._waiting_since: float | None = None
         self._published_version: int | None = None
         self._num_publications_dropped = 0
         self._published_at = self._saved_at = 0.0
@@ -138,7 +145,9 @@ class Learner:
         was learnt yet.
 
         Raises:
-            UserError: all episodes came and were too few to begin training, or do not fit the settings.
+            UserError: all episodes came and were too few to begin training, or do not fit the settings; or
+            none
+                came for ``data_timeout_s``.
             ReplayUnavailable: the store has been away for too long.
             FloatingPointError: a loss is not finite.
         """
@@ -167,7 +176,7 @@ class Learner:
             num_episodes=self._num_episodes,
             num_tokens=self._num_tokens,
             num_transitions=self.mirror.total_transitions,
-            steps_dropped=self._budget.num_dropped,
+            steps_dropped=self._limiter.num_dropped,
             idle_ratio=self._whole_run.idle_ratio,
             seconds=self._whole_run.seconds,
             stopped=stopped,
@@ -186,20 +195,38 @@ class Learner:
     @property
     def _can_train(self) -> bool:
         """Whether a gradient step is owed and there is something to do it on."""
-        return self._budget.allows_step and self.mirror.num_transitions > 0
+        sampled = self._num_sampled + self.config.batch_size
+        allowed = self._limiter.allows_step(sampled, self.mirror.total_transitions)
+        return allowed and self.mirror.num_transitions > 0
 
     def _read(self) -> None:
-        """Take in what the log has. Waits only when there is nothing to train on."""
-        wanted = min(READ_EPISODES, self.config.num_episodes - self._num_episodes)
-        if wanted <= 0:
+        """Take in what the log has, in lockstep one episode. Waits only when there is nothing to train on."""
+        left = self.config.num_episodes - self._num_episodes
+        can_train = self._can_train
+        if left <= 0 or (self._lockstep and can_train):
             return
         waited_before_s = self._source.waited_s
-        episodes = self._source.read(wanted, timeout_s=0.0 if self._can_train else WAIT_S)
+        wanted = 1 if self._lockstep else min(READ_EPISODES, left)
+        episodes = self._source.read(wanted, timeout_s=0.0 if can_train else WAIT_S)
         waited_s = self._source.waited_s - waited_before_s
         self._clock.idle_s += waited_s
         self._whole_run.idle_s += waited_s
         for episode in episodes:
             self._take_in(episode)
+        self._check_waiting(is_waiting=not episodes and not can_train)
+
+    def _check_waiting(self, *, is_waiting: bool) -> None:
+        """Give up where nothing has come for too long."""
+        if not is_waiting:
+            self._waiting_since = None
+            return
+        now, limit_s = time.monotonic(), self.config.data_timeout_s
+        self._waiting_since = self._waiting_since or now
+        if limit_s is not None and now - self._waiting_since >= limit_s:
+            raise UserError(
+                f"learner.data_timeout_s: no episode has come for {limit_s:g} s; see what the logs of the "
+                "rollout actors say, or raise it"
+            )
 
     def _take_in(self, episode: Episode) -> None:
         self.mirror.add([episode])
@@ -208,7 +235,7 @@ class Learner:
         # All that ever came: the ring drops whole episodes, so it may never hold as many as its capacity.
         self._started |= self.mirror.total_transitions >= self.config.start_transitions
         if self._started:
-            self._budget.earn(1)
+            self._limiter.earn(1)
         self._window.average(episode_statistics(episode, self._reward_weights), prefix="episode/")
         if episode.num_decisions:
             lags_T = self.sac.step - episode.policy_versions_T
@@ -216,17 +243,20 @@ class Learner:
             self._window.peak("policy/lag_max", float(lags_T.max()))
 
     def _train(self) -> None:
+        began = time.monotonic()
         batch = self.mirror.sample(self.config.batch_size, self._generator)
         step = self.sac.step
         metrics = self.sac.update(batch)
         if self.sac.errors_B is not None:
             self.mirror.learnt(batch, self.sac.errors_B)
-        self._budget.spend()
+        self._limiter.spend()
         self._num_sampled += len(batch)
         self._window.average(asdict(metrics), prefix="sac/")
         self._window.average(
             {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
         )
+        if self._lockstep:
+            self._clock.held_back_s += time.monotonic() - began
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
@@ -279,6 +309,7 @@ class Learner:
             "replay/insert_rate": (inserted - clock.inserted) / seconds,
             "replay/sample_rate": (sampled - clock.sampled) / seconds,
             "replay/samples_per_insert": sampled / max(inserted, 1),
+            "replay/held_back_ratio": clock.held_back_ratio,
             "replay/malformed": self._source.num_malformed,
             "replay/trimmed_unread": self._source.num_trimmed_unread,
             "replay/duplicates": self._source.num_duplicates,
@@ -286,8 +317,8 @@ class Learner:
             "learner/gradient_step": self.sac.step,
             "learner/gradient_steps_per_s": (self.sac.step - clock.gradient_steps) / seconds,
             "learner/idle_ratio": clock.idle_ratio,
-            "learner/steps_owed": self._budget.owed,
-            "learner/steps_dropped": self._budget.num_dropped,
+            "learner/steps_owed": self._limiter.owed,
+            "learner/steps_dropped": self._limiter.num_dropped,
             "weights/dropped": self._num_publications_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
@@ -303,7 +334,7 @@ class Learner:
         return {
             "sac": self.sac.state_dict(),
             "mirror": self.mirror.state_dict(),
-            "budget": self._budget.state_dict(),
+            "limiter": self._limiter.state_dict(),
             "sampling": self._generator.get_state(),
             "cursor": self._source.cursor,
             "started": self._started,
@@ -320,7 +351,7 @@ class Learner:
         """
         self.sac.load_state_dict(state["sac"])
         self.mirror.load_state_dict(state["mirror"])
-        self._budget.load_state_dict(state["budget"])
+        self._limiter.load_state_dict(state["limiter"])
         self._generator.set_state(state["sampling"])
         self._started = state["started"]
         self._num_episodes = state["num_episodes"]

@@ -80,7 +80,7 @@ def test_a_loaded_learner_goes_on_bit_for_bit(make_episode: EpisodeMaker, tmp_pa
         assert learner.sac.update(batches[0]) == fresh.sac.update(batches[1])
     torch.testing.assert_close(learner.sac.state_dict(), fresh.sac.state_dict(), rtol=0, atol=0)
     assert learner.state_dict()["mirror"]["normaliser"] == fresh.state_dict()["mirror"]["normaliser"]
-    assert learner.state_dict()["budget"] == fresh.state_dict()["budget"]
+    assert learner.state_dict()["limiter"] == fresh.state_dict()["limiter"]
 
 
 def test_nested_values_come_back_as_they_were(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, Counter(3, 3))
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(content | {"schema": 99}))
-    with pytest.raises(UserError, match="has schema 99, this version reads 1"):
+    with pytest.raises(UserError, match="has schema 99, this version reads 2"):
         load_checkpoint(tmp_path, Counter())
 
 

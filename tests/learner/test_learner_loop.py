@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mara.buffer.config import ReplayConfig, ShapingConfig
-from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
@@ -200,6 +200,85 @@ def test_a_learner_that_is_behind_drops_old_debts_and_says_so(make_episode: Epis
     summary = learner.run()
     assert summary.gradient_steps == 10
     assert summary.steps_dropped == 90
+
+
+def test_in_lockstep_every_step_is_done_before_the_next_episode_is_taken_in(
+    make_episode: EpisodeMaker,
+) -> None:
+    log, rows = log_of([make_episode([1] * 8) for _ in range(50)]), list[dict[str, float]]()
+    steps_at_read: list[int] = []
+
+    class Reader(MemoryEpisodeReader):
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            steps_at_read.append(learner.gradient_step)
+            return super().read(max_episodes, timeout_s)
+
+    learner = make_learner(
+        Reader(log), num_episodes=50, max_backlog_episodes=1, lockstep=True, on_metrics=rows.append
+    )
+    summary = learner.run()
+    assert steps_at_read == [2 * n for n in range(50)]
+    assert (summary.gradient_steps, summary.steps_dropped) == (100, 0)
+    assert 0 < rows[-1]["replay/held_back_ratio"] <= 1
+
+
+def test_where_actors_write_the_log_no_episode_is_held_back(make_episode: EpisodeMaker) -> None:
+    rows: list[dict[str, float]] = []
+    log = log_of([make_episode([1] * 8) for _ in range(10)])
+    make_learner(log.reader(), on_metrics=rows.append).run()
+    assert rows[-1]["replay/held_back_ratio"] == 0
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_the_learner_waits_for_data_when_transitions_were_sampled_often_enough(
+    make_episode: EpisodeMaker, lockstep: bool
+) -> None:
+    rows: list[dict[str, float]] = []
+    log = log_of([make_episode([1, 0, 1]) for _ in range(40)])
+    learner = make_learner(
+        log.reader(),
+        num_episodes=40,
+        gradient_steps_per_episode=100,
+        max_samples_per_transition=2.5,
+        lockstep=lockstep,
+        on_metrics=rows.append,
+    )
+    summary = learner.run()
+    assert summary.gradient_steps == 37  # 120 transitions × 2.5 / batches of 8
+    assert rows[-1]["replay/samples_per_insert"] == pytest.approx(37 * 8 / 120)
+    assert summary.num_episodes == 40
+
+
+def test_a_loaded_learner_remembers_how_often_transitions_were_sampled(make_episode: EpisodeMaker) -> None:
+    episodes = [make_episode([1] * 8) for _ in range(10)]
+    settings = {"max_samples_per_transition": 3, "gradient_steps_per_episode": 100}
+    before = make_learner(log_of(episodes[:5]).reader(), num_episodes=5, **settings)
+    assert before.run().gradient_steps == 15
+    after = make_learner(log_of(episodes[5:]).reader(), num_episodes=10, **settings)
+    after.load_state_dict(before.state_dict())
+    assert after.run().gradient_steps == 30
+
+
+def test_a_learner_that_nobody_sends_episodes_ends_with_one_line_and_keeps_what_it_learnt(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    reader = log_of([make_episode([1] * 8)]).reader()
+    learner = make_learner(reader, data_timeout_s=0.2, run_folder=tmp_path)
+    with pytest.raises(
+        UserError, match=r"learner.data_timeout_s: no episode has come for 0.2 s; .*raise it$"
+    ):
+        learner.run()
+    assert_saved(tmp_path, learner, gradient_steps=2)
+
+
+def test_time_spent_training_does_not_count_as_waiting_for_data(
+    make_episode: EpisodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ScriptedReader([[make_episode([1] * 8)], *[[]] * 6, [make_episode([1] * 8)]])
+    learner = make_learner(reader, num_episodes=2, gradient_steps_per_episode=7, data_timeout_s=0.2)
+    update = learner.sac.update
+    monkeypatch.setattr(learner.sac, "update", lambda batch: (time.sleep(0.05), update(batch))[1])
+    assert learner.run().gradient_steps == 14
 
 
 def test_answers_without_decisions_count_as_episodes(make_episode: EpisodeMaker) -> None:
@@ -417,7 +496,7 @@ def test_a_learner_that_owes_steps_waits_while_its_ring_is_empty(make_episode: E
     log = log_of([make_episode([1] * 8) for _ in range(5)])
     stopped = make_learner(log.reader(), num_episodes=6)
     stopped._read()
-    assert stopped.state_dict()["budget"]["owed"] == 10
+    assert stopped.state_dict()["limiter"]["owed"] == 10
     reader = ScriptedReader([[], [], [make_episode([1] * 8)]])
     loaded = make_learner(reader, num_episodes=6)
     loaded.load_state_dict(stopped.state_dict())

@@ -30,11 +30,14 @@ class BackgroundReader:
     less than what the log has. Called from one thread; :meth:`close` it, or use it in ``with``.
     """
 
-    def __init__(self, source: LogReader, max_bytes: int = READ_AHEAD_BYTES) -> None:
+    def __init__(
+        self, source: LogReader, max_bytes: int = READ_AHEAD_BYTES, *, log_is_finished: bool = False
+    ) -> None:
         """Begin to read ``source`` from where it stands.
 
         Args:
             max_bytes: episodes read ahead before the thread waits. A single episode may be larger.
+            log_is_finished: nobody appends to the log: the thread ends where the log does.
         """
         self._source = source
         self._max_bytes = max_bytes
@@ -42,6 +45,8 @@ class BackgroundReader:
         self._queue: deque[tuple[Episode, str]] = deque()  # with the cursor behind each
         self._queued_bytes = 0
         self._cursor = source.cursor
+        self._log_is_finished = log_is_finished
+        self._at_end = False
         self._error: BaseException | None = None
         self._closing = False
         self._waited_s = 0.0
@@ -87,6 +92,11 @@ class BackgroundReader:
     ) -> None:
         self.close()
 
+    def at_end(self) -> bool:
+        """Whether the log is finished, read to its end and handed out. Returns at once."""
+        with self._changed:
+            return self._at_end and not self._queue
+
     @property
     def cursor(self) -> str:
         """Behind the last episode handed out, however far the thread has read."""
@@ -114,7 +124,7 @@ class BackgroundReader:
 
     @property
     def _has_ended(self) -> bool:
-        return self._error is not None or self._closing
+        return self._error is not None or self._closing or self._at_end
 
     def _run(self) -> None:
         try:
@@ -126,6 +136,11 @@ class BackgroundReader:
                         self._queue.append((episode, self._source.cursor))
                         self._queued_bytes += episode.nbytes
                     self._changed.notify_all()
+                if not episodes and self._log_is_finished and self._source.at_end():
+                    with self._changed:
+                        self._at_end = True
+                        self._changed.notify_all()
+                    return
         except BaseException as error:
             with self._changed:
                 self._error = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -28,6 +29,10 @@ class ReplayConfig(Config):
     redis_url: str | None = Field(default=None, repr=False)
     """Address of the Redis or Valkey server: ``redis://``, ``rediss://`` (TLS) or ``unix://``, with user
     and password where it has them. None: a server of the run's own is started on this machine."""
+    from_run: Path | None = Field(default=None, alias="from")
+    """Folder of a finished run to train from: its episodes, in their order, instead of new ones; with
+    ``rollout.num_actors`` 0. That run must have kept them, by ``durable`` or at a ``redis_url``, which is
+    given again where it needs a password. Relative to the current folder. None: rollout actors make them."""
     capacity_transitions: int = Field(default=1_000_000, ge=2)
     """Transitions the learner keeps; the oldest episodes make room. Usual range 20 thousand – 1 million (the
     paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes, 26 with

@@ -200,6 +200,22 @@ class RedisEpisodeReader:
             episodes.extend(self._decoded(entries))
         return episodes
 
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor. Waits for an answer of the store while it is away.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        while True:
+            time.sleep(self._outage.pause_s)
+            try:
+                left = self._client.xrange(self._stream, min=f"({self._entry_id}", count=1)
+            except AWAY as error:
+                self._outage.failed(error)
+            else:
+                self._outage.ended()
+                return not left
+
     @property
     def _reply_entries(self) -> int:
         """Most entries of the next reply: :data:`READ_BYTES` of them, by the mean size of those read so far.

@@ -88,6 +88,10 @@ class MemoryEpisodeReader:
             self._last_id = records[-1][0]
         return [episode for _, episode in records]
 
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor."""
+        return not self._log.wait_after(self._last_id, 1, 0)
+
     @property
     def cursor(self) -> str:
         """Where the reader stands; give it to a new reader to go on from there."""

@@ -80,6 +80,11 @@ class LogReader(EpisodeSource, Protocol):
         """Behind the last episode that was returned; a new reader that starts there goes on from it."""
         ...
 
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor. Waits while the store is away, as :meth:`read` gives
+        up."""
+        ...
+
 
 class VersionedWeights(NamedTuple):
     """One published set of agent weights."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from mara.buffer.background import BackgroundReader
 from mara.buffer.log import RedisEpisodeReader
+from mara.buffer.memory import MemoryWeightChannel
 from mara.buffer.weights import RedisWeightChannel
 from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
@@ -40,7 +41,11 @@ class LearnerHost:
         log_to(self._spec.log_file)
         config, run_id = self._spec.config, self._spec.run_id
         client = self._spec.connect()
-        with BackgroundReader(RedisEpisodeReader(client, run_id, config.replay)) as source:
+        # Of a finished run the log is only read; nobody waits for weights.
+        is_finished = config.replay.from_run is not None
+        weights = MemoryWeightChannel() if is_finished else RedisWeightChannel(client, run_id, config.replay)
+        reader = RedisEpisodeReader(client, run_id, config.replay)
+        with BackgroundReader(reader, log_is_finished=is_finished) as source:
             self._learner = Learner(
                 config.learner,
                 config.agent,
@@ -48,7 +53,8 @@ class LearnerHost:
                 config.weighted_shaping,
                 hidden_size=self._spec.hidden_size,
                 source=source,
-                weights=RedisWeightChannel(client, run_id, config.replay),
+                weights=weights,
+                log_is_finished=is_finished,
                 seed=config.run.seed,
                 on_metrics=self._rows.append,
                 run_folder=self._spec.folder,

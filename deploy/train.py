@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara.buffer.server import EmbeddedServer
+from mara.common.addresses import hide_password
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say
 from mara.deploy.exit import RunFailed
+from mara.deploy.finished_run import FinishedLog, require_episodes
 from mara.deploy.learner_host import LearnerSpec, agent_card
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
@@ -30,7 +33,7 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, make_run_folder, what_is_saved
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, LogRecord, make_run_folder, what_is_saved
 from mara.deploy.signals import StopSignal
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
@@ -164,13 +167,19 @@ class _Training:
         self._folder = folder
         self._recorder = recorder
         self._show = show
+        self._run_id = f"{folder.name}-{secrets.token_hex(4)}"
+        """Names the keys of the replay log that is read."""
+        if checked.log is not None:
+            self._run_id = checked.log.run_id
 
     def run(self) -> LearnerSummary:
         """Start everything, train, save; end everything, whatever happens."""
         with ExitStack() as exits:
-            config = self._with_server(exits)
+            log = self._checked.log
+            config = self._with_server(exits) if log is None else self._with_log(log, exits)
             cluster = self._with_cluster(exits)
-            self._show.state("asking Ray for the learner and the rollout actors")
+            who = "the learner and the rollout actors" if log is None else "the learner"
+            self._show.state(f"asking Ray for {who}")
             supervisor = self._place(config, cluster)
             exits.callback(supervisor.kill)
             self._start_wandb(exits)
@@ -183,12 +192,37 @@ class _Training:
     def _with_server(self, exits: ExitStack) -> RunConfig:
         """The settings with the address of a server, which is started if none was given."""
         config = self._config
+        self._record_log(config.replay.redis_url)
         if config.replay.redis_url is not None:
             return config
         self._show.state("starting the server for episodes and weights")
         server = exits.enter_context(EmbeddedServer(config.replay.store_max_bytes(config.rollout.num_actors)))
-        replay = config.replay.model_copy(update={"redis_url": server.url})
-        return config.model_copy(update={"replay": replay})
+        return _with_address(config, server.url)
+
+    def _record_log(self, redis_url: str | None) -> None:
+        """Note for later runs where the episodes of this one are."""
+        shown = None if redis_url is None else hide_password(redis_url)
+        checked = self._checked
+        LogRecord(self._run_id, shown, checked.hidden_size, checked.head_digests).write(self._folder)
+
+    def _with_log(self, log: FinishedLog, exits: ExitStack) -> RunConfig:
+        """The settings with the address of a server that has the episodes of a finished run."""
+        if log.data_dir is None:
+            assert log.redis_url is not None
+            return _with_address(self._config, log.redis_url)
+        self._show.state("starting a server with a copy of the episodes")
+        # A server writes to the file it opens; the run's own stays as it is.
+        copy = self._folder / f".{log.data_dir.name}.copy"
+        exits.callback(shutil.rmtree, copy, ignore_errors=True)
+        data_dir = log.data_dir
+
+        def make_copy() -> None:
+            shutil.copytree(data_dir, copy)
+
+        self._show.wait_for(make_copy)
+        server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
+        require_episodes(log, self._config.replay, server.url)
+        return _with_address(self._config, server.url)
 
     def _with_cluster(self, exits: ExitStack) -> Cluster:
         """The cluster at ``ray.address``, or one of the run's own on this machine."""
@@ -212,7 +246,7 @@ class _Training:
         return cluster
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
-        run_id = f"{self._folder.name}-{secrets.token_hex(4)}"
+        run_id = self._run_id
         card = agent_card(config, self._checked.head_digests)
         learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
@@ -284,6 +318,10 @@ class _Training:
             (folder / name).write_bytes(content)
 
 
+def _with_address(config: RunConfig, redis_url: str) -> RunConfig:
+    return config.model_copy(update={"replay": config.replay.model_copy(update={"redis_url": redis_url})})
+
+
 def describe(status: Status, view: View) -> str:
     """What the run is doing and what it waits for, in a few words."""
     waits = [
@@ -293,7 +331,8 @@ def describe(status: Status, view: View) -> str:
     ]
     if view.metrics.get("learner/gradient_step", 0) >= 1:
         return "; ".join(["training", *waits])
-    return "; ".join(waits) or "collecting the first episodes"
+    has_actors = any(name != LEARNER for name in status.phases)
+    return "; ".join(waits) or ("collecting the first episodes" if has_actors else "reading the episodes")
 
 
 def _who(names: Sequence[str]) -> str:

@@ -51,7 +51,8 @@ class LearnerConfig(Config):
     batch_size: int = Field(default=1024, ge=1)
     """Transitions in one gradient step. Usual range 256–4096."""
     num_episodes: int = Field(default=21_000, ge=1)
-    """Episodes to train on; the run ends when they were read and their gradient steps were done."""
+    """Episodes to train on; the run ends when they were read and their gradient steps were done. Of
+    a finished log (``replay.from``) at most so many."""
     gradient_steps_per_episode: float = Field(default=10.0, gt=0)
     """Replay ratio: gradient steps earned by each episode read after the start. Usual range 0.5–20."""
     max_samples_per_transition: float | None = Field(default=None, gt=0)

@@ -63,13 +63,16 @@ class Learner:
     """Trains one agent from one log. Plain and single-threaded; only :meth:`stop` may be called from outside.
 
     Args:
-        config: what and how much to train. agent_config: the accept-reject network. replay: size of the
-        mirror. shaping: how scores become rewards. hidden_size: of the LLM, D. source: the log, at the
-        position to start from. weights: where the agent's weights go. Version n is the agent after n
-        gradient steps. lockstep: the next episode is taken in only when every step that is owed was done,
-        and none is dropped:
-            for a log that nobody waits to write to. The order of all that happens is then that of the log, so
-            the same log gives the same agent.
+        config: what and how much to train.
+        agent_config: the accept-reject network.
+        replay: size of the mirror.
+        shaping: how scores become rewards.
+        hidden_size: of the LLM, D.
+        source: the log, at the position to start from.
+        weights: where the agent's weights go. Version n is the agent after n gradient steps.
+        log_is_finished: nobody appends to the log, so it can wait: the next episode is taken in only when
+            every step that is owed was done, none is dropped, and the run ends with the log. All happens in
+            the order of the log: the same log and seed give the same agent.
         seed: of the networks and the sampling.
         on_metrics: called with one row of numbers by name, every ``log_period_s`` and at the end.
         run_folder: where ``checkpoints/`` and ``agent/`` are kept up to date. None: nothing is written.
@@ -86,7 +89,7 @@ class Learner:
         hidden_size: int,
         source: LogReader,
         weights: WeightSink,
-        lockstep: bool = False,
+        log_is_finished: bool = False,
         seed: int = 0,
         on_metrics: Callable[[dict[str, float]], None] = lambda row: None,
         run_folder: Path | None = None,
@@ -104,10 +107,10 @@ class Learner:
         self._run_folder = run_folder
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
-        self._lockstep = lockstep
+        self._log_is_finished = log_is_finished
         self._limiter = RateLimiter(
             config.gradient_steps_per_episode,
-            None if lockstep else config.max_backlog_episodes,
+            None if log_is_finished else config.max_backlog_episodes,
             config.max_samples_per_transition,
         )
         self._stop = threading.Event()
@@ -139,6 +142,8 @@ class Learner:
 
     def run(self) -> LearnerSummary:
         """Train until ``num_episodes`` were read and their gradient steps done, or until :meth:`stop`.
+
+        A finished log may end earlier.
 
         Publishes the agent at once, so that the rollouts can begin. Sets the number of threads of this
         process's arithmetic. Whatever is raised, the agent and a checkpoint are saved before, unless nothing
@@ -188,9 +193,16 @@ class Learner:
             self._read()
             if self._can_train:
                 self._train()
-            elif self._num_episodes >= self.config.num_episodes:
+            elif self._has_all:
                 break
             self._do_what_is_due()
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether no more episodes will come."""
+        return self._num_episodes >= self.config.num_episodes or (
+            self._log_is_finished and self._source.at_end()
+        )
 
     @property
     def _can_train(self) -> bool:
@@ -200,13 +212,16 @@ class Learner:
         return allowed and self.mirror.num_transitions > 0
 
     def _read(self) -> None:
-        """Take in what the log has, in lockstep one episode. Waits only when there is nothing to train on."""
+        """Take in what the log has. Waits only when there is nothing to train on.
+
+        Of a finished log one episode at a time, and none while a gradient step is owed.
+        """
         left = self.config.num_episodes - self._num_episodes
         can_train = self._can_train
-        if left <= 0 or (self._lockstep and can_train):
+        if left <= 0 or (self._log_is_finished and can_train):
             return
         waited_before_s = self._source.waited_s
-        wanted = 1 if self._lockstep else min(READ_EPISODES, left)
+        wanted = 1 if self._log_is_finished else min(READ_EPISODES, left)
         episodes = self._source.read(wanted, timeout_s=0.0 if can_train else WAIT_S)
         waited_s = self._source.waited_s - waited_before_s
         self._clock.idle_s += waited_s
@@ -255,7 +270,7 @@ class Learner:
         self._window.average(
             {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
         )
-        if self._lockstep:
+        if self._log_is_finished:
             self._clock.held_back_s += time.monotonic() - began
 
     def _do_what_is_due(self) -> None:

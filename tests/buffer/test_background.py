@@ -198,6 +198,25 @@ def test_closing_ends_the_thread_whether_it_waits_for_episodes_or_for_room(
         reader.close()
 
 
+def test_the_thread_ends_where_a_finished_log_does(
+    log: tuple[EpisodeSink, Callable[..., LogReader]],
+    make_episode: MakeEpisode,
+) -> None:
+    sink, make_reader = log
+    sink.append([make_episode(uid=str(n)) for n in range(5)])
+    with BackgroundReader(make_reader(), log_is_finished=True) as reader:
+        assert len(read_all(reader, 4)) == 4
+        reader._thread.join(20)
+        assert not reader._thread.is_alive()
+        assert not reader.at_end()
+        assert len(read_all(reader, 1)) == 1
+        assert reader.at_end()
+        assert reader.read(1, timeout_s=20) == []
+    with BackgroundReader(make_reader()) as reader:
+        assert len(read_all(reader, 5)) == 5
+        assert not reader.at_end()
+
+
 def test_the_counters_are_those_of_the_source(
     read_ahead: Callable[..., BackgroundReader], make_episode: MakeEpisode
 ) -> None:

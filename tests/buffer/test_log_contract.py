@@ -96,6 +96,23 @@ def test_every_reader_has_a_cursor_of_its_own_that_can_be_restored(
     assert uids(log.make_reader(two.cursor).read(10, 0)) == ["2", "3", "4", "5"]
 
 
+def test_a_reader_is_at_the_end_once_it_has_read_all_that_is_there(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    reader, sink = log.make_reader(), log.make_sink()
+    assert reader.at_end()
+    sink.append([make_episode(uid=str(n)) for n in range(3)])
+    assert not reader.at_end()
+    reader.read(2, 0)
+    assert not reader.at_end()
+    reader.read(2, 0)
+    assert reader.at_end()
+    assert log.make_reader(reader.cursor).at_end()
+    sink.append([make_episode(uid="more")])
+    assert not reader.at_end()
+
+
 def test_an_empty_read_waits_as_long_as_it_was_told(make_log: Callable[..., Log]) -> None:
     reader = make_log().make_reader()
     began = time.monotonic()

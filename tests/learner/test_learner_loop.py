@@ -2,16 +2,18 @@
 
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from mara.buffer.background import BackgroundReader
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
@@ -202,7 +204,7 @@ def test_a_learner_that_is_behind_drops_old_debts_and_says_so(make_episode: Epis
     assert summary.steps_dropped == 90
 
 
-def test_in_lockstep_every_step_is_done_before_the_next_episode_is_taken_in(
+def test_in_a_finished_log_every_step_is_done_before_the_next_episode_is_taken_in(
     make_episode: EpisodeMaker,
 ) -> None:
     log, rows = log_of([make_episode([1] * 8) for _ in range(50)]), list[dict[str, float]]()
@@ -214,12 +216,48 @@ def test_in_lockstep_every_step_is_done_before_the_next_episode_is_taken_in(
             return super().read(max_episodes, timeout_s)
 
     learner = make_learner(
-        Reader(log), num_episodes=50, max_backlog_episodes=1, lockstep=True, on_metrics=rows.append
+        Reader(log), num_episodes=50, max_backlog_episodes=1, log_is_finished=True, on_metrics=rows.append
     )
     summary = learner.run()
     assert steps_at_read == [2 * n for n in range(50)]
     assert (summary.gradient_steps, summary.steps_dropped) == (100, 0)
     assert 0 < rows[-1]["replay/held_back_ratio"] <= 1
+
+
+def test_a_finished_log_ends_the_run_when_its_steps_are_done(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(7)])
+    summary = make_learner(log.reader(), num_episodes=10**6, log_is_finished=True).run()
+    assert (summary.num_episodes, summary.gradient_steps, summary.stopped) == (7, 14, False)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
+def test_a_finished_log_gives_the_same_agent_whenever_its_episodes_arrive(
+    make_episode: EpisodeMaker, sampling: Literal["uniform", "recency", "prioritised"]
+) -> None:
+    """Read directly, and in the background with pauses that differ."""
+    log = log_of([make_episode([1, 0, 1, 1], scores={"good": float(n % 5)}) for n in range(30)])
+    replay = ReplayConfig(capacity_transitions=60, sampling=sampling)
+
+    class Slow(MemoryEpisodeReader):
+        pauses = random.Random(0)
+
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            time.sleep(self.pauses.uniform(0, 0.01))
+            return super().read(max_episodes, timeout_s)
+
+    states = []
+    for _ in range(2):
+        with BackgroundReader(Slow(log), log_is_finished=True) as source:
+            learner = make_learner(source, num_episodes=100, replay=replay, log_is_finished=True)
+            assert learner.run().gradient_steps == 58
+        states.append(learner.state_dict())
+    plain = make_learner(log.reader(), num_episodes=100, replay=replay, log_is_finished=True)
+    plain.run()
+    expected = plain.state_dict()
+    for state in states:
+        assert state.pop("cursor") == plain.state_dict()["cursor"] == "30"
+        expected.pop("cursor", None)
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 
 def test_where_actors_write_the_log_no_episode_is_held_back(make_episode: EpisodeMaker) -> None:
@@ -229,9 +267,9 @@ def test_where_actors_write_the_log_no_episode_is_held_back(make_episode: Episod
     assert rows[-1]["replay/held_back_ratio"] == 0
 
 
-@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("is_finished", [False, True])
 def test_the_learner_waits_for_data_when_transitions_were_sampled_often_enough(
-    make_episode: EpisodeMaker, lockstep: bool
+    make_episode: EpisodeMaker, is_finished: bool
 ) -> None:
     rows: list[dict[str, float]] = []
     log = log_of([make_episode([1, 0, 1]) for _ in range(40)])
@@ -240,7 +278,7 @@ def test_the_learner_waits_for_data_when_transitions_were_sampled_often_enough(
         num_episodes=40,
         gradient_steps_per_episode=100,
         max_samples_per_transition=2.5,
-        lockstep=lockstep,
+        log_is_finished=is_finished,
         on_metrics=rows.append,
     )
     summary = learner.run()

@@ -143,6 +143,7 @@ class RedisEpisodeReader:
         self._stream = keys_of(run_id).episodes
         self._entry_id, _, number = cursor.partition("/")
         self._number = int(number or 0)
+        self._back_to = self._entry_id  # for XREVRANGE, which takes what it begins at as well
         self._limits = limits or RecordLimits()
         self._outage = Outage(config)
         # The socket must not time out before the server's wait ends.
@@ -197,6 +198,34 @@ class RedisEpisodeReader:
                 if left_s == 0:
                     break
                 entries = self._wait_for_entry(left_s)
+            self._note(entries)
+            episodes.extend(self._decoded(entries))
+        return episodes
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+        """Return up to ``max_episodes`` episodes from before the first cursor, newest first, then older ones.
+
+        Empty where there are none; None where the store is away, after a pause of at most ``timeout_s``.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        episodes: list[Episode] = []
+        while len(episodes) < max_episodes:
+            if self._outage.pause_s > 0:
+                time.sleep(min(self._outage.pause_s, timeout_s))
+                return episodes or None
+            count = min(max_episodes - len(episodes), self._reply_entries)
+            try:
+                reply = self._client.xrevrange(self._stream, max=self._back_to, count=count)
+            except AWAY as error:
+                self._outage.failed(error)
+                return episodes or None
+            self._outage.ended()
+            entries = [_entry(*entry) for entry in cast(list[tuple[bytes, dict[bytes, bytes]]], reply)]
+            if not entries:
+                break
+            self._back_to = f"({entries[-1].entry_id}"
             episodes.extend(self._decoded(entries))
         return episodes
 
@@ -255,7 +284,8 @@ class RedisEpisodeReader:
     def _decoded(self, entries: Sequence[_Entry]) -> list[Episode]:
         episodes = []
         for entry in entries:
-            self._note(entry)
+            self._num_entries += 1
+            self._entries_bytes += len(entry.record)
             try:
                 episodes.append(decode_episode(entry.record, self._limits))
             except MalformedRecord as error:
@@ -265,17 +295,16 @@ class RedisEpisodeReader:
                     _log.warning("record %s in the replay log is skipped: %s%s", entry.entry_id, error, last)
         return episodes
 
-    def _note(self, entry: _Entry) -> None:
-        """Move the cursor behind the entry, and learn from it what was missed."""
-        self._entry_id = entry.entry_id
-        self._num_entries += 1
-        self._entries_bytes += len(entry.record)
-        if entry.number is not None:
-            # Numbers step back where a crash of the store lost some that were read.
-            self._num_trimmed_unread += max(0, entry.number - self._number - 1)
-            self._number = entry.number
-        if entry.num_duplicates is not None:
-            self._num_duplicates = entry.num_duplicates
+    def _note(self, entries: Sequence[_Entry]) -> None:
+        """Move the cursor behind the entries, and learn from them what was missed."""
+        for entry in entries:
+            self._entry_id = entry.entry_id
+            if entry.number is not None:
+                # Numbers step back where a crash of the store lost some that were read.
+                self._num_trimmed_unread += max(0, entry.number - self._number - 1)
+                self._number = entry.number
+            if entry.num_duplicates is not None:
+                self._num_duplicates = entry.num_duplicates
 
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> _Entry:

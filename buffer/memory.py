@@ -68,6 +68,12 @@ class MemoryEpisodeLog:
             first = max(0, last_id + 1 - self._records[0][0]) if self._records else 0
             return list(islice(self._records, first, first + max_episodes))
 
+    def before(self, record_id: int, max_episodes: int) -> list[tuple[int, Episode]]:
+        """Up to ``max_episodes`` records up to and with ``record_id``, newest first."""
+        with self._changed:
+            older = (record for record in reversed(self._records) if record[0] <= record_id)
+            return list(islice(older, max_episodes))
+
 
 class MemoryEpisodeReader:
     """An :class:`~mara.common.contracts.EpisodeSource` on a :class:`MemoryEpisodeLog`."""
@@ -75,6 +81,7 @@ class MemoryEpisodeReader:
     def __init__(self, log: MemoryEpisodeLog, cursor: str = "0") -> None:
         self._log = log
         self._last_id = int(cursor)
+        self._back_to = self._last_id
         self._num_trimmed_unread = 0
         self._waited_s = 0.0
 
@@ -86,6 +93,13 @@ class MemoryEpisodeReader:
         if records:
             self._num_trimmed_unread += records[0][0] - self._last_id - 1
             self._last_id = records[-1][0]
+        return [episode for _, episode in records]
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        """Return up to ``max_episodes`` episodes from before the first cursor, newest first."""
+        records = self._log.before(self._back_to, max_episodes)
+        if records:
+            self._back_to = records[-1][0] - 1
         return [episode for _, episode in records]
 
     def at_end(self) -> bool:

@@ -66,6 +66,7 @@ class Mirror:
         self._tail = 0  # place of the oldest transition; its slot is this modulo C
         self._size = 0
         self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
+        self._has_evicted = False
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._total_transitions = 0
@@ -95,6 +96,31 @@ class Mirror:
                     if ready.num_decisions > 0:
                         self._write(ready, score)
                 self._held_back.clear()
+
+    def prepend(self, episode: Episode) -> bool:
+        """Put an episode that was added before, to a mirror whose state this one has, below the oldest held.
+
+        For a ring that is filled again after a restart, newest episodes first. The episode is counted
+        nowhere again: not in the totals, nor in the normaliser, by whose present means it is scored. One
+        that was held back when the state was saved is held back again.
+
+        Returns whether it found room. Once one did not, or an episode has left, the ring holds the newest
+        there are, and stays as it is.
+
+        Raises:
+            UserError: the episode does not fit, as for :meth:`add`.
+        """
+        self._check(episode)
+        if self._has_evicted or self._capacity - self._size < episode.num_decisions:
+            return False
+        if not self._normaliser.is_ready:
+            self._held_back.insert(0, episode)
+        elif episode.num_decisions > 0:
+            score = self._normaliser.score(episode, remember=False)
+            self._tail -= episode.num_decisions
+            self._fill(self._tail, episode, score)
+            self._held.appendleft((episode.num_decisions, score))
+        return True
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
         """Return ``batch_size`` transitions drawn as ``replay.sampling`` says, with replacement, on its
@@ -179,7 +205,8 @@ class Mirror:
     def state_dict(self) -> dict[str, Any]:
         """Counters and the memory of the score normaliser, in plain types; not the transitions.
 
-        Episodes held back at that moment are no transitions yet: they have been counted, and are lost.
+        Episodes held back at that moment are no transitions yet: they have been counted, and come back only
+        with :meth:`prepend`.
         """
         return {
             "normaliser": self._normaliser.state_dict(),
@@ -196,12 +223,20 @@ class Mirror:
         self._num_without_decisions = state["num_without_decisions"]
 
     def _write(self, episode: Episode, score: float) -> None:
+        """Put the episode at the head; the oldest make room."""
         num_decisions = episode.num_decisions
         while self._capacity - self._size < num_decisions:
             evicted, _ = self._held.popleft()
             self._sampling.freed(self._tail, evicted)
             self._tail += evicted
             self._size -= evicted
+            self._has_evicted = True
+        self._fill(self._tail + self._size, episode, score)
+        self._held.append((num_decisions, score))
+        self._total_transitions += num_decisions
+
+    def _fill(self, place: int, episode: Episode, score: float) -> None:
+        """Shape the episode and put it into the free slots from ``place`` on: they join the ring."""
         if self._states_CD is None:
             self._states_CD = torch.empty(
                 (self._capacity, self._hidden_size), dtype=self._states_dtype, device=self._device
@@ -212,24 +247,21 @@ class Mirror:
         behaviour_T = np.where(
             episode.actions_T == ACCEPT, episode.accept_logprobs_T, episode.reject_logprobs_T
         )
-        place = self._tail + self._size
-        head = place % self._capacity
-        self._put(self._states_CD, head, episode.states_TD)
-        self._put(self._actions_C, head, _tensor(episode.actions_T))
-        self._put(self._rewards_C, head, _tensor(shaped.rewards_T))
-        self._put(self._discounts_C, head, _tensor(shaped.discounts_T))
-        self._put(self._forced_C, head, _tensor(episode.forced_T))
-        self._put(self._behaviour_logprobs_C, head, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
-        self._put(self._policy_versions_C, head, _tensor(episode.policy_versions_T))
-        self._sampling.written(place, num_decisions)
-        self._held.append((num_decisions, score))
-        self._size += num_decisions
-        self._total_transitions += num_decisions
+        first = place % self._capacity
+        self._put(self._states_CD, first, episode.states_TD)
+        self._put(self._actions_C, first, _tensor(episode.actions_T))
+        self._put(self._rewards_C, first, _tensor(shaped.rewards_T))
+        self._put(self._discounts_C, first, _tensor(shaped.discounts_T))
+        self._put(self._forced_C, first, _tensor(episode.forced_T))
+        self._put(self._behaviour_logprobs_C, first, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
+        self._put(self._policy_versions_C, first, _tensor(episode.policy_versions_T))
+        self._sampling.written(place, episode.num_decisions)
+        self._size += episode.num_decisions
 
-    def _put(self, ring: torch.Tensor, head: int, rows: torch.Tensor) -> None:
-        """Copy ``rows`` into consecutive slots from ``head`` on, wrapping round once."""
-        before_end = min(len(rows), self._capacity - head)
-        ring[head : head + before_end].copy_(rows[:before_end])
+    def _put(self, ring: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+        """Copy ``rows`` into consecutive slots from ``first`` on, wrapping round once."""
+        before_end = min(len(rows), self._capacity - first)
+        ring[first : first + before_end].copy_(rows[:before_end])
         ring[: len(rows) - before_end].copy_(rows[before_end:])
 
     def _check(self, episode: Episode) -> None:

@@ -80,9 +80,17 @@ class LogReader(EpisodeSource, Protocol):
         """Behind the last episode that was returned; a new reader that starts there goes on from it."""
         ...
 
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+        """Return up to ``max_episodes`` episodes from before where this reader began, newest first.
+
+        Each call goes further back; an empty list means that there are no older ones. None: there was no
+        answer within ``timeout_s`` (≥ 0), ask again. With ``max_episodes`` 0 the caller wants no more. Does
+        not move the cursor.
+        """
+        ...
+
     def at_end(self) -> bool:
-        """Whether nothing is left after the cursor. Waits while the store is away, as :meth:`read` gives
-        up."""
+        """Whether nothing is left after the cursor. May wait as long as a store may be away."""
         ...
 
 

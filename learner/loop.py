@@ -114,6 +114,7 @@ class Learner:
             config.max_samples_per_transition,
         )
         self._stop = threading.Event()
+        self._refilling = False
         self._started = False
         self._num_episodes = 0
         self._num_tokens = 0
@@ -191,9 +192,11 @@ class Learner:
         self._publish()
         while not self._stop.is_set():
             self._read()
+            if self._refilling:
+                self._refill()
             if self._can_train:
                 self._train()
-            elif self._has_all:
+            elif self._has_all and not self._refilling:
                 break
             self._do_what_is_due()
 
@@ -206,7 +209,12 @@ class Learner:
 
     @property
     def _can_train(self) -> bool:
-        """Whether a gradient step is owed and there is something to do it on."""
+        """Whether a gradient step is owed and there is enough to do it on."""
+        if self._refilling:
+            # Of a finished log all comes back first: what is drawn must not depend on the time it takes.
+            is_enough = self.mirror.num_transitions >= self.config.start_transitions
+            if self._log_is_finished or not is_enough:
+                return False
         sampled = self._num_sampled + self.config.batch_size
         allowed = self._limiter.allows_step(sampled, self.mirror.total_transitions)
         return allowed and self.mirror.num_transitions > 0
@@ -218,17 +226,18 @@ class Learner:
         """
         left = self.config.num_episodes - self._num_episodes
         can_train = self._can_train
-        if left <= 0 or (self._log_is_finished and can_train):
+        if left <= 0 or (self._log_is_finished and (can_train or self._refilling)):
             return
         waited_before_s = self._source.waited_s
         wanted = 1 if self._log_is_finished else min(READ_EPISODES, left)
-        episodes = self._source.read(wanted, timeout_s=0.0 if can_train else WAIT_S)
+        has_other_work = can_train or self._refilling
+        episodes = self._source.read(wanted, timeout_s=0.0 if has_other_work else WAIT_S)
         waited_s = self._source.waited_s - waited_before_s
         self._clock.idle_s += waited_s
         self._whole_run.idle_s += waited_s
         for episode in episodes:
             self._take_in(episode)
-        self._check_waiting(is_waiting=not episodes and not can_train)
+        self._check_waiting(is_waiting=not episodes and not has_other_work)
 
     def _check_waiting(self, *, is_waiting: bool) -> None:
         """Give up where nothing has come for too long."""
@@ -242,6 +251,15 @@ class Learner:
                 f"learner.data_timeout_s: no episode has come for {limit_s:g} s; see what the logs of the "
                 "rollout actors say, or raise it"
             )
+
+    def _refill(self) -> None:
+        """Take back what came before the checkpoint, newest first, until the ring is full or that was all."""
+        episodes = self._source.read_back(READ_EPISODES, timeout_s=0.0 if self._can_train else WAIT_S)
+        if episodes is None:
+            return
+        self._refilling = bool(episodes) and all(self.mirror.prepend(episode) for episode in episodes)
+        if not self._refilling:
+            self._source.read_back(0, 0.0)
 
     def _take_in(self, episode: Episode) -> None:
         self.mirror.add([episode])
@@ -359,11 +377,13 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict`. The source and the ring stay as they are.
+        """Take over a :meth:`state_dict`, with a source that begins at its ``cursor``.
 
-        That is not yet a run resumed: nobody refills the ring. :meth:`run` waits until episodes come, and
-        goes on with those alone.
+        The ring is not in it: :meth:`run` fills it again with what the log has from before the cursor,
+        newest first, while new episodes come in, and trains once ``start_transitions`` are there, or all
+        that are left.
         """
+        self._refilling = True
         self.sac.load_state_dict(state["sac"])
         self.mirror.load_state_dict(state["mirror"])
         self._limiter.load_state_dict(state["limiter"])

@@ -198,7 +198,56 @@ def test_closing_ends_the_thread_whether_it_waits_for_episodes_or_for_room(
         reader.close()
 
 
-def test_the_thread_ends_where_a_finished_log_does(
+def test_older_episodes_come_newest_first_while_new_ones_arrive(
+    log: tuple[EpisodeSink, Callable[..., LogReader]],
+    read_ahead: Callable[..., BackgroundReader],
+    make_episode: MakeEpisode,
+) -> None:
+    sink, make_reader = log
+    sink.append([make_episode(uid=str(n)) for n in range(30)])
+    before = make_reader()
+    assert len(before.read(20, 0)) == 20
+    reader = read_ahead(make_reader(before.cursor))
+    new, older, has_all = list[str](), list[str](), False
+    while not has_all or len(new) < 15:
+        new += [episode.uid for episode in reader.read(2, 0)]
+        if len(new) == 10:
+            sink.append([make_episode(uid=str(n)) for n in range(30, 35)])
+        if (episodes := reader.read_back(3, timeout_s=0.05)) is not None and not has_all:
+            has_all = not episodes
+            older += [episode.uid for episode in episodes]
+    assert new == [str(n) for n in range(20, 35)]
+    assert older == [str(n) for n in range(19, -1, -1)]
+    assert make_reader(reader.cursor).at_end()
+
+
+def test_older_episodes_that_are_no_longer_wanted_are_let_go(
+    read_ahead: Callable[..., BackgroundReader], make_episode: MakeEpisode
+) -> None:
+    log = MemoryEpisodeLog()
+    episodes = [make_episode(uid=str(n), seed=1) for n in range(30)]
+    log.append(episodes)
+    reader = read_ahead(log.reader("20"), 4 * episodes[0].nbytes)
+    assert reader.read_back(1, timeout_s=20) is not None
+    wait_until(lambda: len(reader._older) == 4)
+    time.sleep(0.1)
+    assert len(reader._older) == 4  # no more than the bytes it may hold
+    assert reader.read_back(0, 0) == []
+    assert not reader._older
+    assert len(read_all(reader, 10)) == 10
+    assert not reader._older
+
+
+def test_a_store_that_fails_is_told_of_by_reading_back_too(
+    read_ahead: Callable[..., BackgroundReader],
+) -> None:
+    reader = read_ahead(Failing(MemoryEpisodeLog()))
+    wait_until(lambda: reader._error is not None)
+    with pytest.raises(ReplayUnavailable, match="60 s"):
+        reader.read_back(2, timeout_s=20)
+
+
+def test_a_finished_log_is_read_to_its_end(
     log: tuple[EpisodeSink, Callable[..., LogReader]],
     make_episode: MakeEpisode,
 ) -> None:
@@ -206,8 +255,7 @@ def test_the_thread_ends_where_a_finished_log_does(
     sink.append([make_episode(uid=str(n)) for n in range(5)])
     with BackgroundReader(make_reader(), log_is_finished=True) as reader:
         assert len(read_all(reader, 4)) == 4
-        reader._thread.join(20)
-        assert not reader._thread.is_alive()
+        wait_until(lambda: reader._at_end)
         assert not reader.at_end()
         assert len(read_all(reader, 1)) == 1
         assert reader.at_end()

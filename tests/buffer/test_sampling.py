@@ -232,3 +232,18 @@ def test_a_batch_moves_with_its_weights_or_without(make_episode: MakeEpisode) ->
         moved = mirror.sample(4, seeded()).to("meta")
         assert moved.states_BD.device.type == "meta"
         assert (moved.weights_B is not None) == has_weights
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
+def test_what_is_taken_back_after_a_restart_is_drawn_too(make_episode: MakeEpisode, sampling: str) -> None:
+    mirror = make_mirror(capacity=200, sampling=sampling, half_life_transitions=1000)
+    episodes, first = list[Episode](), 0
+    for number in range(10):
+        episodes.append(numbered(make_episode, number, first))
+        first += episodes[-1].num_decisions
+    mirror.add(episodes[5:])
+    assert all(mirror.prepend(episode) for episode in reversed(episodes[:5]))
+    batch = mirror.sample(5000, seeded())
+    assert set(batch.policy_versions_B.tolist()) == set(range(first))
+    mirror.learnt(batch, torch.rand(5000, generator=seeded(1)))
+    assert set(mirror.sample(5000, seeded()).policy_versions_B.tolist()) <= set(range(first))

@@ -1,5 +1,6 @@
 """The loop on an in-memory log: what it reads, when it trains, what it leaves behind."""
 
+import contextlib
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
+from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner.config import LearnerConfig, SACConfig
@@ -80,6 +82,12 @@ class ScriptedReader:
         self.answers = [list(answer) for answer in answers]
         self.timeouts: list[float] = []
         self.reads = 0
+
+    def at_end(self) -> bool:
+        return not self.answers
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        return []
 
     def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
         self.timeouts.append(timeout_s)
@@ -539,7 +547,58 @@ def test_a_learner_that_owes_steps_waits_while_its_ring_is_empty(make_episode: E
     loaded = make_learner(reader, num_episodes=6)
     loaded.load_state_dict(stopped.state_dict())
     assert loaded.run().gradient_steps == 12
-    assert reader.timeouts == [WAIT_S, WAIT_S, WAIT_S]
+    # The first read does not wait: there might be episodes from before.
+    assert reader.timeouts == [0.0, WAIT_S, WAIT_S]
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_on_a_finished_log_that_was_interrupted_gives_the_agent_of_one_that_was_not(
+    make_episode: EpisodeMaker, capacity: int, in_background: bool
+) -> None:
+    log = log_of([make_episode([1, 0, 1, 1], scores={"good": float(n % 5)}) for n in range(30)])
+    settings = {"replay": ReplayConfig(capacity_transitions=capacity), "log_is_finished": True}
+    whole = make_learner(log.reader(), num_episodes=30, **settings)
+    whole.run()
+    first = make_learner(log.reader(), num_episodes=17, **settings)
+    first.run()
+    source: Any = log.reader(first.state_dict()["cursor"])
+    with contextlib.ExitStack() as exits:
+        if in_background:
+            source = exits.enter_context(BackgroundReader(source, log_is_finished=True))
+        second = make_learner(source, num_episodes=30, seed=9, **settings)
+        second.load_state_dict(first.state_dict())
+        second.run()
+    expected, state = whole.state_dict(), second.state_dict()
+    assert state.pop("cursor") == expected.pop("cursor") == "30"
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+    assert second.mirror.num_transitions == whole.mirror.num_transitions
+
+
+def test_a_loaded_learner_trains_as_soon_as_enough_has_come_back(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(200)])
+    ring_at_step: list[int] = []
+
+    class Trickle(MemoryEpisodeReader):
+        def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            return super().read_back(1, timeout_s)
+
+    before = make_learner(log.reader(), num_episodes=100, start_batches=5)
+    before._read()
+    before._read()
+    assert before.num_episodes == 100
+    after = make_learner(Trickle(log, before.state_dict()["cursor"]), num_episodes=100, start_batches=5)
+    after.load_state_dict(before.state_dict())
+    update = after.sac.update
+
+    def watched(batch: TransitionBatch) -> SACMetrics:
+        ring_at_step.append(after.mirror.num_transitions)
+        return update(batch)
+
+    after.sac.update = watched  # type: ignore[method-assign]
+    after.run()
+    assert ring_at_step[0] == 40  # as many as training starts with
+    assert max(ring_at_step) == 800
 
 
 def test_a_learner_with_nothing_to_train_on_and_nothing_to_come_ends(make_episode: EpisodeMaker) -> None:

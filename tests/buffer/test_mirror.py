@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
+from mara.buffer.sampling import PrioritisedSampling
 from mara.buffer.shaping import shape_episode
 from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
@@ -236,10 +239,29 @@ def test_an_answer_without_decisions_has_no_dtype_to_complain_about(make_episode
     assert mirror.sample(3).states_BD.dtype == torch.float16
 
 
-def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(make_episode: MakeEpisode) -> None:
-    mirror = make_mirror(capacity=1000, hidden_size=256)
-    mirror.add([make_episode(seed=seed, hidden_size=256) for seed in range(5)])
-    assert mirror.nbytes == mirror.num_transitions * (2 * 256 + 22)
+@pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
+def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(
+    make_episode: MakeEpisode, sampling: Literal["uniform", "recency", "prioritised"]
+) -> None:
+    """As counted, as allocated, and as the operating system sees it: 2 d + 32 bytes within 5 %."""
+    capacity, hidden_size = 6000, 4096
+    replay = ReplayConfig(capacity_transitions=capacity, sampling=sampling)
+    episode = make_episode(num_tokens=100, hidden_size=hidden_size)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    mirror = Mirror(hidden_size, replay, SHAPING)
+    while mirror.total_transitions < capacity:
+        mirror.add([episode])
+    resident = process.memory_info().rss - before
+    expected = capacity * (2 * hidden_size + 32)
+    rings = [*mirror._columns(), mirror._states_CD]
+    if isinstance(mirror._sampling, PrioritisedSampling):
+        rings += [mirror._sampling._priorities, mirror._sampling._sums_N]
+    allocated = sum(ring.untyped_storage().nbytes() for ring in rings if ring is not None)
+    assert mirror.num_transitions > 0.95 * capacity
+    assert mirror.nbytes / mirror.num_transitions == pytest.approx(expected / capacity, rel=0.05)
+    assert allocated == pytest.approx(expected, rel=0.05)
+    assert resident == pytest.approx(expected, rel=0.05)
 
 
 def test_an_empty_mirror_cannot_be_sampled(make_episode: MakeEpisode) -> None:

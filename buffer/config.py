@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +12,8 @@ from mara.common.config import LONGEST_S, Config
 
 READ_BYTES = 32 << 20
 """Episodes in one reply of the store, about; the store holds such a reply whole in its memory."""
+READ_AHEAD_BYTES = 64 << 20
+"""Episodes that the learner's process has read and not yet taken in, about."""
 APPEND_BYTES = 8 << 20
 """Episodes that an actor sends in one round trip, unless one alone is larger."""
 QUARANTINE_ENTRIES = 64
@@ -38,9 +41,27 @@ class ReplayConfig(Config):
     """Whether the server of the run's own keeps an append-only file in ``RUN/replay/``, synced to the disk
     once a second, so that a crash of it loses a second of episodes instead of all unread ones. Of weights it
     keeps none; the learner publishes them again. A server at ``redis_url`` has settings of its own."""
+    from_run: Path | None = Field(default=None, alias="from")
+    """Folder of a finished run to train from: its episodes, in their order, instead of new ones; with
+    ``rollout.num_actors`` 0. That run must have kept them, by ``durable`` or at a ``redis_url``, which is
+    given again where it needs a password. Relative to the current folder. None: rollout actors make them."""
     capacity_transitions: int = Field(default=1_000_000, ge=2)
     """Transitions the learner keeps; the oldest episodes make room. Usual range 20 thousand – 1 million (the
-    paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes."""
+    paper). Memory grows with the filling, up to capacity × (2 × hidden size + 22) bytes, 26 with
+    ``sampling`` "prioritised"."""
+    sampling: Literal["uniform", "recency", "prioritised"] = "uniform"
+    """How a batch is drawn from them. ``uniform`` (the paper): all alike. ``recency``: the older, the
+    rarer, see ``half_life_transitions``. ``prioritised``: by what the critic gets wrong (Schaul et al.
+    2016)."""
+    half_life_transitions: float = Field(default=50_000.0, gt=0)
+    """With ``recency``: of two transitions so far apart, the older one is drawn half as often. Usual range a
+    twentieth to all of the capacity."""
+    priority_exponent: float = Field(default=0.6, ge=0, le=2)
+    """With ``prioritised``: the chance of a transition grows with its error to this power; 0 is uniform.
+    Usual range 0.4–0.7."""
+    importance_exponent: float = Field(default=0.4, ge=0, le=1)
+    """With ``prioritised``: how far the critic's loss makes up for drawing some more often than others; 1
+    does so wholly. Usual range 0.4–1."""
     log_max_bytes: int = Field(default=1 << 30, ge=_SMALLEST_LOG_BYTES)
     """Bound on the episodes kept in the store, bytes; the oldest go first. It has to outlast the time in
     which the learner does not read. Each shard gets an equal part. Usual range 256 MiB – 64 GiB."""

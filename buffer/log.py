@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import redis
@@ -202,6 +202,7 @@ class RedisEpisodeReader:
         self._keys = keys_of(run_id, shard)
         self._entry_id, _, number = cursor.partition("/")
         self._number = int(number or 0)
+        self._back_to = self._entry_id  # for XREVRANGE, which takes what it begins at as well
         self._limits = limits or RecordLimits()
         self._outage = Outage(config)
         self._quarantine = Quarantine(client, run_id)
@@ -267,6 +268,47 @@ class RedisEpisodeReader:
             episodes.extend(self._read_records(max_episodes - len(episodes)))
         return episodes
 
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+        """Return up to ``max_episodes`` episodes from before the first cursor, newest first, then older ones.
+
+        Empty where there are none; None where the store is away, after a pause of at most ``timeout_s``.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        episodes: list[Episode] = []
+        while len(episodes) < max_episodes:
+            reply = self._asked(
+                lambda: self._client.xrevrange(
+                    self._keys.episodes, max=self._back_to, count=max_episodes - len(episodes)
+                )
+            )
+            if reply == []:
+                break
+            entries = cast(list[tuple[bytes, dict[bytes, bytes]]], reply or [])
+            batch = _one_reply([_entry(*entry) for entry in entries])
+            if not batch or (records := self._records(batch)) is None:
+                if not episodes:
+                    time.sleep(min(self._outage.pause_s, timeout_s))
+                return episodes or None
+            self._back_to = f"({batch[-1].entry_id}"
+            episodes.extend(self._decoded(batch, records))
+        return episodes
+
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor. Waits for an answer of the store while it is away.
+
+        Raises:
+            ReplayUnavailable: the store has been away for ``max_outage_s``.
+        """
+        while True:
+            time.sleep(self._outage.pause_s)
+            left = self._asked(
+                lambda: self._client.xrange(self._keys.episodes, min=f"({self._entry_id}", count=1)
+            )
+            if left is not None:
+                return not left
+
     def _wait_for_entry(self, wait_s: float) -> None:
         """Wait for the next entries; returns without if none comes within one short wait."""
         began = time.monotonic()
@@ -292,26 +334,29 @@ class RedisEpisodeReader:
 
     def _read_records(self, max_episodes: int) -> list[Episode]:
         """The episodes of the first entries, as many as one reply may hold; those gone are counted."""
-        batch: list[_Entry] = []
-        num_bytes = 0
-        for entry in itertools.islice(self._entries, max_episodes):
-            num_bytes += entry.nbytes
-            if batch and num_bytes > READ_BYTES:
-                break
-            batch.append(entry)
+        batch = _one_reply(itertools.islice(self._entries, max_episodes))
         if not batch:
             return []
-        names = [record_key(self._keys, "").encode() + (entry.uid or b"") for entry in batch]
-        reply = self._asked(lambda: self._client.mget(names))
-        if reply is None:
+        records = self._records(batch)
+        if records is None:
             self._entries.clear()  # a store that comes back may have lost some of them
             return []
-        episodes, refused = [], []
-        for entry, record in zip(batch, cast(list[bytes | None], reply), strict=True):
+        for entry, record in zip(batch, records, strict=True):
             self._entries.popleft()
             self._note(entry)
+            self._num_trimmed_unread += record is None and entry.uid is not None
+        return self._decoded(batch, records)
+
+    def _records(self, batch: Sequence[_Entry]) -> list[bytes | None] | None:
+        """The record of each entry, None if it has gone; None altogether while the store is away."""
+        names = [record_key(self._keys, "").encode() + (entry.uid or b"") for entry in batch]
+        return cast(list[bytes | None] | None, self._asked(lambda: self._client.mget(names)))
+
+    def _decoded(self, batch: Sequence[_Entry], records: Sequence[bytes | None]) -> list[Episode]:
+        """The episodes; records that are none are counted and copied to the quarantine."""
+        episodes, refused = [], []
+        for entry, record in zip(batch, records, strict=True):
             if record is None and entry.uid is not None:
-                self._num_trimmed_unread += 1
                 continue
             try:
                 episode = decode_episode(record or b"", self._limits)
@@ -359,6 +404,18 @@ class RedisEpisodeReader:
             self._number = entry.number
         if entry.num_duplicates is not None:
             self._num_duplicates = entry.num_duplicates
+
+
+def _one_reply(entries: Iterable[_Entry]) -> list[_Entry]:
+    """The first entries whose records one reply of the store may hold; at least one, if there is any."""
+    batch: list[_Entry] = []
+    num_bytes = 0
+    for entry in entries:
+        num_bytes += entry.nbytes
+        if batch and num_bytes > READ_BYTES:
+            break
+        batch.append(entry)
+    return batch
 
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> _Entry:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 
@@ -65,7 +66,15 @@ class MemoryEpisodeLog:
         """Up to ``max_episodes`` records after ``last_id``; waits for the first one."""
         with self._changed:
             self._changed.wait_for(lambda: self._last_id > last_id, timeout_s)
-            return [record for record in self._records if record[0] > last_id][:max_episodes]
+            # The records are numbered one after another.
+            first = max(0, last_id + 1 - self._records[0][0]) if self._records else 0
+            return list(islice(self._records, first, first + max_episodes))
+
+    def before(self, record_id: int, max_episodes: int) -> list[tuple[int, Episode]]:
+        """Up to ``max_episodes`` records up to and with ``record_id``, newest first."""
+        with self._changed:
+            older = (record for record in reversed(self._records) if record[0] <= record_id)
+            return list(islice(older, max_episodes))
 
 
 class MemoryEpisodeReader:
@@ -74,6 +83,7 @@ class MemoryEpisodeReader:
     def __init__(self, log: MemoryEpisodeLog, cursor: str = "0") -> None:
         self._log = log
         self._last_id = int(cursor)
+        self._back_to = self._last_id
         self._num_trimmed_unread = 0
         self._waited_s = 0.0
 
@@ -86,6 +96,17 @@ class MemoryEpisodeReader:
             self._num_trimmed_unread += records[0][0] - self._last_id - 1
             self._last_id = records[-1][0]
         return [episode for _, episode in records]
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        """Return up to ``max_episodes`` episodes from before the first cursor, newest first."""
+        records = self._log.before(self._back_to, max_episodes)
+        if records:
+            self._back_to = records[-1][0] - 1
+        return [episode for _, episode in records]
+
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor."""
+        return not self._log.wait_after(self._last_id, 1, 0)
 
     @property
     def cursor(self) -> str:

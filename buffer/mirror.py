@@ -1,4 +1,4 @@
-"""The learner's own copy of the newest transitions: a preallocated ring that is sampled uniformly.
+"""The learner's own copy of the newest transitions: a preallocated ring that batches are drawn from.
 
 Legend: C capacity, B rows of a batch, T decisions of an episode, D hidden size of the LLM.
 
@@ -9,8 +9,9 @@ Legend: C capacity, B rows of a batch, T decisions of an episode, D hidden size 
 
 An episode lies in consecutive slots, so the next state of a transition is the state of the following slot
 and states are stored once. Whole episodes leave at the tail before a new one is written at the head: what
-lies between is valid throughout, no transition ever points into a half-overwritten episode, and a uniform
-sample is a random offset from the tail.
+lies between is valid throughout, no transition ever points into a half-overwritten episode, and a sample is
+an offset from the tail (:mod:`mara.buffer.sampling`). Tail and head count on and on; modulo C they are
+slots.
 
 Where scores are standardised, the first few episodes are held back outside the ring until their mean and
 deviation mean something, and are then written in the order in which they came.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.sampling import make_sampling
 from mara.buffer.shaping import ScoreNormaliser, shape_episode
 from mara.common.agent import ACCEPT
 from mara.common.contracts import TransitionBatch
@@ -36,8 +38,8 @@ from mara.common.errors import UserError
 class Mirror:
     """Holds up to C transitions on one device. Not thread-safe.
 
-    The ring takes C × (2 D + 22) bytes of address space at the first episode. On the CPU, Linux gives it
-    real memory only as it fills; on a GPU all of it is taken at once.
+    The ring takes C × (2 D + 22) bytes of address space at the first episode (26 with priorities). On the
+    CPU, Linux gives it real memory only as it fills; on a GPU all of it is taken at once.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Mirror:
         self._shaping = shaping
         self._device = torch.device(device)
         self._normaliser = ScoreNormaliser(shaping)
+        self._sampling = make_sampling(replay, self._device)
         self._states_dtype: torch.dtype | None = None  # that of the first decisions that came
         self._states_CD: torch.Tensor | None = None  # made by the first episode written
         self._actions_C = self._column(torch.uint8)
@@ -60,9 +63,10 @@ class Mirror:
         self._forced_C = self._column(torch.bool)
         self._behaviour_logprobs_C = self._column(torch.float32)
         self._policy_versions_C = self._column(torch.int64)
-        self._tail = 0
+        self._tail = 0  # place of the oldest transition; its slot is this modulo C
         self._size = 0
         self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
+        self._has_evicted = False
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._total_transitions = 0
@@ -93,8 +97,34 @@ class Mirror:
                         self._write(ready, score)
                 self._held_back.clear()
 
+    def prepend(self, episode: Episode) -> bool:
+        """Put an episode that was added before, to a mirror whose state this one has, below the oldest held.
+
+        For a ring that is filled again after a restart, newest episodes first. The episode is counted
+        nowhere again: not in the totals, nor in the normaliser, by whose present means it is scored. One
+        that was held back when the state was saved is held back again.
+
+        Returns whether it found room. Once one did not, or an episode has left, the ring holds the newest
+        there are, and stays as it is.
+
+        Raises:
+            UserError: the episode does not fit, as for :meth:`add`.
+        """
+        self._check(episode)
+        if self._has_evicted or self._capacity - self._size < episode.num_decisions:
+            return False
+        if not self._normaliser.is_ready:
+            self._held_back.insert(0, episode)
+        elif episode.num_decisions > 0:
+            score = self._normaliser.score(episode, remember=False)
+            self._tail -= episode.num_decisions
+            self._fill(self._tail, episode, score)
+            self._held.appendleft((episode.num_decisions, score))
+        return True
+
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
-        """Return ``batch_size`` transitions drawn uniformly, with replacement, on the mirror's device.
+        """Return ``batch_size`` transitions drawn as ``replay.sampling`` says, with replacement, on its
+        device.
 
         The two state tensors are overwritten by the next sample of the same size: clone them to keep them
         (fresh memory for every batch would cost several times the copy itself). The next state of a last
@@ -105,9 +135,9 @@ class Mirror:
         """
         if self._size == 0 or self._states_CD is None:
             raise ValueError("the mirror is empty; add episodes before sampling")
-        draws_on = self._device if generator is None else generator.device
-        offsets_B = torch.randint(self._size, (batch_size,), generator=generator, device=draws_on)
-        slots_B = (offsets_B.to(self._device) + self._tail) % self._capacity
+        draw = self._sampling.draw(self._tail, self._size, batch_size, generator)
+        places_B = draw.offsets_B + self._tail
+        slots_B = places_B % self._capacity
         discounts_B = self._discounts_C[slots_B]
         next_slots_B = torch.where(discounts_B > 0, (slots_B + 1) % self._capacity, slots_B)
         states_BD, next_states_BD = self._batch_buffers(batch_size, self._states_CD)
@@ -123,7 +153,18 @@ class Mirror:
             next_forced_B=self._forced_C[next_slots_B],
             behaviour_logprobs_B=self._behaviour_logprobs_C[slots_B],
             policy_versions_B=self._policy_versions_C[slots_B],
+            places_B=places_B,
+            weights_B=draw.weights_B,
         )
+
+    def learnt(self, batch: TransitionBatch, errors_B: torch.Tensor) -> None:
+        """Tell what the critic got wrong on a sample: the next ones go by it, if ``replay.sampling`` does.
+
+        ``errors_B`` [B] are temporal differences; their sign does not matter. Transitions that have made room
+        since they were sampled are passed over.
+        """
+        assert batch.places_B is not None, "the batch is a sample of this mirror"
+        self._sampling.learnt(batch.places_B, errors_B, self._tail)
 
     @property
     def num_transitions(self) -> int:
@@ -158,12 +199,14 @@ class Mirror:
     @property
     def nbytes(self) -> int:
         """Bytes of the transitions held."""
-        return self._size * (2 * self._hidden_size + sum(c.element_size() for c in self._columns()))
+        columns = sum(column.element_size() for column in self._columns())
+        return self._size * (2 * self._hidden_size + columns + self._sampling.bytes_per_transition)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the memory of the score normaliser, in plain types; not the transitions.
 
-        Episodes held back at that moment are no transitions yet: they have been counted, and are lost.
+        Episodes held back at that moment are no transitions yet: they have been counted, and come back only
+        with :meth:`prepend`.
         """
         return {
             "normaliser": self._normaliser.state_dict(),
@@ -180,11 +223,20 @@ class Mirror:
         self._num_without_decisions = state["num_without_decisions"]
 
     def _write(self, episode: Episode, score: float) -> None:
+        """Put the episode at the head; the oldest make room."""
         num_decisions = episode.num_decisions
         while self._capacity - self._size < num_decisions:
             evicted, _ = self._held.popleft()
-            self._tail = (self._tail + evicted) % self._capacity
+            self._sampling.freed(self._tail, evicted)
+            self._tail += evicted
             self._size -= evicted
+            self._has_evicted = True
+        self._fill(self._tail + self._size, episode, score)
+        self._held.append((num_decisions, score))
+        self._total_transitions += num_decisions
+
+    def _fill(self, place: int, episode: Episode, score: float) -> None:
+        """Shape the episode and put it into the free slots from ``place`` on: they join the ring."""
         if self._states_CD is None:
             self._states_CD = torch.empty(
                 (self._capacity, self._hidden_size), dtype=self._states_dtype, device=self._device
@@ -195,22 +247,21 @@ class Mirror:
         behaviour_T = np.where(
             episode.actions_T == ACCEPT, episode.accept_logprobs_T, episode.reject_logprobs_T
         )
-        head = (self._tail + self._size) % self._capacity
-        self._put(self._states_CD, head, episode.states_TD)
-        self._put(self._actions_C, head, _tensor(episode.actions_T))
-        self._put(self._rewards_C, head, _tensor(shaped.rewards_T))
-        self._put(self._discounts_C, head, _tensor(shaped.discounts_T))
-        self._put(self._forced_C, head, _tensor(episode.forced_T))
-        self._put(self._behaviour_logprobs_C, head, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
-        self._put(self._policy_versions_C, head, _tensor(episode.policy_versions_T))
-        self._held.append((num_decisions, score))
-        self._size += num_decisions
-        self._total_transitions += num_decisions
+        first = place % self._capacity
+        self._put(self._states_CD, first, episode.states_TD)
+        self._put(self._actions_C, first, _tensor(episode.actions_T))
+        self._put(self._rewards_C, first, _tensor(shaped.rewards_T))
+        self._put(self._discounts_C, first, _tensor(shaped.discounts_T))
+        self._put(self._forced_C, first, _tensor(episode.forced_T))
+        self._put(self._behaviour_logprobs_C, first, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
+        self._put(self._policy_versions_C, first, _tensor(episode.policy_versions_T))
+        self._sampling.written(place, episode.num_decisions)
+        self._size += episode.num_decisions
 
-    def _put(self, ring: torch.Tensor, head: int, rows: torch.Tensor) -> None:
-        """Copy ``rows`` into consecutive slots from ``head`` on, wrapping round once."""
-        before_end = min(len(rows), self._capacity - head)
-        ring[head : head + before_end].copy_(rows[:before_end])
+    def _put(self, ring: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+        """Copy ``rows`` into consecutive slots from ``first`` on, wrapping round once."""
+        before_end = min(len(rows), self._capacity - first)
+        ring[first : first + before_end].copy_(rows[:before_end])
         ring[: len(rows) - before_end].copy_(rows[before_end:])
 
     def _check(self, episode: Episode) -> None:

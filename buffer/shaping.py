@@ -147,21 +147,23 @@ class ScoreNormaliser:
             return True
         return all(moments.count >= NORMALISE_FROM_EPISODES for moments in self._models.values())
 
-    def score(self, episode: Episode) -> float:
+    def score(self, episode: Episode, *, remember: bool = True) -> float:
         """Return r(x, y) = Σ weight × (standardised) score, less the baseline, of an episode counted before.
 
-        The baseline then remembers the episode.
+        The baseline then remembers the episode, unless it does already: ``remember`` False.
         """
         total = 0.0
         for name, weight in self._config.score_weights.items():
             total += weight * float(self._standardised(name, episode.scores[name]))
         if self._config.baseline == "none":
             return total
-        prompt = self._prompts.setdefault(episode.prompt_id, _RunningMoments())
+        prompt = self._prompts.get(episode.prompt_id, _RunningMoments())
         # A running mean that has seen nothing is 0.
         baseline = prompt.mean if prompt.count else self._all_prompts.mean
-        prompt.add(total)
-        self._all_prompts.add(total)
+        if remember:
+            self._prompts[episode.prompt_id] = prompt
+            prompt.add(total)
+            self._all_prompts.add(total)
         return total - baseline
 
     def prefix_scores(self, episode: Episode) -> np.ndarray:

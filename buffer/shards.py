@@ -30,6 +30,7 @@ class ShardedEpisodeReader:
         self._readers = list(readers)
         self._first = 0  # who is asked first
         self._waits_at = 0  # who is waited for
+        self._goes_back_at = 0  # whose older episodes were read last
         self._passed_over_until = [0.0] * len(readers)
         self._waited_s = 0.0
 
@@ -81,6 +82,34 @@ class ShardedEpisodeReader:
             self._waits_at = (self._waits_at + 1) % len(self._readers)
             if episodes := self._ask(self._waits_at, max_episodes, min(left_s, _TURN_S)):
                 return episodes
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+        """Return up to ``max_episodes`` episodes from before the first cursor, newest first within a shard.
+
+        They come from the shards in turn. Empty where there are none; None where those that may have some are
+        away, after a pause of at most ``timeout_s``.
+
+        Raises:
+            ReplayUnavailable: a shard has been away for ``max_outage_s``.
+        """
+        is_away = False
+        for _ in self._readers:
+            self._goes_back_at = (self._goes_back_at + 1) % len(self._readers)
+            episodes = self._readers[self._goes_back_at].read_back(
+                max_episodes, timeout_s / len(self._readers)
+            )
+            if episodes:
+                return episodes
+            is_away |= episodes is None
+        return None if is_away else []
+
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor in any shard. Waits for an answer of one that is away.
+
+        Raises:
+            ReplayUnavailable: a shard has been away for ``max_outage_s``.
+        """
+        return all(reader.at_end() for reader in self._readers)
 
     def _take(self, max_episodes: int) -> list[Episode]:
         """What there is, in equal parts; what one shard has not, the others may give."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -78,6 +78,28 @@ class EpisodeSource(Protocol):
     @property
     def waited_s(self) -> float:
         """Seconds in which :meth:`read` has waited for an episode to come, those of decoding left out."""
+        ...
+
+
+class LogReader(EpisodeSource, Protocol):
+    """A source that can say where it stands, so that a checkpoint can."""
+
+    @property
+    def cursor(self) -> str:
+        """Behind the last episode that was returned; a new reader that starts there goes on from it."""
+        ...
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+        """Return up to ``max_episodes`` episodes from before where this reader began, newest first.
+
+        Each call goes further back; an empty list means that there are no older ones. None: there was no
+        answer within ``timeout_s`` (≥ 0), ask again. With ``max_episodes`` 0 the caller wants no more. Does
+        not move the cursor.
+        """
+        ...
+
+    def at_end(self) -> bool:
+        """Whether nothing is left after the cursor. May wait as long as a store may be away."""
         ...
 
 
@@ -171,6 +193,10 @@ class TransitionBatch:
     """float32; log-probability of the action under the policy that took it (0 where forced)."""
     policy_versions_B: torch.Tensor
     """int64; the version of the weights that decided."""
+    places_B: torch.Tensor | None = None
+    """int64; names each transition for as long as the mirror runs. None in a batch made without a mirror."""
+    weights_B: torch.Tensor | None = None
+    """float32 in (0, 1]; what each row counts in the critic's loss. None: all count the same."""
 
     def __len__(self) -> int:
         return int(self.actions_B.shape[0])
@@ -179,6 +205,8 @@ class TransitionBatch:
         """The same batch on ``device``; returns itself if it is there already."""
         if self.states_BD.device == torch.device(device):
             return self
-        return TransitionBatch(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
-        )
+        moved: dict[str, Any] = {}
+        for name in self.__slots__:
+            column = getattr(self, name)
+            moved[name] = None if column is None else column.to(device, non_blocking=True)
+        return TransitionBatch(**moved)

@@ -164,6 +164,16 @@ class RunConfig(Config):
                 f"shaping.score_weights={self.shaping.score_weights} is not set here; "
                 "give each weight as rewards.NAME.weight"
             )
+        if self.replay.from_run is not None and self.rollout.num_actors > 0:
+            raise ValueError(
+                f"replay.from={self.replay.from_run} trains on the episodes of a finished run, "
+                f"rollout.num_actors={self.rollout.num_actors} would make new ones; set rollout.num_actors=0"
+            )
+        if self.replay.from_run is None and self.rollout.num_actors < 1:
+            raise ValueError(
+                f"rollout.num_actors={self.rollout.num_actors} leaves nobody to make episodes; use at least "
+                "1, or replay.from=RUN to train on those of a finished run"
+            )
         if self.ray.address is not None and self.replay.redis_url is None:
             raise ValueError(
                 f"ray.address={self.ray.address} needs a server that all nodes reach; set replay.redis_url"

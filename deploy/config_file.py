@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from mara.common.addresses import HIDDEN, hide_password, hide_passwords, may_hold_password
 from mara.common.errors import UserError
@@ -68,7 +69,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add run.name=NAME"
         )
     run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
-    return config.model_copy(update={"run": run})
+    replay = config.replay
+    if replay.from_run is not None:  # Resolved: this run may take the name "latest" from the one it reads.
+        replay = replay.model_copy(update={"from_run": replay.from_run.expanduser().resolve()})
+    return config.model_copy(update={"run": run, "replay": replay})
 
 
 def make_settings(
@@ -97,7 +101,7 @@ def make_settings(
 
 def dump_config(config: RunConfig) -> str:
     """YAML that :func:`load_config` reads back as the same settings, except that passwords are hidden."""
-    content = config.model_dump(mode="json")
+    content = config.model_dump(mode="json", by_alias=True)
     del content["shaping"]["score_weights"]
     shown = [hide_password(url) for url in config.replay.redis_urls]
     content["replay"]["redis_url"] = shown[0] if isinstance(config.replay.redis_url, str) else shown or None
@@ -177,10 +181,15 @@ def _flatten(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The settings of a model by the names that users write."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
     """What the setting at a dotted key may be; nothing for an unknown key."""
     name, *rest = parts
-    field = model.model_fields.get(name)
+    field = _fields(model).get(name)
     if field is None:
         return
     for kind in (*_flatten(field.annotation), *field.metadata):
@@ -195,7 +204,7 @@ def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key; ``NAME`` stands for a name the user chooses."""
-    for name, field in model.model_fields.items():
+    for name, field in _fields(model).items():
         yield prefix + name
         for kind in _flatten(field.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):

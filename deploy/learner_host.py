@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mara.buffer.background import BackgroundReader
+from mara.buffer.memory import MemoryWeightChannel
 from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
@@ -41,23 +43,33 @@ class LearnerHost:
         config, run_id = self._spec.config, self._spec.run_id
         clients = [self._spec.connect(shard) for shard in range(config.replay.num_shards)]
         digest = agent_digest(self._spec.hidden_size, config.agent)
-        self._learner = Learner(
-            config.learner,
-            config.agent,
-            config.replay,
-            config.weighted_shaping,
-            hidden_size=self._spec.hidden_size,
-            source=open_reader(clients, run_id, config.replay),
-            weights=RedisWeightChannel(clients[0], run_id, config.replay, digest),
-            seed=config.run.seed,
-            on_metrics=self._rows.append,
-            run_folder=self._spec.folder,
-            agent_card=self._spec.agent_card,
+        # Of a finished run the log is only read; nobody waits for weights.
+        is_finished = config.replay.from_run is not None
+        weights = (
+            MemoryWeightChannel(digest)
+            if is_finished
+            else RedisWeightChannel(clients[0], run_id, config.replay, digest)
         )
-        if self._stop.is_set():
-            self._learner.stop()
-        self._phase = RUNNING
-        return self._learner.run()
+        reader = open_reader(clients, run_id, config.replay)
+        with BackgroundReader(reader, log_is_finished=is_finished) as source:
+            self._learner = Learner(
+                config.learner,
+                config.agent,
+                config.replay,
+                config.weighted_shaping,
+                hidden_size=self._spec.hidden_size,
+                source=source,
+                weights=weights,
+                log_is_finished=is_finished,
+                seed=config.run.seed,
+                on_metrics=self._rows.append,
+                run_folder=self._spec.folder,
+                agent_card=self._spec.agent_card,
+            )
+            if self._stop.is_set():
+                self._learner.stop()
+            self._phase = RUNNING
+            return self._learner.run()
 
     def stop(self) -> None:
         """End :meth:`run` after the current gradient step. Returns at once."""

@@ -1,4 +1,4 @@
-"""The hidden size of an LLM, found without loading it."""
+"""The hidden size of an LLM, found without loading it, and whether two names mean one LLM."""
 
 from __future__ import annotations
 
@@ -146,3 +146,10 @@ def _read_value(file: BinaryIO, kind: int) -> object:
         for _ in range(count):
             _read_value(file, inner)
     return None
+
+
+def is_same_llm(recorded: str | None, model: str) -> bool:
+    """Whether ``model`` is the one ``recorded``. Of folders the last name counts: a model may have moved."""
+    if recorded is None or recorded == model:
+        return recorded is not None
+    return Path(model).is_dir() and Path(model).name == Path(recorded).name

@@ -16,7 +16,8 @@ from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import warn
-from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.finished_run import FinishedLog, find_log
+from mara.deploy.model_shape import find_hidden_size, is_same_llm
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
 
@@ -39,6 +40,8 @@ class Checked:
     them on this LLM."""
     unpacks_llm: bool
     """Whether the LLM is going to be unpacked into this machine's cache first."""
+    log: FinishedLog | None
+    """Where the episodes of ``replay.from`` are; None where rollout actors make new ones."""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
@@ -60,7 +63,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     say("checking devices")
     check_devices(config)
     warn_of_few_cores(config)
-    if config.replay.redis_url is not None:
+    if config.replay.redis_url is not None and config.replay.from_run is None:
         say("checking the server at replay.redis_url")
         check_stores(config.replay, config.rollout.num_actors)
     say("checking the LLM and the reward heads")
@@ -70,9 +73,19 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
         check_head(name, head.path, hidden_size)
         warn_of_head(name, head.path, config.llm.model)
         digests[name] = head_digests(head.path)
-        is_own = _is_same_llm(read_head_llm(head.path), config.llm.model)
+        is_own = is_same_llm(read_head_llm(head.path), config.llm.model)
         base_scores[name] = read_base_scores(head.path) if is_own else {}
-    return Checked(tuple(prompts), hidden_size, digests, base_scores, unpacks_llm)
+    log = None
+    if config.replay.from_run is not None:
+        say("checking the run at replay.from")
+        log = find_log(config, hidden_size)
+        for name in sorted(digests.keys() & log.heads.keys()):
+            if digests[name] != log.heads[name]:
+                warn(
+                    f"rewards.{name}.path is another head than the one that scored the episodes of "
+                    f"{log.run_folder}; training goes by their scores, the evaluation by this head"
+                )
+    return Checked(tuple(prompts), hidden_size, digests, base_scores, unpacks_llm, log)
 
 
 def check_cache(config: RunConfig) -> bool:
@@ -164,12 +177,5 @@ def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str)
 
     To go from a model to a fine-tuned one may be meant.
     """
-    if recorded is not None and not _is_same_llm(recorded, model):
+    if recorded is not None and not is_same_llm(recorded, model):
         warn(f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
-
-
-def _is_same_llm(recorded: str | None, model: str) -> bool:
-    """Whether ``model`` is the one ``recorded``. Of folders the last name counts: a model may have moved."""
-    if recorded is None or recorded == model:
-        return recorded is not None
-    return Path(model).is_dir() and Path(model).name == Path(recorded).name

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
@@ -15,9 +16,11 @@ from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOGS = "logs"
+LATEST = "latest"
 REPLAY = "replay"
 """Where the run's own server keeps its append-only file, with ``replay.durable``."""
-LATEST = "latest"
+LOG_RECORD = "replay.json"
+"""Where the run's episodes are, for a run that trains from them later."""
 
 
 def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
@@ -68,6 +71,31 @@ def name_latest(folder: Path) -> bool:
     link.symlink_to(folder.name)
     link.replace(folder.with_name(LATEST))
     return True
+
+
+class LogRecord(NamedTuple):
+    """What a later run has to know of a run's replay log to train from it. Holds no password."""
+
+    run_id: str
+    """What its keys in the store are named by."""
+    redis_urls: list[str] | None
+    """Addresses of its shards with the passwords hidden; None where the run had a server of its own."""
+    hidden_size: int
+    """Of the LLM whose states it holds."""
+    heads: dict[str, dict[str, str]]
+    """Reward head whose scores it holds → file → SHA-256."""
+
+    def write(self, folder: Path) -> None:
+        """Keep the record in a run folder."""
+        (folder / LOG_RECORD).write_text(json.dumps(self._asdict(), indent=1) + "\n")
+
+
+def read_log_record(folder: Path) -> LogRecord | None:
+    """The record in a run folder; None if there is none that can be read."""
+    try:
+        return LogRecord(**json.loads((folder / LOG_RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def what_is_saved(folder: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ from typing import TYPE_CHECKING
 
 from mara.actors.llm import cache_folder
 from mara.buffer.server import EmbeddedServer
+from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import Display, View, open_display, say, warn
 from mara.deploy.exit import RunFailed
+from mara.deploy.finished_run import FinishedLog, require_episodes
 from mara.deploy.learner_host import LearnerSpec, agent_card
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
@@ -37,6 +40,7 @@ from mara.deploy.run_folder import (
     LATEST,
     LOGS,
     REPLAY,
+    LogRecord,
     make_run_folder,
     name_latest,
     what_is_saved,
@@ -188,15 +192,21 @@ class _Training:
         self._server: EmbeddedServer | None = None
         self._num_server_restarts = 0
         self._is_latest = False
+        self._run_id = f"{folder.name}-{secrets.token_hex(4)}"
+        """Names the keys of the replay log that is read."""
+        if checked.log is not None:
+            self._run_id = checked.log.run_id
 
     def run(self) -> LearnerSummary:
         """Start everything, train, save; end everything, whatever happens."""
         with ExitStack() as exits:
             # Last of all, also after a failure: the learner saves what it can before it ends.
             exits.callback(self._name_latest)
-            config = self._with_server(exits)
+            log = self._checked.log
+            config = self._with_server(exits) if log is None else self._with_log(log, exits)
             cluster = self._with_cluster(exits)
-            self._show.state("asking Ray for the learner and the rollout actors")
+            who = "the learner and the rollout actors" if log is None else "the learner"
+            self._show.state(f"asking Ray for {who}")
             supervisor = self._place(config, cluster)
             exits.callback(supervisor.kill)
             self._start_wandb(exits)
@@ -209,14 +219,39 @@ class _Training:
     def _with_server(self, exits: ExitStack) -> RunConfig:
         """The settings with the address of a server, which is started if none was given."""
         config = self._config
+        self._record_log(config.replay.redis_urls or None)
         if config.replay.redis_url is not None:
             return config
         self._show.state("starting the server for episodes and weights")
         max_bytes = config.replay.store_max_bytes(config.rollout.num_actors)
         server = EmbeddedServer(max_bytes, self._folder / REPLAY if config.replay.durable else None)
         self._server = exits.enter_context(server)
-        replay = config.replay.model_copy(update={"redis_url": server.url})
-        return config.model_copy(update={"replay": replay})
+        return _with_addresses(config, [server.url])
+
+    def _record_log(self, redis_urls: Sequence[str] | None) -> None:
+        """Note for later runs where the episodes of this one are."""
+        shown = None if redis_urls is None else [hide_password(url) for url in redis_urls]
+        checked = self._checked
+        LogRecord(self._run_id, shown, checked.hidden_size, checked.head_digests).write(self._folder)
+
+    def _with_log(self, log: FinishedLog, exits: ExitStack) -> RunConfig:
+        """The settings with the address of a server that has the episodes of a finished run."""
+        if log.data_dir is None:
+            assert log.redis_urls is not None
+            return _with_addresses(self._config, log.redis_urls)
+        self._show.state("starting a server with a copy of the episodes")
+        # A server writes to the file it opens; the run's own stays as it is.
+        copy = self._folder / f".{log.data_dir.name}.copy"
+        exits.callback(shutil.rmtree, copy, ignore_errors=True)
+        data_dir = log.data_dir
+
+        def make_copy() -> None:
+            shutil.copytree(data_dir, copy)
+
+        self._show.wait_for(make_copy)
+        server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
+        require_episodes(log, self._config.replay, [server.url])
+        return _with_addresses(self._config, [server.url])
 
     def _keep_server(self) -> None:
         """Start the run's own server again if it died: the others go on as soon as it answers.
@@ -261,7 +296,7 @@ class _Training:
         return cluster
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
-        run_id = f"{self._folder.name}-{secrets.token_hex(4)}"
+        run_id = self._run_id
         card = agent_card(config, self._checked.head_digests)
         learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
         rollouts = [
@@ -345,6 +380,11 @@ class _Training:
             (folder / name).write_bytes(content)
 
 
+def _with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
+    replay = config.replay.model_copy(update={"redis_url": tuple(redis_urls)})
+    return config.model_copy(update={"replay": replay})
+
+
 def describe(status: Status, view: View) -> str:
     """What the run is doing and what it waits for, in a few words."""
     waits = [
@@ -356,6 +396,8 @@ def describe(status: Status, view: View) -> str:
         return "; ".join(["training", *waits])
     if waits:
         return "; ".join(waits)
+    if not any(name != LEARNER for name in status.phases):
+        return "reading the episodes"
     if view.num_done == 0:
         return "waiting for the first answers"
     return f"collecting answers; training starts at {view.start_transitions} transitions"

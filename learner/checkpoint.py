@@ -9,8 +9,7 @@
         step-00000500-episode-00000250/
         latest -> step-00000500-episode-00000250
 
-Episodes are not saved here, and nothing refills the ring from the log yet: a checkpoint keeps what was
-learnt, but a run cannot be resumed from it.
+Episodes are not saved here: a learner that goes on from a checkpoint fills its ring from the log again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from mara.common.errors import UserError
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 LATEST = "latest"
-SCHEMA = 1
+SCHEMA = 2
 NUM_KEPT = 2
 """Checkpoints kept; older ones are deleted once a newer one is complete."""
 TENSOR_KEY = "$tensor"
@@ -104,7 +103,7 @@ def load_checkpoint(folder: Path, learner: Checkpointed) -> None:
     """Bring ``learner`` to the state of the latest checkpoint below ``folder``.
 
     Networks, target, optimisers, temperature, counters, the score normaliser's memory and the random state
-    of the sampling come back. The ring does not: it holds what it held before.
+    of the sampling come back. The ring does not: the learner fills it from the log when it runs.
 
     Raises:
         UserError: as :func:`read_checkpoint`, or the checkpoint belongs to networks of other sizes.

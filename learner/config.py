@@ -51,9 +51,14 @@ class LearnerConfig(Config):
     batch_size: int = Field(default=1024, ge=1)
     """Transitions in one gradient step. Usual range 256–4096."""
     num_episodes: int = Field(default=21_000, ge=1)
-    """Episodes to train on; the run ends when they were read and their gradient steps were done."""
+    """Episodes to train on; the run ends when they were read and their gradient steps were done. Of
+    a finished log (``replay.from``) at most so many."""
     gradient_steps_per_episode: float = Field(default=10.0, gt=0)
     """Replay ratio: gradient steps earned by each episode read after the start. Usual range 0.5–20."""
+    max_samples_per_transition: float | None = Field(default=None, gt=0)
+    """Bound on how often a transition is in a batch, on average over all that came: beyond it the learner
+    waits for new data, though gradient steps are owed. Keeps short answers from being learnt by heart.
+    None: no bound. Usual range 4–50."""
     start_batches: int = Field(default=64, ge=1)
     """Training starts when this many batches of transitions have come. Episodes read before that earn no
     gradient steps. Usual range 1–64."""
@@ -61,6 +66,10 @@ class LearnerConfig(Config):
     """Most gradient steps owed, in episodes' worth of them. What is earned beyond that is dropped and
     counted, so that a learner that stalled does not then train in one burst on what it missed.
     Usual range 20–1000."""
+    data_timeout_s: float | None = Field(default=1800.0, gt=0, le=LONGEST_S)
+    """The run ends if the learner has waited so long for an episode and none came, seconds. The first one
+    takes as long as the rollout actors need to load the LLM and write an answer. None: it waits for ever.
+    Usual range 300–7200."""
     publish_period_s: float = Field(default=1.0, ge=0, le=LONGEST_S)
     """Least time between two publications of the agent's weights, seconds. Usual range 0.2–10."""
     checkpoint_period_s: float = Field(default=300.0, gt=0, le=LONGEST_S)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,13 +22,13 @@ from mara.buffer.config import NORMALISE_FROM_EPISODES, ReplayConfig, ShapingCon
 from mara.buffer.mirror import Mirror
 from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import EpisodeSource, WeightSink
+from mara.common.contracts import LogReader, WeightSink
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.common.seeding import generator
-from mara.learner.budget import StepBudget
 from mara.learner.checkpoint import save_checkpoint
 from mara.learner.config import LearnerConfig
+from mara.learner.limiter import RateLimiter
 from mara.learner.meters import Clock, Window
 from mara.learner.sac import SAC
 from mara.learner.statistics import episode_statistics
@@ -42,15 +42,6 @@ LOOK_S = 1.0
 
 CHECKPOINT_FOLDER = "checkpoints"
 AGENT_FOLDER = "agent"
-
-
-class LogReader(EpisodeSource, Protocol):
-    """A source that can say where it stands, so that a checkpoint can."""
-
-    @property
-    def cursor(self) -> str:
-        """Where a new reader has to start to go on from here."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +74,9 @@ class Learner:
         hidden_size: of the LLM, D.
         source: the log, at the position to start from.
         weights: where the agent's weights go. Version n is the agent after n gradient steps.
+        log_is_finished: nobody appends to the log, so it can wait: the next episode is taken in only when
+            every step that is owed was done, none is dropped, and the run ends with the log. All happens in
+            the order of the log: the same log and seed give the same agent.
         seed: of the networks and the sampling.
         on_metrics: called with one row of numbers by name, every ``log_period_s`` and at the end.
         run_folder: where ``checkpoints/`` and ``agent/`` are kept up to date. None: nothing is written.
@@ -99,6 +93,7 @@ class Learner:
         hidden_size: int,
         source: LogReader,
         weights: WeightSink,
+        log_is_finished: bool = False,
         seed: int = 0,
         on_metrics: Callable[[dict[str, float]], None] = lambda row: None,
         run_folder: Path | None = None,
@@ -116,12 +111,19 @@ class Learner:
         self._run_folder = run_folder
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
-        self._budget = StepBudget(config.gradient_steps_per_episode, config.max_backlog_episodes)
+        self._log_is_finished = log_is_finished
+        self._limiter = RateLimiter(
+            config.gradient_steps_per_episode,
+            None if log_is_finished else config.max_backlog_episodes,
+            config.max_samples_per_transition,
+        )
         self._stop = threading.Event()
+        self._refilling = False
         self._started = False
         self._num_episodes = 0
         self._num_tokens = 0
         self._num_sampled = 0
+        self._waiting_since: float | None = None
         self._published_version: int | None = None
         self._num_publications_dropped = 0
         self._published_at = self._saved_at = self._looked_for_publication_at = 0.0
@@ -146,12 +148,16 @@ class Learner:
     def run(self) -> LearnerSummary:
         """Train until ``num_episodes`` were read and their gradient steps done, or until :meth:`stop`.
 
+        A finished log may end earlier.
+
         Publishes the agent at once, so that the rollouts can begin. Sets the number of threads of this
         process's arithmetic. Whatever is raised, the agent and a checkpoint are saved before, unless nothing
         was learnt yet.
 
         Raises:
-            UserError: all episodes came and were too few to begin training, or do not fit the settings.
+            UserError: all episodes came and were too few to begin training, or do not fit the settings; or
+            none
+                came for ``data_timeout_s``.
             ReplayUnavailable: the store has been away for too long.
             FloatingPointError: a loss is not finite.
         """
@@ -181,7 +187,7 @@ class Learner:
             num_episodes=self._num_episodes,
             num_tokens=self._num_tokens,
             num_transitions=self.mirror.total_transitions,
-            steps_dropped=self._budget.num_dropped,
+            steps_dropped=self._limiter.num_dropped,
             idle_ratio=self._whole_run.idle_ratio,
             seconds=self._whole_run.seconds,
             stopped=stopped,
@@ -191,29 +197,74 @@ class Learner:
         self._publish()
         while not self._stop.is_set():
             self._read()
+            if self._refilling:
+                self._refill()
             if self._can_train:
                 self._train()
-            elif self._num_episodes >= self.config.num_episodes:
+            elif self._has_all and not self._refilling:
                 break
             self._do_what_is_due()
 
     @property
+    def _has_all(self) -> bool:
+        """Whether no more episodes will come."""
+        return self._num_episodes >= self.config.num_episodes or (
+            self._log_is_finished and self._source.at_end()
+        )
+
+    @property
     def _can_train(self) -> bool:
-        """Whether a gradient step is owed and there is something to do it on."""
-        return self._budget.allows_step and self.mirror.num_transitions > 0
+        """Whether a gradient step is owed and there is enough to do it on."""
+        if self._refilling:
+            # Of a finished log all comes back first: what is drawn must not depend on the time it takes.
+            is_enough = self.mirror.num_transitions >= self.config.start_transitions
+            if self._log_is_finished or not is_enough:
+                return False
+        sampled = self._num_sampled + self.config.batch_size
+        allowed = self._limiter.allows_step(sampled, self.mirror.total_transitions)
+        return allowed and self.mirror.num_transitions > 0
 
     def _read(self) -> None:
-        """Take in what the log has. Waits only when there is nothing to train on."""
-        wanted = min(READ_EPISODES, self.config.num_episodes - self._num_episodes)
-        if wanted <= 0:
+        """Take in what the log has. Waits only when there is nothing to train on.
+
+        Of a finished log one episode at a time, and none while a gradient step is owed.
+        """
+        left = self.config.num_episodes - self._num_episodes
+        can_train = self._can_train
+        if left <= 0 or (self._log_is_finished and (can_train or self._refilling)):
             return
         waited_before_s = self._source.waited_s
-        episodes = self._source.read(wanted, timeout_s=0.0 if self._can_train else WAIT_S)
+        wanted = 1 if self._log_is_finished else min(READ_EPISODES, left)
+        has_other_work = can_train or self._refilling
+        episodes = self._source.read(wanted, timeout_s=0.0 if has_other_work else WAIT_S)
         waited_s = self._source.waited_s - waited_before_s
         self._clock.idle_s += waited_s
         self._whole_run.idle_s += waited_s
         for episode in episodes:
             self._take_in(episode)
+        self._check_waiting(is_waiting=not episodes and not has_other_work)
+
+    def _check_waiting(self, *, is_waiting: bool) -> None:
+        """Give up where nothing has come for too long."""
+        if not is_waiting:
+            self._waiting_since = None
+            return
+        now, limit_s = time.monotonic(), self.config.data_timeout_s
+        self._waiting_since = self._waiting_since or now
+        if limit_s is not None and now - self._waiting_since >= limit_s:
+            raise UserError(
+                f"learner.data_timeout_s: no episode has come for {limit_s:g} s; see what the logs of the "
+                "rollout actors say, or raise it"
+            )
+
+    def _refill(self) -> None:
+        """Take back what came before the checkpoint, newest first, until the ring is full or that was all."""
+        episodes = self._source.read_back(READ_EPISODES, timeout_s=0.0 if self._can_train else WAIT_S)
+        if episodes is None:
+            return
+        self._refilling = bool(episodes) and all(self.mirror.prepend(episode) for episode in episodes)
+        if not self._refilling:
+            self._source.read_back(0, 0.0)
 
     def _take_in(self, episode: Episode) -> None:
         self.mirror.add([episode])
@@ -222,7 +273,7 @@ class Learner:
         # All that ever came: the ring drops whole episodes, so it may never hold as many as its capacity.
         self._started |= self.mirror.total_transitions >= self.config.start_transitions
         if self._started:
-            self._budget.earn(1)
+            self._limiter.earn(1)
         self._window.average(episode_statistics(episode, self._reward_weights), prefix="episode/")
         if episode.num_decisions:
             lags_T = self.sac.step - episode.policy_versions_T
@@ -230,15 +281,20 @@ class Learner:
             self._window.peak("policy/lag_max", float(lags_T.max()))
 
     def _train(self) -> None:
+        began = time.monotonic()
         batch = self.mirror.sample(self.config.batch_size, self._generator)
         step = self.sac.step
         metrics = self.sac.update(batch)
-        self._budget.spend()
+        if self.sac.errors_B is not None:
+            self.mirror.learnt(batch, self.sac.errors_B)
+        self._limiter.spend()
         self._num_sampled += len(batch)
         self._window.average(asdict(metrics), prefix="sac/")
         self._window.average(
             {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
         )
+        if self._log_is_finished:
+            self._clock.held_back_s += time.monotonic() - began
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
@@ -303,6 +359,7 @@ class Learner:
             "replay/insert_rate": (inserted - clock.inserted) / seconds,
             "replay/sample_rate": (sampled - clock.sampled) / seconds,
             "replay/samples_per_insert": sampled / max(inserted, 1),
+            "replay/held_back_ratio": clock.held_back_ratio,
             "replay/malformed": self._source.num_malformed,
             "replay/quarantined": self._source.num_quarantined,
             "replay/trimmed_unread": self._source.num_trimmed_unread,
@@ -311,8 +368,8 @@ class Learner:
             "learner/gradient_step": self.sac.step,
             "learner/gradient_steps_per_s": (self.sac.step - clock.gradient_steps) / seconds,
             "learner/idle_ratio": clock.idle_ratio,
-            "learner/steps_owed": self._budget.owed,
-            "learner/steps_dropped": self._budget.num_dropped,
+            "learner/steps_owed": self._limiter.owed,
+            "learner/steps_dropped": self._limiter.num_dropped,
             "weights/dropped": self._num_publications_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
@@ -328,7 +385,7 @@ class Learner:
         return {
             "sac": self.sac.state_dict(),
             "mirror": self.mirror.state_dict(),
-            "budget": self._budget.state_dict(),
+            "limiter": self._limiter.state_dict(),
             "sampling": self._generator.get_state(),
             "cursor": self._source.cursor,
             "started": self._started,
@@ -338,14 +395,16 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict`. The source and the ring stay as they are.
+        """Take over a :meth:`state_dict`, with a source that begins at its ``cursor``.
 
-        That is not yet a run resumed: nobody refills the ring. :meth:`run` waits until episodes come, and
-        goes on with those alone.
+        The ring is not in it: :meth:`run` fills it again with what the log has from before the cursor,
+        newest first, while new episodes come in, and trains once ``start_transitions`` are there, or all
+        that are left.
         """
+        self._refilling = True
         self.sac.load_state_dict(state["sac"])
         self.mirror.load_state_dict(state["mirror"])
-        self._budget.load_state_dict(state["budget"])
+        self._limiter.load_state_dict(state["limiter"])
         self._generator.set_state(state["sampling"])
         self._started = state["started"]
         self._num_episodes = state["num_episodes"]

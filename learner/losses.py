@@ -47,7 +47,18 @@ def td_target(
     return rewards_B + torch.where(discounts_B > 0, discounts_B * next_values_B, 0.0)
 
 
-def critic_loss(q_HB2: torch.Tensor, actions_B: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
+def td_errors(q_HB2: torch.Tensor, actions_B: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
+    """Return by how much each head misses the target at the action taken, [2, B]; see :func:`critic_loss`."""
+    index_HB1 = actions_B.expand(q_HB2.shape[0], -1).unsqueeze(-1)
+    return q_HB2.gather(-1, index_HB1).squeeze(-1) - targets_B.detach()
+
+
+def critic_loss(
+    q_HB2: torch.Tensor,
+    actions_B: torch.Tensor,
+    targets_B: torch.Tensor,
+    weights_B: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the squared error of the action taken, averaged over rows and heads (Eq. 10), a scalar.
 
     Each head is fitted to the target by itself; Eq. 10 as printed fits the mean of the two, which leaves
@@ -57,10 +68,10 @@ def critic_loss(q_HB2: torch.Tensor, actions_B: torch.Tensor, targets_B: torch.T
         q_HB2: [2, B, 2] action values, head first.
         actions_B: int64 [B].
         targets_B: [B], no gradient flows into them.
+        weights_B: [B], what each row counts (Schaul et al. 2016, section 3.4). None: all the same.
     """
-    index_HB1 = actions_B.expand(q_HB2.shape[0], -1).unsqueeze(-1)
-    taken_HB = q_HB2.gather(-1, index_HB1).squeeze(-1)
-    return (taken_HB - targets_B.detach()).square().mean()
+    squares_HB = td_errors(q_HB2, actions_B, targets_B).square()
+    return squares_HB.mean() if weights_B is None else (weights_B * squares_HB).mean()
 
 
 def policy_loss(

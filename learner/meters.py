@@ -44,6 +44,8 @@ class Clock:
         """Transitions sampled by then."""
         self.idle_s = 0.0
         """Seconds spent waiting since then; its owner adds to it."""
+        self.held_back_s = 0.0
+        """Seconds since then in which episodes had to wait for the learner; its owner adds to it."""
         self._began = time.monotonic()
 
     @property
@@ -53,3 +55,7 @@ class Clock:
     @property
     def idle_ratio(self) -> float:
         return self.idle_s / max(self.seconds, 1e-9)
+
+    @property
+    def held_back_ratio(self) -> float:
+        return self.held_back_s / max(self.seconds, 1e-9)

@@ -26,7 +26,7 @@ class SACMetrics:
     """What one gradient step saw, before the networks moved. Means over the batch."""
 
     critic_loss: float
-    """Squared error of the critic's heads."""
+    """Squared error of the critic's heads, by the batch's weights if it has any."""
     policy_loss: float
     """Eq. 9 over the free decisions."""
     temperature_loss: float
@@ -68,6 +68,9 @@ class SAC:
         self.device = torch.device(device)
         self.step = 0
         """Gradient steps done."""
+        self.errors_B: torch.Tensor | None = None
+        """float32 [B]: by how much the critic's heads missed the target of each row of the last batch,
+        absolute and averaged over the heads. None where the rows of that batch had no weights."""
         # Made on the CPU, so that a seed gives the same networks on every device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "sac"))
@@ -104,7 +107,7 @@ class SAC:
         q_HB2 = self.critic(states_BD)
         with torch.set_grad_enabled(policy_learns):
             logprobs_B2 = self.agent(states_BD)
-        critic_loss = losses.critic_loss(q_HB2, batch.actions_B, targets_B)
+        critic_loss = losses.critic_loss(q_HB2, batch.actions_B, targets_B, batch.weights_B)
         policy_loss = losses.policy_loss(logprobs_B2, q_HB2, alpha, batch.forced_B)
         temperature_loss = losses.temperature_loss(
             self.log_alpha, logprobs_B2, batch.forced_B, self.config.target_entropy
@@ -131,6 +134,10 @@ class SAC:
                 policy_gradient_norm=policy_norm,
             )
         self._check_finite(metrics)
+        self.errors_B = None
+        if batch.weights_B is not None:
+            errors_HB = losses.td_errors(q_HB2.detach(), batch.actions_B, targets_B)
+            self.errors_B = errors_HB.abs().mean(dim=0)
 
         self.critic_optimiser.step()
         if policy_learns:

@@ -121,6 +121,57 @@ def test_every_reader_has_a_cursor_of_its_own_that_can_be_restored(
     assert uids(log.make_reader(two.cursor).read(10, 0)) == ["2", "3", "4", "5"]
 
 
+def test_a_reader_is_at_the_end_once_it_has_read_all_that_is_there(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log()
+    reader, sink = log.make_reader(), log.make_sink()
+    assert reader.at_end()
+    sink.append([make_episode(uid=str(n)) for n in range(3)])
+    assert not reader.at_end()
+    reader.read(2, 0)
+    assert not reader.at_end()
+    reader.read(2, 0)
+    assert reader.at_end()
+    assert log.make_reader(reader.cursor).at_end()
+    sink.append([make_episode(uid="more")])
+    assert not reader.at_end()
+
+
+def test_what_came_before_the_cursor_is_read_back_newest_first(
+    make_log: Callable[..., Log], make_episode: MakeEpisode, same: Same
+) -> None:
+    log = make_log()
+    written = [make_episode(uid=str(n), seed=n) for n in range(150)]
+    log.make_sink().append(written[:140])
+    first = log.make_reader()
+    assert first.read_back(10, 0) == []
+    assert len(first.read(140, 0)) == 140
+    assert first.read_back(10, 0) == []  # it began at the start
+    log.make_sink().append(written[140:])
+    reader, back = log.make_reader(first.cursor), list[Episode]()
+    assert uids(reader.read(3, 0)) == ["140", "141", "142"]
+    while episodes := reader.read_back(37, 0):
+        assert len(episodes) <= 37
+        back += episodes
+    assert all(same(a, b) for a, b in zip(reversed(written[:140]), back, strict=True))
+    assert uids(reader.read(100, 0)) == [str(n) for n in range(143, 150)]
+    assert (reader.num_trimmed_unread, reader.num_malformed, reader.num_duplicates) == (0, 0, 0)
+
+
+def test_reading_back_ends_at_what_was_trimmed(
+    make_log: Callable[..., Log], make_episode: MakeEpisode
+) -> None:
+    log = make_log(log_max_bytes=1 << 14)
+    sink = log.make_sink()
+    sink.append([make_episode(uid=str(n), seed=n) for n in range(100)])
+    reader = log.make_reader()
+    kept = uids(reader.read(1000, 0))
+    resumed = log.make_reader(reader.cursor)
+    assert uids(resumed.read_back(1000, 0)) == kept[::-1]
+    assert resumed.read_back(1000, 0) == []
+
+
 def test_an_empty_read_waits_as_long_as_it_was_told(make_log: Callable[..., Log]) -> None:
     reader = make_log().make_reader()
     began = time.monotonic()

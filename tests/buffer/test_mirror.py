@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
+from mara.buffer.sampling import PrioritisedSampling
 from mara.buffer.shaping import shape_episode
 from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
@@ -133,7 +136,7 @@ def test_next_states_are_finite_even_where_they_count_for_nothing(make_episode: 
 
 
 def test_batches_have_the_dtypes_of_the_contract(make_episode: MakeEpisode) -> None:
-    mirror = make_mirror()
+    mirror = Mirror(4, ReplayConfig(capacity_transitions=40, sampling="prioritised"), SHAPING)
     mirror.add([make_episode(dtype=torch.float16)])
     batch = mirror.sample(3)
     dtypes = {name: getattr(batch, name).dtype for name in TransitionBatch.__slots__}
@@ -147,6 +150,8 @@ def test_batches_have_the_dtypes_of_the_contract(make_episode: MakeEpisode) -> N
         "next_forced_B": torch.bool,
         "behaviour_logprobs_B": torch.float32,
         "policy_versions_B": torch.int64,
+        "places_B": torch.int64,
+        "weights_B": torch.float32,
     }
 
 
@@ -234,10 +239,29 @@ def test_an_answer_without_decisions_has_no_dtype_to_complain_about(make_episode
     assert mirror.sample(3).states_BD.dtype == torch.float16
 
 
-def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(make_episode: MakeEpisode) -> None:
-    mirror = make_mirror(capacity=1000, hidden_size=256)
-    mirror.add([make_episode(seed=seed, hidden_size=256) for seed in range(5)])
-    assert mirror.nbytes == mirror.num_transitions * (2 * 256 + 22)
+@pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
+def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(
+    make_episode: MakeEpisode, sampling: Literal["uniform", "recency", "prioritised"]
+) -> None:
+    """As counted, as allocated, and as the operating system sees it: 2 d + 32 bytes within 5 %."""
+    capacity, hidden_size = 6000, 4096
+    replay = ReplayConfig(capacity_transitions=capacity, sampling=sampling)
+    episode = make_episode(num_tokens=100, hidden_size=hidden_size)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    mirror = Mirror(hidden_size, replay, SHAPING)
+    while mirror.total_transitions < capacity:
+        mirror.add([episode])
+    resident = process.memory_info().rss - before
+    expected = capacity * (2 * hidden_size + 32)
+    rings = [*mirror._columns(), mirror._states_CD]
+    if isinstance(mirror._sampling, PrioritisedSampling):
+        rings += [mirror._sampling._priorities, mirror._sampling._sums_N]
+    allocated = sum(ring.untyped_storage().nbytes() for ring in rings if ring is not None)
+    assert mirror.num_transitions > 0.95 * capacity
+    assert mirror.nbytes / mirror.num_transitions == pytest.approx(expected / capacity, rel=0.05)
+    assert allocated == pytest.approx(expected, rel=0.05)
+    assert resident == pytest.approx(expected, rel=0.05)
 
 
 def test_an_empty_mirror_cannot_be_sampled(make_episode: MakeEpisode) -> None:
@@ -269,3 +293,76 @@ def test_read_only_arrays_and_foreign_memory_are_copied(make_episode: MakeEpisod
     kept = set(rows_of(mirror.sample(300, torch.Generator().manual_seed(0))))
     frozen.states_TD.zero_()
     assert set(rows_of(mirror.sample(300, torch.Generator().manual_seed(0)))) == kept
+
+
+def in_order(mirror: Mirror) -> list[Transition]:
+    """Every transition held, oldest first."""
+    slots = (mirror._tail + torch.arange(mirror.num_transitions)) % mirror._capacity
+    columns = [mirror._actions_C, mirror._rewards_C, mirror._discounts_C, mirror._behaviour_logprobs_C]
+    assert mirror._states_CD is not None
+    states = [tuple(state.tolist()) for state in mirror._states_CD[slots]]
+    return list(zip(states, *(column[slots].tolist() for column in columns), strict=True))
+
+
+@pytest.mark.parametrize("capacity", [30, 61, 1000])
+@pytest.mark.parametrize("num_new", [0, 1, 7, 20])
+def test_a_ring_filled_backwards_is_the_one_filled_forwards(
+    make_episode: MakeEpisode, capacity: int, num_new: int
+) -> None:
+    """20 episodes came before a restart; new ones arrive between those that are taken back."""
+    episodes = [make_episode(uid=str(n), seed=n, num_tokens=n % 6) for n in range(20 + num_new)]
+    forwards, before, backwards = (make_mirror(capacity) for _ in range(3))
+    forwards.add(episodes)
+    before.add(episodes[:20])
+    backwards.load_state_dict(before.state_dict())
+    new = iter(episodes[20:])
+    for older in reversed(episodes[:20]):
+        if (arrived := next(new, None)) is not None:
+            backwards.add([arrived])
+        if not backwards.prepend(older):
+            break
+    backwards.add(list(new))
+    assert in_order(backwards) == in_order(forwards)
+    assert backwards.state_dict() == forwards.state_dict()
+    assert backwards.num_episodes == forwards.num_episodes
+    assert backwards.mean_score == pytest.approx(forwards.mean_score)
+
+
+def test_a_ring_that_has_let_go_of_an_episode_takes_no_older_one(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror(capacity=30)
+    mirror.add([make_episode(seed=n, num_tokens=8) for n in range(6)])
+    assert mirror.total_transitions > 30
+    small = make_episode(seed=1, num_tokens=1)
+    assert small.num_decisions <= 30 - mirror.num_transitions
+    before = in_order(mirror)
+    assert not mirror.prepend(small)
+    assert in_order(mirror) == before
+
+
+def test_what_is_taken_back_is_scored_by_the_saved_means_and_counted_nowhere(
+    make_episode: MakeEpisode,
+) -> None:
+    shaping = ShapingConfig(score_weights={"helpful": 1.0}, normalise="running", baseline="prompt")
+    episodes = [make_episode(uid=str(n), seed=n, prompt_id=str(n % 2)) for n in range(24)]
+    before, after = make_mirror(1000, shaping=shaping), make_mirror(1000, shaping=shaping)
+    before.add(episodes)
+    after.load_state_dict(before.state_dict())
+    assert all(after.prepend(episode) for episode in reversed(episodes))
+    assert after.state_dict() == before.state_dict()
+    assert after.num_transitions == before.num_transitions
+    expected = [before._normaliser.score(episode, remember=False) for episode in episodes]
+    assert after.mean_score == pytest.approx(np.mean(expected))
+    assert after.mean_score != pytest.approx(before.mean_score)
+
+
+def test_what_was_held_back_at_the_restart_is_held_back_again(make_episode: MakeEpisode) -> None:
+    episodes = [make_episode(uid=str(seed), seed=seed) for seed in range(20)]
+    uninterrupted, before, after = (make_mirror(1000, shaping=RUNNING) for _ in range(3))
+    uninterrupted.add(episodes)
+    before.add(episodes[:10])
+    after.load_state_dict(before.state_dict())
+    assert all(after.prepend(episode) for episode in reversed(episodes[:10]))
+    assert after.num_transitions == 0
+    after.add(episodes[10:])
+    assert in_order(after) == in_order(uninterrupted)
+    assert after.state_dict() == uninterrupted.state_dict()

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, what is kept, what is refused."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from mara.buffer.background import BackgroundReader
 from mara.buffer.config import ReplayConfig, ShapingConfig
+from mara.buffer.connection import connect
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.buffer.server import EmbeddedServer
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
 from mara.common.errors import UserError
@@ -80,7 +85,7 @@ def test_a_loaded_learner_goes_on_bit_for_bit(make_episode: EpisodeMaker, tmp_pa
         assert learner.sac.update(batches[0]) == fresh.sac.update(batches[1])
     torch.testing.assert_close(learner.sac.state_dict(), fresh.sac.state_dict(), rtol=0, atol=0)
     assert learner.state_dict()["mirror"]["normaliser"] == fresh.state_dict()["mirror"]["normaliser"]
-    assert learner.state_dict()["budget"] == fresh.state_dict()["budget"]
+    assert learner.state_dict()["limiter"] == fresh.state_dict()["limiter"]
 
 
 def test_nested_values_come_back_as_they_were(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, Counter(3, 3))
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(content | {"schema": 99}))
-    with pytest.raises(UserError, match="has schema 99, this version reads 1"):
+    with pytest.raises(UserError, match="has schema 99, this version reads 2"):
         load_checkpoint(tmp_path, Counter())
 
 
@@ -160,3 +165,57 @@ def test_networks_of_another_size_are_refused(make_episode: EpisodeMaker, tmp_pa
     save_checkpoint(tmp_path, make_learner(log, 16, seed=0))
     with pytest.raises(UserError, match=r"does not fit .*learner.sac.critic_widths.*use the settings"):
         load_checkpoint(tmp_path, make_learner(log, 16, seed=0, width=16))
+
+
+def test_a_learner_that_was_killed_goes_on_with_its_ring_filled_from_the_server(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    """What came before the checkpoint, between it and the end, and after it, each episode once."""
+    replay = ReplayConfig(capacity_transitions=500)
+    episodes = [make_episode([1, 0, 1, 1], scores={"good": float(i % 4)}) for i in range(60)]
+
+    def start(source: BackgroundReader, num_episodes: int) -> Learner:
+        config = LearnerConfig(
+            sac=SACConfig(critic_widths=(8, 8)),
+            batch_size=8,
+            num_episodes=num_episodes,
+            gradient_steps_per_episode=1.5,
+            start_batches=4,
+            device="cpu",
+        )
+        shaping = ShapingConfig(score_weights={"good": 1.0}, normalise="running", baseline="prompt")
+        return Learner(
+            config,
+            AgentConfig(widths=(8, 8)),
+            replay,
+            shaping,
+            hidden_size=D,
+            source=source,
+            weights=MemoryWeightChannel(),
+        )
+
+    with EmbeddedServer(max_bytes=64 << 20) as server:
+        sink = RedisEpisodeLog(connect(server.url), "run", replay)
+        sink.append(episodes[:30])
+        with BackgroundReader(RedisEpisodeReader(connect(server.url), "run", replay)) as source:
+            first = start(source, 30)
+            first.run()
+            save_checkpoint(tmp_path, first)
+        sink.append(episodes[30:40])
+        cursor = read_checkpoint(tmp_path)["cursor"]
+        with BackgroundReader(RedisEpisodeReader(connect(server.url), "run", replay, cursor)) as source:
+            second = start(source, 60)
+            load_checkpoint(tmp_path, second)
+            writer = threading.Timer(0.2, sink.append, [episodes[40:]])
+            writer.start()
+            summary = second.run()
+            writer.join()
+    assert (summary.num_episodes, summary.num_transitions) == (60, 240)
+    assert second.mirror.num_episodes == 60
+    held = second.mirror._states_CD
+    assert held is not None
+    order = (second.mirror._tail + torch.arange(240)) % 500
+    assert torch.equal(held[order], torch.cat([episode.states_TD for episode in episodes]))
+    (model,) = second.state_dict()["mirror"]["normaliser"]["models"].values()
+    assert model[:2] == pytest.approx([60, 1.5])  # each episode counted once
+    assert summary.gradient_steps > first.gradient_step

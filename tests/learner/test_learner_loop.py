@@ -1,21 +1,25 @@
 """The loop on an in-memory log: what it reads, when it trains, what it leaves behind."""
 
+import contextlib
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from mara.buffer.background import BackgroundReader
 from mara.buffer.config import ReplayConfig, ShapingConfig
-from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
+from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
+from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner.config import LearnerConfig, SACConfig
@@ -78,6 +82,12 @@ class ScriptedReader:
         self.answers = [list(answer) for answer in answers]
         self.timeouts: list[float] = []
         self.reads = 0
+
+    def at_end(self) -> bool:
+        return not self.answers
+
+    def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+        return []
 
     def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
         self.timeouts.append(timeout_s)
@@ -234,6 +244,121 @@ def test_a_learner_that_is_behind_drops_old_debts_and_says_so(make_episode: Epis
     assert summary.steps_dropped == 90
 
 
+def test_in_a_finished_log_every_step_is_done_before_the_next_episode_is_taken_in(
+    make_episode: EpisodeMaker,
+) -> None:
+    log, rows = log_of([make_episode([1] * 8) for _ in range(50)]), list[dict[str, float]]()
+    steps_at_read: list[int] = []
+
+    class Reader(MemoryEpisodeReader):
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            steps_at_read.append(learner.gradient_step)
+            return super().read(max_episodes, timeout_s)
+
+    learner = make_learner(
+        Reader(log), num_episodes=50, max_backlog_episodes=1, log_is_finished=True, on_metrics=rows.append
+    )
+    summary = learner.run()
+    assert steps_at_read == [2 * n for n in range(50)]
+    assert (summary.gradient_steps, summary.steps_dropped) == (100, 0)
+    assert 0 < rows[-1]["replay/held_back_ratio"] <= 1
+
+
+def test_a_finished_log_ends_the_run_when_its_steps_are_done(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(7)])
+    summary = make_learner(log.reader(), num_episodes=10**6, log_is_finished=True).run()
+    assert (summary.num_episodes, summary.gradient_steps, summary.stopped) == (7, 14, False)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
+def test_a_finished_log_gives_the_same_agent_whenever_its_episodes_arrive(
+    make_episode: EpisodeMaker, sampling: Literal["uniform", "recency", "prioritised"]
+) -> None:
+    """Read directly, and in the background with pauses that differ."""
+    log = log_of([make_episode([1, 0, 1, 1], scores={"good": float(n % 5)}) for n in range(30)])
+    replay = ReplayConfig(capacity_transitions=60, sampling=sampling)
+
+    class Slow(MemoryEpisodeReader):
+        pauses = random.Random(0)
+
+        def read(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            time.sleep(self.pauses.uniform(0, 0.01))
+            return super().read(max_episodes, timeout_s)
+
+    states = []
+    for _ in range(2):
+        with BackgroundReader(Slow(log), log_is_finished=True) as source:
+            learner = make_learner(source, num_episodes=100, replay=replay, log_is_finished=True)
+            assert learner.run().gradient_steps == 58
+        states.append(learner.state_dict())
+    plain = make_learner(log.reader(), num_episodes=100, replay=replay, log_is_finished=True)
+    plain.run()
+    expected = plain.state_dict()
+    for state in states:
+        assert state.pop("cursor") == plain.state_dict()["cursor"] == "30"
+        expected.pop("cursor", None)
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+def test_where_actors_write_the_log_no_episode_is_held_back(make_episode: EpisodeMaker) -> None:
+    rows: list[dict[str, float]] = []
+    log = log_of([make_episode([1] * 8) for _ in range(10)])
+    make_learner(log.reader(), on_metrics=rows.append).run()
+    assert rows[-1]["replay/held_back_ratio"] == 0
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_the_learner_waits_for_data_when_transitions_were_sampled_often_enough(
+    make_episode: EpisodeMaker, is_finished: bool
+) -> None:
+    rows: list[dict[str, float]] = []
+    log = log_of([make_episode([1, 0, 1]) for _ in range(40)])
+    learner = make_learner(
+        log.reader(),
+        num_episodes=40,
+        gradient_steps_per_episode=100,
+        max_samples_per_transition=2.5,
+        log_is_finished=is_finished,
+        on_metrics=rows.append,
+    )
+    summary = learner.run()
+    assert summary.gradient_steps == 37  # 120 transitions × 2.5 / batches of 8
+    assert rows[-1]["replay/samples_per_insert"] == pytest.approx(37 * 8 / 120)
+    assert summary.num_episodes == 40
+
+
+def test_a_loaded_learner_remembers_how_often_transitions_were_sampled(make_episode: EpisodeMaker) -> None:
+    episodes = [make_episode([1] * 8) for _ in range(10)]
+    settings = {"max_samples_per_transition": 3, "gradient_steps_per_episode": 100}
+    before = make_learner(log_of(episodes[:5]).reader(), num_episodes=5, **settings)
+    assert before.run().gradient_steps == 15
+    after = make_learner(log_of(episodes[5:]).reader(), num_episodes=10, **settings)
+    after.load_state_dict(before.state_dict())
+    assert after.run().gradient_steps == 30
+
+
+def test_a_learner_that_nobody_sends_episodes_ends_with_one_line_and_keeps_what_it_learnt(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    reader = log_of([make_episode([1] * 8)]).reader()
+    learner = make_learner(reader, data_timeout_s=0.2, run_folder=tmp_path)
+    with pytest.raises(
+        UserError, match=r"learner.data_timeout_s: no episode has come for 0.2 s; .*raise it$"
+    ):
+        learner.run()
+    assert_saved(tmp_path, learner, gradient_steps=2)
+
+
+def test_time_spent_training_does_not_count_as_waiting_for_data(
+    make_episode: EpisodeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ScriptedReader([[make_episode([1] * 8)], *[[]] * 6, [make_episode([1] * 8)]])
+    learner = make_learner(reader, num_episodes=2, gradient_steps_per_episode=7, data_timeout_s=0.2)
+    update = learner.sac.update
+    monkeypatch.setattr(learner.sac, "update", lambda batch: (time.sleep(0.05), update(batch))[1])
+    assert learner.run().gradient_steps == 14
+
+
 def test_answers_without_decisions_count_as_episodes(make_episode: EpisodeMaker) -> None:
     log = log_of([make_episode([1] * 8), make_episode([], num_tokens=5), make_episode([], num_tokens=5)])
     summary = make_learner(log.reader(), num_episodes=3).run()
@@ -276,6 +401,16 @@ def test_a_start_beyond_the_capacity_is_refused_at_once() -> None:
 def test_a_device_that_is_not_there_is_named(device: str) -> None:
     with pytest.raises(UserError, match=f"learner.device: '{device}' is not at hand"):
         make_learner(MemoryEpisodeLog().reader(), device=device)
+
+
+def test_what_the_critic_gets_wrong_decides_what_is_drawn_next(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1, 0, 1], scores={"good": float(n)}) for n in range(10)])
+    replay = ReplayConfig(capacity_transitions=1000, sampling="prioritised")
+    learner = make_learner(log.reader(), replay=replay)
+    learner.run()
+    weights_B = learner.mirror.sample(200).weights_B
+    assert weights_B is not None
+    assert len(weights_B.unique()) > 10
 
 
 def test_metrics_say_what_happened(make_episode: EpisodeMaker) -> None:
@@ -439,12 +574,63 @@ def test_a_learner_that_owes_steps_waits_while_its_ring_is_empty(make_episode: E
     log = log_of([make_episode([1] * 8) for _ in range(5)])
     stopped = make_learner(log.reader(), num_episodes=6)
     stopped._read()
-    assert stopped.state_dict()["budget"]["owed"] == 10
+    assert stopped.state_dict()["limiter"]["owed"] == 10
     reader = ScriptedReader([[], [], [make_episode([1] * 8)]])
     loaded = make_learner(reader, num_episodes=6)
     loaded.load_state_dict(stopped.state_dict())
     assert loaded.run().gradient_steps == 12
-    assert reader.timeouts == [WAIT_S, WAIT_S, WAIT_S]
+    # The first read does not wait: there might be episodes from before.
+    assert reader.timeouts == [0.0, WAIT_S, WAIT_S]
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_on_a_finished_log_that_was_interrupted_gives_the_agent_of_one_that_was_not(
+    make_episode: EpisodeMaker, capacity: int, in_background: bool
+) -> None:
+    log = log_of([make_episode([1, 0, 1, 1], scores={"good": float(n % 5)}) for n in range(30)])
+    settings = {"replay": ReplayConfig(capacity_transitions=capacity), "log_is_finished": True}
+    whole = make_learner(log.reader(), num_episodes=30, **settings)
+    whole.run()
+    first = make_learner(log.reader(), num_episodes=17, **settings)
+    first.run()
+    source: Any = log.reader(first.state_dict()["cursor"])
+    with contextlib.ExitStack() as exits:
+        if in_background:
+            source = exits.enter_context(BackgroundReader(source, log_is_finished=True))
+        second = make_learner(source, num_episodes=30, seed=9, **settings)
+        second.load_state_dict(first.state_dict())
+        second.run()
+    expected, state = whole.state_dict(), second.state_dict()
+    assert state.pop("cursor") == expected.pop("cursor") == "30"
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+    assert second.mirror.num_transitions == whole.mirror.num_transitions
+
+
+def test_a_loaded_learner_trains_as_soon_as_enough_has_come_back(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 8) for _ in range(200)])
+    ring_at_step: list[int] = []
+
+    class Trickle(MemoryEpisodeReader):
+        def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode]:
+            return super().read_back(1, timeout_s)
+
+    before = make_learner(log.reader(), num_episodes=100, start_batches=5)
+    before._read()
+    before._read()
+    assert before.num_episodes == 100
+    after = make_learner(Trickle(log, before.state_dict()["cursor"]), num_episodes=100, start_batches=5)
+    after.load_state_dict(before.state_dict())
+    update = after.sac.update
+
+    def watched(batch: TransitionBatch) -> SACMetrics:
+        ring_at_step.append(after.mirror.num_transitions)
+        return update(batch)
+
+    after.sac.update = watched  # type: ignore[method-assign]
+    after.run()
+    assert ring_at_step[0] == 40  # as many as training starts with
+    assert max(ring_at_step) == 800
 
 
 def test_a_learner_with_nothing_to_train_on_and_nothing_to_come_ends(make_episode: EpisodeMaker) -> None:

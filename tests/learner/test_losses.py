@@ -79,6 +79,17 @@ def test_the_critic_loss_is_the_mean_squared_error_of_both_heads(seed: int) -> N
     assert got.item() == pytest.approx(total / (2 * num), rel=1e-12)
 
 
+def test_a_row_of_the_critic_loss_counts_by_its_weight() -> None:
+    case = random_case(0)
+    weights = torch.linspace(0.1, 1, len(case["actions"]), dtype=torch.float64)
+    got = losses.critic_loss(case["q"], case["actions"], case["targets"], weights)
+    rows = [
+        losses.critic_loss(case["q"][:, b : b + 1], case["actions"][b : b + 1], case["targets"][b : b + 1])
+        for b in range(len(weights))
+    ]
+    assert got.item() == pytest.approx(float((weights * torch.stack(rows)).mean()), rel=1e-12)
+
+
 def test_the_critic_loss_moves_only_the_value_of_the_action_taken() -> None:
     q = torch.zeros(2, 2, 2, requires_grad=True)
     targets = torch.tensor([1.0, 1.0], requires_grad=True)

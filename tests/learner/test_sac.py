@@ -208,3 +208,22 @@ def test_a_loaded_state_goes_on_bit_for_bit(make_batch: BatchMaker) -> None:
     for step in range(3, 6):
         assert sac.update(make_batch(seed=step)) == fresh.update(make_batch(seed=step))
     torch.testing.assert_close(sac.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
+def test_the_weights_of_a_batch_count_in_the_critic_loss_and_its_errors_come_back(
+    make_batch: BatchMaker,
+) -> None:
+    """Where no value follows, the error of a head is what the reward and its estimate differ by."""
+    sac = make_sac()
+    weights_B = torch.linspace(0.1, 1, 32)
+    batch = make_batch(weights_B=weights_B, discounts_B=torch.zeros(32))
+    with torch.no_grad():
+        q_HB2 = sac.critic(batch.states_BD)
+    taken_HB = torch.stack([q_HB2[head, range(32), batch.actions_B] for head in (0, 1)])
+    errors_HB = taken_HB - batch.rewards_B
+    metrics = sac.update(batch)
+    assert sac.errors_B is not None
+    torch.testing.assert_close(sac.errors_B, errors_HB.abs().mean(0))
+    assert metrics.critic_loss == pytest.approx((weights_B * errors_HB.square()).mean().item())
+    sac.update(make_batch())
+    assert sac.errors_B is None

@@ -1,0 +1,149 @@
+"""Training on the episodes of a finished run: whether they fit, and where they are.
+
+::
+
+    RUN/config.yaml    its LLM, candidates and rewards: what its episodes were made with
+    RUN/replay.json    what its keys are named by, and the server that has them
+    RUN/replay/        or the append-only file of a server of its own, of which a copy is opened
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.shards import open_reader
+from mara.common.addresses import HIDDEN
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.model_shape import is_same_llm
+from mara.deploy.run_folder import REPLAY, load_run, read_log_record
+
+MADE_WITH = (
+    "llm.gguf_file",
+    "llm.revision",
+    "llm.quantization",
+    "decoding.truncation.top_k",
+    "decoding.truncation.top_p",
+    "decoding.truncation.temperature",
+    "decoding.fallback",
+)
+"""Settings that decide what an episode holds, beside ``llm.model`` and the names of the rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLog:
+    """The replay log of a finished run."""
+
+    run_folder: Path
+    run_id: str
+    heads: dict[str, dict[str, str]]
+    """Reward head that scored the episodes → file → SHA-256."""
+    redis_urls: list[str] | None
+    """The servers of its shards; None where it is in ``data_dir``."""
+    data_dir: Path | None
+    """Folder with the append-only file of the server that had it."""
+    max_bytes: int
+    """Memory that server was given."""
+
+
+def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
+    """The log that ``replay.from`` names, if its episodes fit the settings; ``hidden_size`` is the LLM's.
+
+    Raises:
+        UserError: that is no run, its episodes do not fit, or they are not there any more.
+    """
+    folder = config.replay.from_run
+    assert folder is not None
+    field = f"replay.from={folder}"
+    try:
+        run = load_run(folder)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    if run.replay.from_run is not None:
+        raise UserError(
+            f"{field}: that run has no episodes of its own, it trained on those of another; "
+            f"give replay.from={run.replay.from_run}"
+        )
+    for difference in _differences(config, run):
+        raise UserError(
+            f"{field}: its episodes were made with {difference}; use the same, or make new ones with "
+            "rollout actors"
+        )
+    record = read_log_record(folder)
+    if record is None:
+        raise UserError(f"{field}: nothing says where its episodes are (no replay.json); give another run")
+    if record.hidden_size != hidden_size:
+        raise UserError(
+            f"{field}: its LLM has hidden size {record.hidden_size}, llm.model={config.llm.model} has "
+            f"{hidden_size}; use the LLM that its episodes were made with"
+        )
+    if missing := sorted(config.rewards.keys() - record.heads.keys()):
+        raise UserError(
+            f"rewards.{missing[0]}: the episodes of {folder} have no score of that name (they have "
+            f"{', '.join(sorted(record.heads))}); leave it out, or name the reward as that run did"
+        )
+    data_dir = folder / REPLAY
+    max_bytes = run.replay.store_max_bytes(run.rollout.num_actors)
+    if data_dir.is_dir() and any(data_dir.iterdir()):
+        if config.ray.address is not None:
+            raise UserError(
+                f"{field} keeps its episodes in {data_dir}, which other machines cannot read; leave out "
+                "ray.address"
+            )
+        return FinishedLog(folder, record.run_id, record.heads, None, data_dir, max_bytes)
+    urls = config.replay.redis_urls or record.redis_urls
+    if not urls:
+        raise UserError(
+            f"{field}: its episodes are gone, as its server ended with it; give a run that was trained with "
+            "replay.durable=true or with a replay.redis_url"
+        )
+    if hidden := [url for url in urls if HIDDEN in url]:
+        raise UserError(
+            f"{field}: its episodes are on the server at {hidden[0]}, whose password a run folder does not "
+            "hold; add replay.redis_url with it"
+        )
+    if record.redis_urls is not None and len(urls) != len(record.redis_urls):
+        raise UserError(
+            f"replay.redis_url has {len(urls)} addresses, the episodes of {folder} are on "
+            f"{len(record.redis_urls)}; give the same ones in the same order"
+        )
+    log = FinishedLog(folder, record.run_id, record.heads, list(urls), None, max_bytes)
+    require_episodes(log, config.replay, urls)
+    return log
+
+
+def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]) -> None:
+    """Refuse a log of which the servers at ``urls``, one for each shard, have nothing.
+
+    Raises:
+        UserError: they have nothing, or cannot be used.
+    """
+    with ExitStack() as clients:
+        opened = [clients.enter_context(connect(url, replay.connect_timeout_s)) for url in urls]
+        if open_reader(opened, log.run_id, replay).at_end():
+            raise UserError(
+                f"replay.from={log.run_folder}: its server has no episodes of it any more (keys "
+                f"mara:{log.run_id}:…); give a run whose episodes were kept"
+            )
+
+
+def _differences(config: RunConfig, run: RunConfig) -> Iterator[str]:
+    """What differs in how episodes are made: the setting with both values."""
+    if not is_same_llm(run.llm.model, config.llm.model):
+        yield f"llm.model={run.llm.model}, this is {config.llm.model}"
+    for name in MADE_WITH:
+        theirs, ours = _value(run, name), _value(config, name)
+        if theirs != ours:
+            yield f"{name}={theirs}, this is {ours}"
+
+
+def _value(config: RunConfig, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,220 @@
+"""Which finished runs can be trained on, and what is said of those that cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mara.actors.head_config import HeadShape
+from mara.actors.heads import RewardHead, head_digests, save_head
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.log import RedisEpisodeLog
+from mara.buffer.server import EmbeddedServer
+from mara.common.addresses import hide_password
+from mara.common.episode import Episode
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config, load_config
+from mara.deploy.finished_run import find_log
+from mara.deploy.preflight import preflight
+from mara.deploy.run_folder import LogRecord, make_run_folder, read_log_record
+
+HIDDEN_SIZE = 32
+COLUMNS = {
+    "actions_T": np.uint8,
+    "ranks_T": np.int16,
+    "num_candidates_T": np.int16,
+    "positions_T": np.int32,
+    "forced_T": np.bool_,
+    "reference_logprobs_T": np.float32,
+    "accept_logprobs_T": np.float32,
+    "reject_logprobs_T": np.float32,
+    "policy_versions_T": np.int64,
+}
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(1 << 26) as running:
+        yield running
+
+
+@pytest.fixture
+def make_run(config_path: Path) -> MakeRun:
+    """The folder of a run with overrides, and the record of a log that is at ``redis_url``."""
+
+    def make(*overrides: str, redis_url: str | None = None, scores: tuple[str, ...] = ("helpful",)) -> Path:
+        folder = make_run_folder(load_config(config_path, overrides))
+        record = LogRecord("run-1", None if redis_url is None else [redis_url], HIDDEN_SIZE, {name: {} for name in scores})
+        record.write(folder)
+        return folder
+
+    return make
+
+
+def offline(config_path: Path, run: Path, *overrides: str) -> RunConfig:
+    return load_config(config_path, [f"replay.from={run}", "rollout.num_actors=0", *overrides])
+
+
+def append(url: str, run_id: str) -> None:
+    """Store an answer in which nothing was decided."""
+    columns = {name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
+    tokens = {"prompt_ids_P": np.ones(1, np.int32), "response_ids_N": np.ones(2, np.int32)}
+    episode = Episode(
+        uid="e",
+        prompt_id="p",
+        actor_id="a",
+        states_TD=torch.zeros((0, HIDDEN_SIZE), dtype=torch.bfloat16),
+        finish_reason="eos",
+        started_at_s=0.0,
+        finished_at_s=1.0,
+        scores={"helpful": 0.5},
+        **tokens,
+        **columns,
+    )
+    with connect(url) as client:
+        RedisEpisodeLog(client, run_id, ReplayConfig()).append([episode])
+
+
+def test_a_run_has_actors_or_a_log_to_read(config_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rollout.num_actors=0 leaves nobody .* or replay.from=RUN"):
+        load_config(config_path, ["rollout.num_actors=0"])
+    with pytest.raises(UserError, match=r"replay.from=.*; set rollout.num_actors=0"):
+        load_config(config_path, [f"replay.from={tmp_path}"])
+
+
+def test_the_run_to_read_is_kept_by_its_own_name(
+    config_path: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
+    folder = make_run()
+    (tmp_path / "latest").symlink_to(folder)
+    config = offline(config_path, tmp_path / "latest")
+    assert config.replay.from_run == folder
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(config))
+    assert load_config(saved).replay == config.replay
+
+
+def test_an_unknown_name_for_it_is_told_the_right_one(config_path: Path) -> None:
+    with pytest.raises(UserError, match=r"replay.from_run is not a setting; did you mean replay.from\?"):
+        load_config(config_path, ["replay.from_run=x"])
+
+
+def test_a_folder_that_is_no_run_is_named(config_path: Path, tmp_path: Path) -> None:
+    config = offline(config_path, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* is not a run folder"):
+        find_log(config, HIDDEN_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        ("decoding.truncation.top_k=7", r"decoding.truncation.top_k=7, this is 40"),
+        ("decoding.fallback=first", r"decoding.fallback=first, this is last"),
+        ("llm.quantization=8bit", r"llm.quantization=8bit, this is none"),
+        ("llm.model=another/model", r"llm.model=another/model, this is .*llm"),
+    ],
+)
+def test_episodes_made_with_other_settings_are_refused_by_name(
+    config_path: Path, make_run: MakeRun, theirs: str, named: str
+) -> None:
+    config = offline(config_path, make_run(theirs))
+    with pytest.raises(UserError, match=rf"its episodes were made with {named}; use the same"):
+        find_log(config, HIDDEN_SIZE)
+
+
+def test_episodes_of_another_hidden_size_are_refused(config_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"hidden size 32, llm.model=.* has 64"):
+        find_log(offline(config_path, make_run()), 64)
+
+
+def test_a_reward_without_scores_is_refused_and_the_ones_there_are_listed(
+    config_path: Path, make_run: MakeRun
+) -> None:
+    config = offline(config_path, make_run(scores=("cost", "polite")))
+    with pytest.raises(
+        UserError, match=r"rewards.helpful: .* no score of that name \(they have cost, polite\)"
+    ):
+        find_log(config, HIDDEN_SIZE)
+
+
+def test_episodes_that_went_with_their_server_are_told_of(config_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"its episodes are gone.*replay.durable=true"):
+        find_log(offline(config_path, make_run()), HIDDEN_SIZE)
+    folder = make_run()
+    (folder / "replay").mkdir()
+    with pytest.raises(UserError, match="its episodes are gone"):
+        find_log(offline(config_path, folder), HIDDEN_SIZE)
+
+
+def test_a_run_without_a_record_is_told_of(config_path: Path, make_run: MakeRun) -> None:
+    folder = make_run()
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(folder / "replay.json")
+        with pytest.raises(UserError, match=r"no replay.json"):
+            find_log(offline(config_path, folder), HIDDEN_SIZE)
+
+
+def test_a_run_that_read_anothers_episodes_names_the_other(config_path: Path, make_run: MakeRun) -> None:
+    first = make_run()
+    second = make_run_folder(offline(config_path, first))
+    with pytest.raises(UserError, match=rf"give replay.from={first}$"):
+        find_log(offline(config_path, second), HIDDEN_SIZE)
+
+
+def test_a_server_with_the_episodes_is_found_and_one_without_is_not(
+    config_path: Path, make_run: MakeRun, server: EmbeddedServer
+) -> None:
+    shown = hide_password(server.url)
+    folder = make_run(redis_url=shown)
+    with pytest.raises(UserError, match=r"password .*; add replay.redis_url") as caught:
+        find_log(offline(config_path, folder), HIDDEN_SIZE)
+    assert shown in str(caught.value)
+    config = offline(config_path, folder, f"replay.redis_url={server.url}")
+    with pytest.raises(UserError, match=r"no episodes of it any more \(keys mara:run-1:"):
+        find_log(config, HIDDEN_SIZE)
+    append(server.url, "run-1")
+    log = find_log(config, HIDDEN_SIZE)
+    assert (log.run_id, log.redis_urls, log.data_dir) == ("run-1", [server.url], None)
+
+
+def test_episodes_in_the_run_folder_are_for_this_machine_only(config_path: Path, make_run: MakeRun) -> None:
+    folder = make_run()
+    (folder / "replay" / "appendonlydir").mkdir(parents=True)
+    assert find_log(offline(config_path, folder), HIDDEN_SIZE).data_dir == folder / "replay"
+    with pytest.raises(UserError, match=r"leave out ray.address"):
+        find_log(offline(config_path, folder, "ray.address=auto", "replay.redis_url=redis://h"), HIDDEN_SIZE)
+
+
+def test_a_record_holds_no_password(make_run: MakeRun) -> None:
+    folder = make_run(redis_url=hide_password("redis://me:secret@host:1"))
+    assert "secret" not in (folder / "replay.json").read_text()
+    assert json.loads((folder / "replay.json").read_text())["run_id"] == "run-1"
+    record = read_log_record(folder)
+    assert record is not None and record.redis_urls == ["redis://me:***@host:1"]
+
+
+def test_another_head_of_the_same_name_is_warned_of(
+    config_path: Path, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_head(tmp_path / "helpful", head, {})
+    folder = make_run()
+    (folder / "replay" / "appendonlydir").mkdir(parents=True)
+    for heads, warned in (
+        ({"helpful": head_digests(tmp_path / "helpful")}, False),
+        ({"helpful": {"x": "0"}}, True),
+    ):
+        LogRecord("run-1", None, HIDDEN_SIZE, heads).write(folder)
+        assert preflight(offline(config_path, folder)).log is not None
+        captured = capsys.readouterr()
+        assert ("is another head than the one that scored" in captured.out + captured.err) == warned

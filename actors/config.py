@@ -92,8 +92,8 @@ class DecodingConfig(Config):
 class RolloutConfig(Config):
     """How many actors sample episodes, and how."""
 
-    num_actors: int = Field(default=1, ge=1)
-    """Rollout actors, each with its own copy of the LLM."""
+    num_actors: int = Field(default=1, ge=0)
+    """Rollout actors, each with its own copy of the LLM. 0 only with ``replay.from``."""
     rows: int = Field(default=32, ge=1)
     """Prompts decoded at the same time by one actor. Usual range 16–128; memory grows with it."""
     answers_per_prompt: int = Field(default=1, ge=1)

@@ -16,7 +16,8 @@ from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 
 SCHEMES = ("redis", "rediss", "unix")
-OLDEST_VERSION = (6, 2)  # XTRIM MINID
+OLDEST_VERSION = (6, 2)  # exclusive ranges of streams
+_ALONE = "give the address of one that stands alone, or a list of them"
 
 Value = str | bytes | memoryview | int | float | tuple[bytes | memoryview, ...]
 """What an argument of a command may be; a tuple is one value in parts."""
@@ -77,7 +78,8 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
             retry=Retry(NoBackoff(), 0),
             command_packer=_Packer(),
         )
-        version = str(client.info("server")["redis_version"])
+        about = client.info("server")
+        version = str(about["redis_version"])
         client.set(keys.PROBE, b"1", px=1000)
     except redis.AuthenticationError as error:
         raise _error(url, "refuses the user name or password", "correct them") from error
@@ -101,6 +103,8 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
         ) from error
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_VERSION:
         raise _error(url, f"is Redis {version}", "use Redis 6.2 or newer, or Valkey")
+    if about.get("redis_mode") == "cluster":
+        raise _error(url, "is a node of a Redis Cluster, which would spread the keys of a script", _ALONE)
     return client
 
 
@@ -127,7 +131,8 @@ def check_stores(config: ReplayConfig, num_actors: int) -> None:
 def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:
     """Refuse a server that would evict episodes, or that may hold less than ``needed_bytes``.
 
-    Policies that only evict keys which expire are none that evict: the keys of a run do not expire.
+    Policies that only evict keys which expire are none that evict: of a run's keys only records on their way
+    into the log expire, and those are sent again.
 
     Raises:
         UserError: the server at ``url`` is one of those. The message shows the address without its password.

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,8 +25,11 @@ from safetensors.torch import save_file
 
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.contracts import VersionedWeights
+from mara.common.errors import UserError
 
 _MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
+# What the library raises for a file that is missing, damaged, removed at that moment or does not fit.
+_FILE_TROUBLE = (OSError, SafetensorError, RuntimeError)
 
 
 def shared_folder() -> Path:
@@ -46,13 +50,13 @@ class SharedWeights:
         """``parent`` is the folder for all runs; :func:`shared_folder` if None.
 
         Raises:
-            PermissionError: it is there, and belongs to somebody else.
+            UserError: it is there, and belongs to somebody else.
         """
         self._source = source
         parent = parent or shared_folder()
         parent.mkdir(mode=0o700, exist_ok=True)
         if parent.stat().st_uid != os.getuid() or parent.is_symlink():
-            raise PermissionError(None, "belongs to another user; remove it or set TMPDIR", str(parent))
+            raise UserError(f"{parent} belongs to another user; remove it")
         _remove_abandoned(parent)
         self._folder = parent / run_id
         with _locked(
@@ -69,7 +73,11 @@ class SharedWeights:
             return None
         if (found := self._read(latest)) is not None:
             return found
-        with _locked(self._folder / "fetching", wait=False) as is_mine:
+        with ExitStack() as exits:
+            try:
+                is_mine = exits.enter_context(_locked(self._folder / "fetching", wait=False))
+            except OSError:  # Somebody has removed the folder: everyone for himself.
+                return self._source.fetch_newer(than, skip)
             if not is_mine:
                 return None
             if (found := self._read(latest)) is not None:  # written while the lock was asked for
@@ -100,20 +108,24 @@ class SharedWeights:
             with safe_open(self._folder / f"{version}.safetensors", framework="pt") as file:
                 card = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+        except _FILE_TROUBLE:
             return None
         return VersionedWeights(version, float(card["published_at_s"]), tensors, card["agent_digest"])
 
     def _write(self, weights: VersionedWeights) -> None:
         """Put the weights where the others find them whole; only whoever holds the lock does."""
-        older = list(self._folder.glob("*.safetensors"))
+        older = self._folder.glob("*.safetensors")
         card = {"published_at_s": repr(weights.published_at_s), "agent_digest": weights.agent_digest}
         partial = self._folder / "partial"
-        with contextlib.suppress(OSError):  # No room: the others fetch for themselves, one after another.
-            save_file(weights.tensors, partial, metadata=card)
-            partial.rename(self._folder / f"{weights.version}.safetensors")
+        # What readers have mapped stays theirs. First, so that there is room.
         for path in older:
             path.unlink(missing_ok=True)
+        try:
+            save_file(weights.tensors, partial, metadata=card)
+            partial.rename(self._folder / f"{weights.version}.safetensors")
+        except _FILE_TROUBLE:  # No room: the others fetch for themselves, one after another.
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ class RunConfig(Config):
                 f"replay.from={self.replay.from_run} trains on the episodes of a finished run, "
                 f"rollout.num_actors={self.rollout.num_actors} would make new ones; set rollout.num_actors=0"
             )
-        if self.replay.from_run is None and self.rollout.num_actors < 1:
+        if self.replay.from_run is None and self.rollout.num_actors == 0:
             raise ValueError(
                 f"rollout.num_actors={self.rollout.num_actors} leaves nobody to make episodes; use at least "
                 "1, or replay.from=RUN to train on those of a finished run"

@@ -14,11 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
+
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
 from mara.buffer.shards import open_reader
 from mara.common.addresses import HIDDEN
-from mara.common.errors import UserError
+from mara.common.errors import ReplayUnavailable, UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.model_shape import is_same_llm
 from mara.deploy.run_folder import REPLAY, load_run, read_log_record
@@ -64,11 +66,13 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
         run = load_run(folder)
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
-    if run.replay.from_run is not None:
-        raise UserError(
-            f"{field}: that run has no episodes of its own, it trained on those of another; "
-            f"give replay.from={run.replay.from_run}"
-        )
+    if run.replay.from_run is not None:  # It trained on the episodes of another: those are meant.
+        folder = run.replay.from_run
+        field = f"{field} (episodes of {folder})"
+        try:
+            run = load_run(folder)
+        except UserError as error:
+            raise UserError(f"{field}: {error}") from error
     for difference in _differences(config, run):
         raise UserError(
             f"{field}: its episodes were made with {difference}; use the same, or make new ones with "
@@ -125,7 +129,15 @@ def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]
     """
     with ExitStack() as clients:
         opened = [clients.enter_context(connect(url, replay.connect_timeout_s)) for url in urls]
-        if open_reader(opened, log.run_id, replay).at_end():
+        try:
+            is_empty = open_reader(opened, log.run_id, replay).at_end()
+        except (ReplayUnavailable, redis.RedisError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"replay.from={log.run_folder}: its server cannot be read ({reason}); look at it, or give "
+                "another run"
+            ) from error
+        if is_empty:
             raise UserError(
                 f"replay.from={log.run_folder}: its server has no episodes of it any more (keys "
                 f"mara:{log.run_id}:…); give a run whose episodes were kept"

@@ -132,7 +132,7 @@ def check_devices(config: RunConfig) -> None:
     if torch.device("cpu" if config.llm.device == "auto" else config.llm.device).type == "cuda":
         if num_gpus == 0:
             raise UserError(f"llm.device={config.llm.device}: there is no GPU here; use auto or cpu")
-        if config.rollout.num_gpus == 0:
+        if config.rollout.num_gpus == 0 and config.rollout.num_actors > 0:
             raise UserError(
                 f"llm.device={config.llm.device} needs a GPU for each rollout actor, rollout.num_gpus is 0; "
                 "give each a part of one, such as 0.5"

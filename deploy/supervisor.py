@@ -136,6 +136,13 @@ class Supervisor:
         """Content of the saved agent's files, from the learner's machine."""
         return self._learner.handle.call("agent_files", timeout_s) or {}
 
+    def wait_for_actors(self, timeout_s: float) -> None:
+        """Give the rollout actors, which were asked to stop, the time to put away what they share."""
+        deadline = time.monotonic() + timeout_s
+        left = [member.handle for member in self._rollouts]
+        while (left := [handle for handle in left if handle.poll() is None]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def kill(self) -> None:
         """End every process at once."""
         for member in (self._learner, *self._rollouts):

@@ -56,6 +56,7 @@ POLL_S = 1.0
 MAX_SERVER_RESTARTS = 20
 TICK_S = 0.05
 LAST_REPORT_S = 10.0
+ACTORS_STOP_S = 3.0
 WANDB_START_S = 45.0
 
 WAITS = {
@@ -214,6 +215,7 @@ class _Training:
             self._keep_agent(supervisor)
             self._show.view.state = "ending the learner and the rollout actors"
             self._show.display.refresh()
+            supervisor.wait_for_actors(ACTORS_STOP_S)
         return summary
 
     def _with_server(self, exits: ExitStack) -> RunConfig:
@@ -245,10 +247,12 @@ class _Training:
         exits.callback(shutil.rmtree, copy, ignore_errors=True)
         data_dir = log.data_dir
 
-        def make_copy() -> None:
-            shutil.copytree(data_dir, copy)
+        def copy_unless_stopped(source: str, target: str) -> None:
+            if not self._show.stop.requested:
+                shutil.copy2(source, target)
 
-        self._show.wait_for(make_copy)
+        self._show.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
+        self._show.state("starting a server with a copy of the episodes")  # ends here after a signal
         server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
         require_episodes(log, self._config.replay, [server.url])
         return _with_addresses(self._config, [server.url])
@@ -383,6 +387,20 @@ class _Training:
 def _with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
     replay = config.replay.model_copy(update={"redis_url": tuple(redis_urls)})
     return config.model_copy(update={"replay": replay})
+
+
+def _copied(source: Path, target: Path, copy_file: Callable[[str, str], object]) -> None:
+    """Copy a folder.
+
+    Raises:
+        UserError: a file of it went away: the run is still going on.
+    """
+    try:
+        shutil.copytree(source, target, copy_function=copy_file)
+    except shutil.Error as error:
+        raise UserError(
+            f"{source} changes while it is copied ({error.args[0][0][2]}); wait for that run to end"
+        ) from error
 
 
 def describe(status: Status, view: View) -> str:

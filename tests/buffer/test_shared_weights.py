@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,3 +120,27 @@ def test_a_damaged_file_is_fetched_again(
     with SharedWeights(RedisWeightChannel(connect(server.url), run_id), run_id, parent) as source:
         (parent / run_id / "5.safetensors").write_bytes(b"no tensors")
         assert (found := source.fetch_newer(-1)) is not None and found.tensors["w"].tolist() == [1.0, 1.0]
+
+
+def test_without_room_for_the_file_every_subscriber_fetches_for_itself(
+    server: EmbeddedServer, client: redis.Redis, run_id: str, parent: Path
+) -> None:
+    RedisWeightChannel(client, run_id).publish(5, {"w": torch.ones(100_000)})
+    with SharedWeights(RedisWeightChannel(connect(server.url), run_id), run_id, parent) as source:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            found = [source.fetch_newer(-1) for _ in range(2)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert all(weights is not None and weights.version == 5 for weights in found)
+        assert not list((parent / run_id).glob("*.safetensors"))
+
+
+def test_a_folder_that_somebody_removed_is_done_without(
+    server: EmbeddedServer, client: redis.Redis, run_id: str, parent: Path
+) -> None:
+    RedisWeightChannel(client, run_id).publish(5, {"w": torch.ones(2)})
+    with SharedWeights(RedisWeightChannel(connect(server.url), run_id), run_id, parent) as source:
+        shutil.rmtree(parent / run_id)
+        assert (found := source.fetch_newer(-1)) is not None and found.version == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mara.common.agent import Agent
 from mara.common.config import AgentConfig
 from mara.deploy.bench.figures import in_turn
 from mara.deploy.bench.paper_procedure import answer
+from mara.deploy.bench.replay import Sizes, WeightsSizes, bench_replay, bench_weights
 from mara.deploy.cli import app
 
 
@@ -123,3 +125,50 @@ def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(
     assert result.exit_code == 2
     assert says.format(tmp=tmp_path) in result.stderr and "loading" not in result.output
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_replay_is_measured_against_each_peer(tmp_path):
+    sizes = Sizes(hidden_size=32, batch_size=16, ring_bytes=1 << 18, append_bytes=1 << 17)
+    lines = []
+    bench_replay(sizes, 2, tmp_path / "replay.json", lines.append)
+    figures = {figure["figure"]: figure for figure in json.loads((tmp_path / "replay.json").read_text())}
+    assert list(figures) == [
+        "sample_vs_bare_gather",
+        "sample_vs_torchrl",
+        "sample_vs_cpprb",
+        "insert_vs_raw_redis",
+        "insert_durable_vs_raw_redis",
+    ]
+    for name, figure in figures.items():
+        assert figure["value"] > 0 and figure["ratio"] > 0 and figure["peer"], name
+        assert figure["conditions"]["hidden_size"] == 32
+    assert figures["insert_durable_vs_raw_redis"]["conditions"]["append_only_file"] == "everysec"
+
+
+@pytest.mark.parametrize(
+    ("library", "figure"), [("torchrl", "sample_vs_torchrl"), ("cpprb", "sample_vs_cpprb")]
+)
+def test_a_peer_that_is_not_installed_is_left_out_aloud(tmp_path, monkeypatch, library, figure):
+    for module in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, library, None)
+    lines = []
+    sizes = Sizes(hidden_size=8, batch_size=4, ring_bytes=1 << 14, append_bytes=1 << 14)
+    bench_replay(sizes, 1, tmp_path / "replay.json", lines.append)
+    assert f'"{figure}"' not in (tmp_path / "replay.json").read_text()
+    assert any(
+        line.startswith(f"{figure}: left out, {library}") and "mara-rl[bench]" in line for line in lines
+    )
+
+
+def test_every_subscriber_gets_the_last_weights(tmp_path):
+    sizes = WeightsSizes(16, (8, 4), num_subscribers=3, num_publications=2, publish_period_s=0.3, poll_s=0.01)
+    bench_weights(sizes, 1, tmp_path / "weights.json", lambda line: None)
+    latency, look = json.loads((tmp_path / "weights.json").read_text())
+    assert (latency["figure"], look["figure"]) == (
+        "publish_to_applied_p95_s",
+        "look_for_weights_share_of_step",
+    )
+    assert 0 < latency["value"] <= latency["conditions"]["largest_s"]
+    assert latency["conditions"]["overtaken"] <= 3, "somebody missed the last publication"
+    assert look["value"] > 0

@@ -133,7 +133,7 @@ def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
         ("run.stop_timeout_s=1e300", ["run.stop_timeout_s=1e+300", "less than or equal"]),
         ("learner.batch_size={", ["learner.batch_size={", "not a YAML value"]),
         ("learner.batch_size", ["'learner.batch_size' is not of the form key=value"]),
-        ("rollout.num_actors=-1", ["rollout.num_actors=-1", "greater than or equal to 1"]),
+        ("rollout.num_actors=-1", ["rollout.num_actors=-1", "greater than or equal to 0"]),
         ("ray.address=auto", ["ray.address=auto", "set replay.redis_url"]),
         ("rewards.helpful.weight=0", ["rewards", "every weight is 0"]),
         ("shaping.score_weights={helpful: 2}", ["shaping.score_weights", "rewards.NAME.weight"]),

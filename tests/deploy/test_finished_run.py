@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def make_run(config_path: Path) -> MakeRun:
 
     def make(*overrides: str, redis_url: str | None = None, scores: tuple[str, ...] = ("helpful",)) -> Path:
         folder = make_run_folder(load_config(config_path, overrides))
-        record = LogRecord("run-1", None if redis_url is None else [redis_url], HIDDEN_SIZE, {name: {} for name in scores})
+        record = LogRecord(
+            "run-1", None if redis_url is None else [redis_url], HIDDEN_SIZE, {name: {} for name in scores}
+        )
         record.write(folder)
         return folder
 
@@ -162,10 +165,13 @@ def test_a_run_without_a_record_is_told_of(config_path: Path, make_run: MakeRun)
             find_log(offline(config_path, folder), HIDDEN_SIZE)
 
 
-def test_a_run_that_read_anothers_episodes_names_the_other(config_path: Path, make_run: MakeRun) -> None:
+def test_a_run_that_read_anothers_episodes_stands_for_the_other(config_path: Path, make_run: MakeRun) -> None:
     first = make_run()
+    (first / "replay" / "appendonlydir").mkdir(parents=True)
     second = make_run_folder(offline(config_path, first))
-    with pytest.raises(UserError, match=rf"give replay.from={first}$"):
+    assert find_log(offline(config_path, second), HIDDEN_SIZE).data_dir == first / "replay"
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=rf"replay.from={second} \(episodes of {first}\): .*{first}"):
         find_log(offline(config_path, second), HIDDEN_SIZE)
 
 

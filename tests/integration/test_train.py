@@ -127,7 +127,7 @@ def test_a_run_spreads_its_log_over_two_servers_and_learns_from_both(mara: Start
     assert load_run(run_folder(command.text)).replay.num_shards == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
     mara: Start, number: signal.Signals
 ) -> None:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 help:
-	@echo "make quickstart   train an agent for SmolLM2-135M and compare it with the plain LLM (8 to 9 minutes)"
+	@echo "make quickstart   train an agent for SmolLM2-135M and compare it with the plain LLM (8 to 11 minutes)"
 	@echo "make test         run the tests (a few minutes)"
 	@echo "make check        formatter, linter, type checker and tests: what CI runs"
 	@echo "make format       let the formatter and the linter mend what they can"

@@ -39,8 +39,8 @@ class ReplayConfig(Config):
     server of the run's own is started on this machine."""
     durable: bool = False
     """Whether the server of the run's own keeps an append-only file in ``RUN/replay/``, synced to the disk
-    once a second, so that a crash of it loses a second of episodes instead of all unread ones. Of weights it
-    keeps none; the learner publishes them again. A server at ``redis_url`` has settings of its own."""
+    once a second, so that a crash of it loses a second or two of episodes instead of all unread ones. Of
+    weights it keeps none; the learner publishes them again. Servers at ``redis_url`` have their own settings."""
     from_run: Path | None = Field(default=None, alias="from")
     """Folder of a finished run to train from: its episodes, in their order, instead of new ones; with
     ``rollout.num_actors`` 0. That run must have kept them, by ``durable`` or at a ``redis_url``, which is

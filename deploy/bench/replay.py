@@ -70,13 +70,8 @@ def bench_replay(sizes: Sizes, num_rounds: int, json_file: Path | None, say: Say
         UserError: the JSON file cannot be written, or there is no server program.
     """
     check_json_path(json_file)
-    threads_before = torch.get_num_threads()
     torch.set_num_threads(sizes.num_threads)
-    try:
-        figures = [*_sampling(sizes, num_rounds, say), *_writing(sizes, num_rounds, say)]
-    finally:
-        torch.set_num_threads(threads_before)
-    report(figures, json_file)
+    report([*_sampling(sizes, num_rounds, say), *_writing(sizes, num_rounds, say)], json_file)
 
 
 def synthetic_episodes(count: int, hidden_size: int, seed: int = 0) -> list[Episode]:

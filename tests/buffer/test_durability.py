@@ -24,7 +24,7 @@ from mara.common.episode import Episode
 MakeEpisode = Callable[..., Episode]
 PATIENT = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.1, max_outage_s=60)
 NUM_KILLS = 20
-ROUND_S = 0.8
+ROUND_S = 0.4
 MAY_BE_LOST_S = 2.0
 """The file is synced once a second, and a sync that takes long is waited for a second more."""
 GOES_ON_WITHIN_S = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable
@@ -21,8 +22,25 @@ Start = Callable[..., Any]
 """Starts ``mara train`` on the tiny world with overrides; see ``conftest.py``."""
 FOR_EVER = "learner.num_episodes=1000000"
 NO_WANDB = "wandb.mode=disabled"
+ON_ITS_EPISODES = (
+    "rollout.num_actors=0",
+    "learner.num_episodes=1000000",
+    "rewards.harmless.weight=-2.0",
+    "learner.gradient_steps_per_episode=1",
+    "shaping.terminal=spread",
+    NO_WANDB,
+)
+"""Another agent from the episodes of a finished run."""
 
 pytestmark = pytest.mark.timeout(400)
+
+
+def ended_well(command: Any) -> Path:
+    """The run's folder, once it has ended well and left nothing running."""
+    assert command.wait() == 0, command.text
+    assert command.left_running() == []
+    assert "Traceback" not in command.text
+    return run_folder(command.text)
 
 
 def run_folder(text: str) -> Path:
@@ -42,6 +60,11 @@ def is_training(command: Any) -> bool:
     return any(record["learner/gradient_step"] >= 1 for record in records(command))
 
 
+def server_of(command: Any) -> psutil.Process:
+    (server,) = [p for p in command.processes() if "valkey" in p.name() or "redis" in p.name()]
+    return server
+
+
 def addresses_beyond_loopback(processes: list[psutil.Process]) -> list[str]:
     """Where the processes accept connections from other machines."""
     own = {process.pid for process in processes}
@@ -54,20 +77,31 @@ def addresses_beyond_loopback(processes: list[psutil.Process]) -> list[str]:
     ]
 
 
-def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(mara: Start) -> None:
-    command = mara("learner.num_episodes=400", "learner.gradient_steps_per_episode=0.1")
+def test_a_run_survives_the_deaths_of_an_actor_and_its_server_and_leaves_everything_it_promises(
+    mara: Start, tmp_path: Path
+) -> None:
+    command = mara(
+        "learner.num_episodes=400", "learner.gradient_steps_per_episode=0.1", "replay.durable=true"
+    )
     command.wait_until(lambda: is_training(command), "training")
     actors = [p for p in command.processes() if p.name().startswith("ray::RolloutHos")]
     assert len(actors) == 2
     assert addresses_beyond_loopback(command.processes()) == []
     actors[0].kill()
+    server_of(command).kill()
 
-    assert command.wait() == 0, command.text
-    assert command.left_running() == []
-    folder = run_folder(command.text)
+    folder = ended_well(command)
     assert "actor-0 died" in command.text or "actor-1 died" in command.text
-    rows = records(command)
+    assert "the server for episodes and weights died and was started again; its data are kept" in command.text
+    check_metrics(records(command))
+    check_what_is_saved(folder, command.text)
+    assert (folder / "replay" / "appendonlydir").is_dir()
+    check_that_its_episodes_train_the_same_other_agent_every_time(folder, mara, tmp_path)
+
+
+def check_metrics(rows: list[dict[str, float]]) -> None:
     assert rows[-1]["actors/restarted"] == 1
+    assert rows[-1]["replay/malformed"] == rows[-1]["replay/dropped"] == 0
     assert rows[-1]["episodes/total"] == 400
     assert rows[-1]["rollout/episodes_total"] >= rows[-2]["rollout/episodes_total"]
     latest = {name: value for row in rows for name, value in row.items()}
@@ -79,6 +113,9 @@ def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(
     assert {"policy/lag_max", "episode/reward", "episode/score/harmless", "rollout/tokens_per_s"} <= set(
         latest
     )
+
+
+def check_what_is_saved(folder: Path, output: str) -> None:
     agent, card = load_agent(folder / "agent", hidden_size=32)
     assert agent.config.widths == (16, 8)
     assert card["training"]["episodes"] == 400
@@ -89,62 +126,94 @@ def test_a_run_survives_the_death_of_an_actor_and_leaves_everything_it_promises(
     for plot in ("reward.png", "accepted_positions.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
     for place in ("agent", "metrics.jsonl", "reward.png"):
-        assert str(folder / place) in command.text
+        assert str(folder / place) in output
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_a_run_survives_the_death_of_its_server(mara: Start, durable: bool) -> None:
-    steps = "learner.gradient_steps_per_episode=0.1"
-    command = mara("learner.num_episodes=400", steps, NO_WANDB, f"replay.durable={durable}")
-    command.wait_until(lambda: is_training(command), "training")
-    (server,) = [p for p in command.processes() if "valkey" in p.name() or "redis" in p.name()]
-    server.kill()
+def check_that_its_episodes_train_the_same_other_agent_every_time(
+    first: Path, mara: Start, tmp_path: Path
+) -> None:
+    """Once from a server that has them, once from the files that its own server has left."""
+    store = tmp_path / "store"
+    (first / "replay").rename(store)
+    with EmbeddedServer(512 << 20, store) as server:
+        again = ended_well(mara(f"replay.from={first}", f"replay.redis_url={server.url}", *ON_ITS_EPISODES))
+    assert weights_of(again) != weights_of(first)
+    _, card = load_agent(again / "agent", hidden_size=32)
+    last = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["episodes/total"] == card["training"]["episodes"] >= 400
+    assert last["learner/steps_dropped"] == 0
+    assert last["replay/held_back_ratio"] > 0
 
-    assert command.wait() == 0, command.text
-    assert command.left_running() == []
-    told = "its data are kept" if durable else "episodes that were unread are lost"
-    assert f"the server for episodes and weights died and was started again; {told}" in command.text
-    rows = records(command)
-    assert rows[-1]["episodes/total"] == 400
-    assert rows[-1]["actors/restarted"] == rows[-1]["replay/malformed"] == rows[-1]["replay/dropped"] == 0
-    assert (run_folder(command.text) / "replay" / "appendonlydir").is_dir() == durable
-
-
-def test_a_run_spreads_its_log_over_two_servers_and_learns_from_both(mara: Start) -> None:
-    with EmbeddedServer(1 << 29) as one, EmbeddedServer(1 << 29) as other:
-        urls = f"replay.redis_url=[{one.url},{other.url}]"
-        command = mara("learner.num_episodes=120", NO_WANDB, urls)
-        assert command.wait() == 0, command.text
-        written = [connect(server.url) for server in (one, other)]
-        (weights,) = written[0].keys("mara:*:weights")
-        run_id = weights.decode().split(":")[1]
-        counts = [int(c.hget(keys_of(run_id, shard).counts, "appended")) for shard, c in enumerate(written)]
-        assert written[1].keys("mara:*:weights") == []
-    assert min(counts) > 0 and sum(counts) >= 120
-    rows = records(command)
-    assert rows[-1]["episodes/total"] == 120
-    assert rows[-1]["weights/refused"] == rows[-1]["replay/dropped"] == rows[-1]["replay/malformed"] == 0
-    assert load_run(run_folder(command.text)).replay.num_shards == 2
+    store.rename(first / "replay")
+    before = content_of(first)
+    from_files = ended_well(mara(f"replay.from={first}", *ON_ITS_EPISODES))
+    assert weights_of(from_files) == weights_of(again)
+    assert content_of(first) == before
+    assert not list(from_files.glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_saves_the_agent_and_ends_everything(
-    mara: Start, number: signal.Signals
+def weights_of(folder: Path) -> str:
+    """SHA-256 of the saved agent."""
+    return hashlib.sha256((folder / "agent" / "agent.safetensors").read_bytes()).hexdigest()
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_survives_the_death_of_a_server_that_keeps_nothing_and_saves_its_agent_at_sigterm(
+    mara: Start,
 ) -> None:
     command = mara(FOR_EVER, NO_WANDB, "rollout.num_actors=1", "learner.sac.critic_only_steps=1000000")
     command.wait_until(lambda: is_training(command), "training")
-    command.signal_group(number)
+    server_of(command).kill()
+    lost = (
+        "the server for episodes and weights died and was started again; episodes that were unread are lost"
+    )
+    command.wait_until(lambda: lost in command.text, "a new server")
+    episodes = records(command)[-1]["episodes/total"]
+    command.wait_until(lambda: records(command)[-1]["episodes/total"] > episodes + 20, "more episodes")
+    command.signal_group(signal.SIGTERM)
 
-    assert command.wait() == 0, command.text
-    assert command.left_running() == []
-    folder = run_folder(command.text)
+    check_what_a_signal_leaves(command)
+    last = records(command)[-1]
+    assert last["actors/restarted"] == last["replay/malformed"] == last["replay/dropped"] == 0
+    assert not (run_folder(command.text) / "replay").exists()
+    assert "mara: warning: the saved agent is untrained: in the first 1000000 gradient steps" in command.text
+
+
+def check_what_a_signal_leaves(command: Any) -> None:
+    folder = ended_well(command)
     _, card = load_agent(folder / "agent", hidden_size=32)
     assert card["training"]["gradient_steps"] >= 1
     assert records(command)[-1]["learner/gradient_step"] == card["training"]["gradient_steps"]
-    assert card["training"]["policy_steps"] == 0
-    assert "mara: warning: the saved agent is untrained: in the first 1000000 gradient steps" in command.text
     assert (folder.parent / "latest").resolve() == folder
-    assert "Traceback" not in command.text
+
+
+def test_a_run_spreads_its_log_over_two_servers_and_saves_its_agent_at_ctrl_c(mara: Start) -> None:
+    with EmbeddedServer(1 << 29) as one, EmbeddedServer(1 << 29) as other:
+        command = mara(FOR_EVER, NO_WANDB, f"replay.redis_url=[{one.url},{other.url}]")
+        command.wait_until(lambda: is_training(command), "training")
+        written = [connect(server.url) for server in (one, other)]
+        (weights,) = written[0].keys("mara:*:weights")
+        run_id = weights.decode().split(":")[1]
+
+        def counts() -> list[int]:
+            found = [
+                client.hget(keys_of(run_id, shard).counts, "appended") for shard, client in enumerate(written)
+            ]
+            return [int(count or 0) for count in found]
+
+        command.wait_until(lambda: min(counts()) > 0, "episodes on both servers")
+        command.wait_until(lambda: records(command)[-1]["episodes/total"] >= 100, "100 episodes")
+        command.signal_group(signal.SIGINT)
+        check_what_a_signal_leaves(command)
+        assert written[1].keys("mara:*:weights") == []
+        record = (run_folder(command.text) / "replay.json").read_text()
+        assert record.count("***") == 2 and one.url not in record and other.url not in record
+    last = records(command)[-1]
+    assert last["weights/refused"] == last["replay/dropped"] == last["replay/malformed"] == 0
+    assert load_run(run_folder(command.text)).replay.num_shards == 2
 
 
 def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Start) -> None:

@@ -117,8 +117,8 @@ class EvaluationReport:
         return asdict(self)
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with the system, answers done and answers in all."""
+Progress = Callable[[int, int], None]
+"""Called with the answers done and the answers in all, of all systems."""
 
 
 def evaluate(
@@ -132,7 +132,7 @@ def evaluate(
     max_prompt_tokens: int,
     seed: int = 0,
     num_samples: int = 4,
-    progress: Progress = lambda system, done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> EvaluationReport:
     """Compare the agent with the plain LLM on ``prompts``, by ``heads``; all decoding is greedy.
 
@@ -151,20 +151,7 @@ def evaluate(
         "agent": AgentPolicy(agent.eval(), threshold=decoding.threshold),
         "base_sampled": "sample",
     }
-    answers = {
-        system: answer_prompts(
-            llm,
-            prompts,
-            decoding,
-            policy,
-            rows,
-            max_prompt_tokens,
-            seed,
-            _for_system(progress, system),
-            heads,
-        )
-        for system, policy in policies.items()
-    }
+    answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
     return _report(llm, prompts, answers, weights, seed, num_samples)
 
 
@@ -172,41 +159,59 @@ def answer_prompts(
     llm: LLM,
     prompts: Sequence[Prompt],
     decoding: DecodingConfig,
-    policy: Policy | Plain,
+    policies: Mapping[str, Policy | Plain],
     rows: int,
     max_prompt_tokens: int,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     heads: Mapping[str, RewardHead] = MappingProxyType({}),
-) -> list[ScoredAnswer]:
-    """One answer for each prompt, in their order, scored by ``heads`` as soon as it is finished.
+) -> dict[str, list[ScoredAnswer]]:
+    """One answer by each of the ``policies`` to each prompt, in the prompts' order, scored by ``heads``.
+
+    All are answered together: a prompt is read once for all policies, and its answers are rounded alike.
 
     Raises:
         UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
     """
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
+    num_answers = len(policies) * len(prompts)
+    # The widest window that any policy needs: a plain one by itself would allow one candidate alone.
+    widest: Policy | Plain = "greedy"
+    for policy in policies.values():
+        if not isinstance(policy, str):
+            widest = policy
     engine = Engine(
         llm.model,
         llm.eos_ids,
         decoding,
-        policy,
-        min(rows, len(prompts)),
+        widest,
+        min(rows, num_answers),
         max(map(len, rendered.values())),
         common_prefix(list(rendered.values())),
     )
     # Longest first: the batch then empties evenly and its prefills are of like length.
     order = sorted(range(len(prompts)), key=lambda index: -len(rendered[prompts[index].id]))
     requests = (
-        Request(rendered[prompts[index].id], derive_seed(seed, "answer", prompts[index].id), tag=index)
+        Request(
+            rendered[prompts[index].id],
+            derive_seed(seed, "answer", prompts[index].id),
+            tag=(system, index),
+            policy=policy,
+        )
         for index in order
+        for system, policy in policies.items()
     )
-    answers: list[ScoredAnswer | None] = [None] * len(prompts)
+    answers: dict[str, list[ScoredAnswer | None]] = {system: [None] * len(prompts) for system in policies}
     for done, generation in enumerate(engine.generate(requests), start=1):
+        system, index = generation.request.tag
         answer = _scored(generation, heads, llm.eos_ids)
-        _check_finite(answer, prompts[generation.request.tag])
-        answers[generation.request.tag] = answer
-        progress(done, len(prompts))
-    return [answer for answer in answers if answer is not None]
+        _check_finite(answer, prompts[index])
+        answers[system][index] = answer
+        progress(done, num_answers)
+    return {
+        system: [answer for answer in of_system if answer is not None]
+        for system, of_system in answers.items()
+    }
 
 
 def outcomes(differences: Sequence[np.ndarray]) -> np.ndarray:
@@ -291,10 +296,6 @@ def _outcome(joint: int, differs: bool) -> Outcome:
     if joint:
         return "better" if joint > 0 else "worse"
     return "mixed" if differs else "same"
-
-
-def _for_system(progress: Progress, system: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(system, done, total)
 
 
 def _report(

@@ -60,7 +60,10 @@ def run_evaluation(folder: Path, config: RunConfig, *, after_training: bool = Fa
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of held-out prompts to compare on")
     prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
-    say(f"evaluation: {len(prompts)} held-out prompts, the LLM alone and with the agent")
+    say(
+        f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
+        "yardstick of fluency)"
+    )
     hidden_size = find_hidden_size(config.llm)
     agent, card = _read_agent(folder, config, hidden_size)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
@@ -111,10 +114,11 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
         "base": "greedy",
         "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
     }
-    for system, policy in policies.items():
-        (answer,) = answer_prompts(
-            llm, [Prompt("prompt", prompt)], config.decoding, policy, 1, config.rollout.max_prompt_tokens
-        )
+    prompts = [Prompt("prompt", prompt)]
+    answers = answer_prompts(
+        llm, prompts, config.decoding, policies, len(policies), config.rollout.max_prompt_tokens
+    )
+    for system, (answer,) in answers.items():
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
 
 
@@ -251,17 +255,13 @@ def _load(config: RunConfig, tell: Callable[[str], None]) -> LLM:
 
 
 class _Progress:
-    """A line when a system starts, every ten seconds, and when it is done."""
+    """A line every ten seconds, and when all is done."""
 
     def __init__(self) -> None:
-        self._system = ""
-        self._began_s = 0.0
-        self._said_s = 0.0
+        self._began_s = self._said_s = time.monotonic()
 
-    def tell(self, system: str, done: int, total: int) -> None:
+    def tell(self, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if system != self._system:
-            self._system, self._began_s, self._said_s = system, now_s, now_s
         if done == total or now_s - self._said_s >= SAY_EVERY_S:
             self._said_s = now_s
-            say(f"  {SYSTEMS[system]}: {done}/{total} answers, {now_s - self._began_s:.0f} s")
+            say(f"  {done}/{total} answers, {now_s - self._began_s:.0f} s")

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ class Engine:
         model: the causal language model, in evaluation mode.
         eos_ids: tokens that end an answer.
         config: truncation, length limit, fallback and mode.
-        policy: who decides; a :class:`Policy`, or ``"greedy"`` / ``"sample"`` for the plain LLM.
+        policy: who decides where a request does not say: a :class:`Policy`, or ``"greedy"`` or ``"sample"``,
+            the plain LLM.
         num_rows: prompts decoded at the same time.
         max_prompt_tokens: the longest prompt that will be submitted.
         shared_prefix: tokens that most prompts begin with, such as a chat template's system message. They are
@@ -196,7 +197,8 @@ class Engine:
 
     def _new_row(self, request: Request, started_at_s: float) -> Row:
         limit = request.max_new_tokens or self.config.max_new_tokens
-        return Row(Generation(request, started_at_s), limit)
+        policy = self.policy if request.policy is None else request.policy
+        return Row(Generation(request, started_at_s), limit, policy)
 
     def _read(self, prompts: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Read U different prompts into the first free rows: those prompts in the rows' order, and the hidden
@@ -257,7 +259,8 @@ class Engine:
         for number, (index, place) in enumerate(kept):
             row = rows[index]
             row.rank += place
-            ranks.append(row.rank)
+            if not row.is_plain:
+                ranks.append(row.rank)
             if self._take(row, taken_BD[number]):
                 finished.append(index)
             else:
@@ -303,15 +306,13 @@ class Engine:
             row.ids = [int(number) for number in numbers[1 : 1 + num]]
             row.reference_logprobs = numbers[1 + num_K : 1 + num_K + num]
             row.full_logprobs = numbers[1 + 2 * num_K : 1 + 2 * num_K + num]
-            if self.policy == "sample":
+            if row.policy == "sample":
                 weights = np.exp(np.array(row.full_logprobs))
                 row.rank = int(row.rng.choice(num, p=weights / weights.sum()))
 
     def _decide(self, rows: list[Row], states_BQD: torch.Tensor) -> list[int | None]:
         """Which of the examined candidates each row takes, if any; records the decisions."""
         taken: list[int | None] = [0] * len(rows)
-        if isinstance(self.policy, str):
-            return taken
         for index, row in enumerate(rows):
             if row.retaken:
                 self._record_fallback(row, states_BQD[index, 0])
@@ -322,9 +323,8 @@ class Engine:
             return taken
         states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
         draws = [draw for row in rows if row.undecided for draw in row.draws(row.num_examined)]
-        decisions = self.policy.decide(states_ND, torch.tensor(draws))
-        accepts = decisions.accept_B.tolist()
-        logprobs = (decisions.accept_logprobs_B.tolist(), decisions.reject_logprobs_B.tolist())
+        answers = _ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
+        accepts = [answer.accept for answer in answers]
         verdicts: list[tuple[int, Row, int, Verdict]] = []
         begin = 0
         for index, row in enumerate(rows):
@@ -347,8 +347,7 @@ class Engine:
                         next(states),
                         row.rank + offset,
                         offset == verdict.taken,
-                        (logprobs[0][place], logprobs[1][place]),
-                        decisions.policy_version,
+                        answers[place],
                     )
                 )
             taken[index] = verdict.taken
@@ -362,8 +361,7 @@ class Engine:
         state_D: torch.Tensor,
         rank: int,
         taken: bool,
-        logprobs: tuple[float, float],
-        policy_version: int,
+        answer: _Answer,
     ) -> Decision:
         forced = self.config.fallback == "last" and rank == row.num - 1
         return Decision(
@@ -374,9 +372,9 @@ class Engine:
             position=len(row.generation.response_ids),
             forced=forced,
             reference_logprob=row.reference_logprobs[rank],
-            accept_logprob=0.0 if forced else logprobs[0],
-            reject_logprob=-np.inf if forced else logprobs[1],
-            policy_version=policy_version,
+            accept_logprob=0.0 if forced else answer.accept_logprob,
+            reject_logprob=-np.inf if forced else answer.reject_logprob,
+            policy_version=answer.policy_version,
         )
 
     def _reject(self, row: Row, first_state_D: torch.Tensor) -> int | None:
@@ -453,3 +451,33 @@ class Engine:
 
     def _index(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
+
+
+class _Answer(NamedTuple):
+    """What a policy says of one candidate."""
+
+    accept: bool
+    accept_logprob: float
+    reject_logprob: float
+    policy_version: int
+
+
+def _ask(
+    policies: Sequence[Policy | Plain], states_ND: torch.Tensor, uniforms_N: torch.Tensor
+) -> list[_Answer]:
+    """Each state's own policy decides about it; every policy is asked once for all of its states."""
+    answers: list[_Answer | None] = [None] * len(policies)
+    for policy in {id(policy): policy for policy in policies}.values():
+        assert not isinstance(policy, str)
+        places = [place for place, other in enumerate(policies) if other is policy]
+        is_all = len(places) == len(policies)
+        some = slice(None) if is_all else torch.tensor(places)
+        decisions = policy.decide(states_ND[some], uniforms_N[some])
+        accepts = decisions.accept_B.tolist()
+        accept_logprobs = decisions.accept_logprobs_B.tolist()
+        reject_logprobs = decisions.reject_logprobs_B.tolist()
+        for n, place in enumerate(places):
+            answers[place] = _Answer(
+                accepts[n], accept_logprobs[n], reject_logprobs[n], decisions.policy_version
+            )
+    return [answer for answer in answers if answer is not None]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mara.actors.decoding.policies import Plain, Policy
 from mara.common.episode import FinishReason
 
 DRAWS_AT_A_TIME = 64
@@ -25,6 +26,8 @@ class Request:
     """Handed back with the answer."""
     max_new_tokens: int | None = None
     """Longest answer; at most the engine's own limit, which None stands for."""
+    policy: Policy | Plain | None = None
+    """Who decides about this answer. None: the engine's own."""
 
 
 @dataclass(slots=True)
@@ -77,14 +80,16 @@ class Row:
         "misses",
         "num_examined",
         "num",
+        "policy",
         "rank",
         "reference_logprobs",
         "retaken",
         "rng",
     )
 
-    def __init__(self, generation: Generation, limit: int) -> None:
+    def __init__(self, generation: Generation, limit: int, policy: Policy | Plain) -> None:
         self.generation = generation
+        self.policy = policy
         self.limit = limit
         """Longest answer, tokens."""
         self.rng = np.random.default_rng(generation.request.seed)
@@ -108,7 +113,11 @@ class Row:
     @property
     def undecided(self) -> bool:
         """Whether anybody is to be asked about the candidate."""
-        return self.num > 1 and not self.retaken
+        return self.num > 1 and not self.retaken and not self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        return isinstance(self.policy, str)
 
     def draws(self, num: int) -> list[float]:
         """The next ``num`` uniform draws of the row's own stream, float32 in [0, 1), without using them

@@ -46,7 +46,7 @@ def answer(
             training; else stop at the first that is accepted, as the paper words it.
     """
     found = Answer()
-    draws = Row(Generation(request, 0.0), config.max_new_tokens)
+    draws = Row(Generation(request, 0.0), config.max_new_tokens, policy)
     cache = DynamicCache()
 
     def run(ids: list[int]) -> torch.Tensor:

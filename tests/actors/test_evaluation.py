@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
 from mara.actors.evaluation import (
     EvaluationReport,
     ScoredAnswer,
@@ -242,9 +242,10 @@ class Jitter(RewardHead):
 def test_answers_of_the_same_tokens_are_ties_however_their_scores_were_rounded(llm):
     prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
     agent = make_agent(seed=2, bias=0.0)
-    policies = ("greedy", AgentPolicy(agent, threshold=0.4))
-    base, guided = (answer_prompts(llm, prompts, DECODING, policy, 7, 60) for policy in policies)
-    num_same = sum(a.response_ids == b.response_ids for a, b in zip(base, guided, strict=True))
+    policies = {"base": "greedy", "agent": AgentPolicy(agent, threshold=0.4)}
+    answers = answer_prompts(llm, prompts, DECODING, policies, 7, 60)
+    pairs = zip(answers["base"], answers["agent"], strict=True)
+    num_same = sum(base.response_ids == guided.response_ids for base, guided in pairs)
     assert 0 < num_same < len(prompts)
     heads = {name: Jitter(HeadShape(hidden_size=32, width=0)) for name in WEIGHTS}
     report = evaluate(llm, agent, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
@@ -256,13 +257,13 @@ def test_a_score_that_is_no_number_is_never_a_tie(llm):
     head = make_head(0)
     head.base_std.fill_(0.0)
     with pytest.raises(UserError, match=r"rewards\.cost\.path: .* prompt 'p\d' the score (nan|-?inf);"):
-        answer_prompts(llm, PROMPTS, DECODING, "greedy", 3, 40, heads=HEADS | {"cost": head})
+        answer_prompts(llm, PROMPTS, DECODING, {"base": "greedy"}, 3, 40, heads=HEADS | {"cost": head})
 
 
 def test_no_more_answers_with_hidden_states_are_held_than_there_are_rows(llm):
     alive: list[int] = []
 
-    def progress(system: str, done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         alive.append(sum(type(thing) is Generation for thing in gc.get_objects()))
 
     gc.collect()
@@ -273,5 +274,30 @@ def test_no_more_answers_with_hidden_states_are_held_than_there_are_rows(llm):
         gc.unfreeze()
     assert len(alive) == 3 * len(PROMPTS)
     assert 1 <= max(alive) <= 3
-    scored = answer_prompts(llm, PROMPTS, DECODING, "greedy", 3, 40, heads=HEADS)
-    assert not any(isinstance(value, torch.Tensor) for one in scored for value in asdict(one).values())
+    scored = answer_prompts(llm, PROMPTS, DECODING, {"base": "greedy"}, 3, 40, heads=HEADS)
+    assert not any(
+        isinstance(value, torch.Tensor) for one in scored["base"] for value in asdict(one).values()
+    )
+
+
+@pytest.mark.parametrize("rows", [2, 7, 64])
+def test_systems_that_are_answered_together_answer_as_each_does_alone(llm, rows):
+    prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
+    policies: dict[str, Policy | Plain] = {
+        "base": "greedy",
+        "agent": AgentPolicy(make_agent(seed=2, bias=0.0), threshold=0.4),
+        "other": AgentPolicy(make_agent(seed=3, bias=0.0), threshold=0.6),
+        "sampled": "sample",
+    }
+    together = answer_prompts(llm, prompts, DECODING, policies, rows, 60, seed=5)
+    for name, policy in policies.items():
+        (alone,) = answer_prompts(llm, prompts, DECODING, {name: policy}, 5, 60, seed=5).values()
+        for one, other in zip(together[name], alone, strict=True):
+            assert one.response_ids == other.response_ids
+            assert (one.accepted_ranks, one.num_decisions, one.num_forced) == (
+                other.accepted_ranks,
+                other.num_decisions,
+                other.num_forced,
+            )
+    texts = {name: [answer.response_ids for answer in answers] for name, answers in together.items()}
+    assert len({str(ids) for ids in texts.values()}) == len(policies)

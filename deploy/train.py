@@ -11,27 +11,22 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara.actors.llm import cache_folder
-from mara.buffer.server import EmbeddedServer
-from mara.common.addresses import hide_password
-from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import Display, View, open_display, say, warn
+from mara.deploy.console import View, open_display, say, warn
 from mara.deploy.exit import RunFailed
-from mara.deploy.finished_run import FinishedLog, require_episodes
 from mara.deploy.learner_host import LearnerSpec, agent_card
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
+from mara.deploy.progress import TICK_S, Progress, StoppedEarly
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.rollout_host import RolloutSpec
@@ -39,13 +34,12 @@ from mara.deploy.run_folder import (
     CONFIG_FILE,
     LATEST,
     LOGS,
-    REPLAY,
-    LogRecord,
     make_run_folder,
     name_latest,
     what_is_saved,
 )
 from mara.deploy.signals import StopSignal
+from mara.deploy.store import Store, open_store, with_addresses
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
 
@@ -53,8 +47,6 @@ if TYPE_CHECKING:
     from mara.deploy.topology import Cluster
 
 POLL_S = 1.0
-MAX_SERVER_RESTARTS = 20
-TICK_S = 0.05
 LAST_REPORT_S = 10.0
 ACTORS_STOP_S = 3.0
 WANDB_START_S = 45.0
@@ -65,10 +57,6 @@ WAITS = {
     LOADING: "loading the LLM into {}",
 }
 """What is said of the processes in each phase before the last."""
-
-
-class _StoppedEarly(Exception):
-    """A signal came before there was anything to save."""
 
 
 def train(config: RunConfig) -> None:
@@ -88,10 +76,10 @@ def train(config: RunConfig) -> None:
     )
     with StopSignal() as stop, ExitStack() as exits:
         with open_display(view) as display:
-            show = _Show(view, display, stop)
+            progress = Progress(view, display, stop)
             folder: Path | None = None
             try:
-                checked = preflight(config, show.state)
+                checked = preflight(config, progress.state)
                 folder = make_run_folder(config)
                 recorder = Recorder(folder, config, display.say)
                 exits.callback(recorder.close)
@@ -101,8 +89,8 @@ def train(config: RunConfig) -> None:
                         f"the LLM is unpacked into {cache_folder()} first, once for this machine; "
                         "that takes half a minute or more"
                     )
-                summary = _Training(config, checked, folder, recorder, show).run()
-            except _StoppedEarly:
+                summary = _Training(config, checked, folder, recorder, progress).run()
+            except StoppedEarly:
                 display.say("stopped before training began; there is no agent to save")
                 return
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
@@ -129,69 +117,17 @@ def _reason(error: OSError) -> str:
     return f"{error.filename or 'output'}: {error.strerror or error}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Show:
-    """The display together with the wish to stop: both matter whenever something is waited for."""
-
-    view: View
-    display: Display
-    stop: StopSignal
-
-    def state(self, state: str) -> None:
-        """Say what is done next.
-
-        Raises:
-            _StoppedEarly: a signal has come.
-        """
-        self.view.state = state
-        self.display.refresh()
-        if self.stop.requested:
-            raise _StoppedEarly
-
-    def pause(self, seconds: float) -> None:
-        """Wait, but no longer than to the first signal."""
-        until = time.monotonic() + seconds
-        while not self.stop.requested and time.monotonic() < until:
-            time.sleep(TICK_S)
-
-    def wait_for(self, work: Callable[[], None], *, may_be_left: bool = False) -> None:
-        """Do ``work`` in another thread, with the display alive and signals heard; raise what it raises.
-
-        Raises:
-            _StoppedEarly: a signal has come, and the work ``may_be_left`` undone.
-        """
-        errors: list[BaseException] = []
-
-        def guarded() -> None:
-            try:
-                work()
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=guarded, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            self.display.refresh()
-            if may_be_left and self.stop.requested:
-                raise _StoppedEarly
-            thread.join(TICK_S)
-        if errors:
-            raise errors[0]
-
-
 class _Training:
     """One training, from the server to the saved agent."""
 
     def __init__(
-        self, config: RunConfig, checked: Checked, folder: Path, recorder: Recorder, show: _Show
+        self, config: RunConfig, checked: Checked, folder: Path, recorder: Recorder, progress: Progress
     ) -> None:
         self._config = config
         self._checked = checked
         self._folder = folder
         self._recorder = recorder
-        self._show = show
-        self._server: EmbeddedServer | None = None
-        self._num_server_restarts = 0
+        self._progress = progress
         self._is_latest = False
         self._run_id = f"{folder.name}-{secrets.token_hex(4)}"
         """Names the keys of the replay log that is read."""
@@ -203,100 +139,42 @@ class _Training:
         with ExitStack() as exits:
             # Last of all, also after a failure: the learner saves what it can before it ends.
             exits.callback(self._name_latest)
-            log = self._checked.log
-            config = self._with_server(exits) if log is None else self._with_log(log, exits)
+            store = exits.enter_context(
+                open_store(self._config, self._checked, self._folder, self._run_id, self._progress)
+            )
             cluster = self._with_cluster(exits)
-            who = "the learner and the rollout actors" if log is None else "the learner"
-            self._show.state(f"asking Ray for {who}")
-            supervisor = self._place(config, cluster)
+            has_actors = self._config.rollout.num_actors > 0
+            who = "the learner and the rollout actors" if has_actors else "the learner"
+            self._progress.state(f"asking Ray for {who}")
+            supervisor = self._place(with_addresses(self._config, store.redis_urls), cluster)
             exits.callback(supervisor.kill)
             self._start_wandb(exits)
-            summary = self._train(supervisor)
+            summary = self._train(supervisor, store)
             self._keep_agent(supervisor)
-            self._show.view.state = "ending the learner and the rollout actors"
-            self._show.display.refresh()
+            self._progress.view.state = "ending the learner and the rollout actors"
+            self._progress.display.refresh()
             supervisor.wait_for_actors(ACTORS_STOP_S)
         return summary
-
-    def _with_server(self, exits: ExitStack) -> RunConfig:
-        """The settings with the address of a server, which is started if none was given."""
-        config = self._config
-        self._record_log(config.replay.redis_urls or None)
-        if config.replay.redis_url is not None:
-            return config
-        self._show.state("starting the server for episodes and weights")
-        max_bytes = config.replay.store_max_bytes(config.rollout.num_actors)
-        server = EmbeddedServer(max_bytes, self._folder / REPLAY if config.replay.durable else None)
-        self._server = exits.enter_context(server)
-        return _with_addresses(config, [server.url])
-
-    def _record_log(self, redis_urls: Sequence[str] | None) -> None:
-        """Note for later runs where the episodes of this one are."""
-        shown = None if redis_urls is None else [hide_password(url) for url in redis_urls]
-        checked = self._checked
-        LogRecord(self._run_id, shown, checked.hidden_size, checked.head_digests).write(self._folder)
-
-    def _with_log(self, log: FinishedLog, exits: ExitStack) -> RunConfig:
-        """The settings with the address of a server that has the episodes of a finished run."""
-        if log.data_dir is None:
-            assert log.redis_urls is not None
-            return _with_addresses(self._config, log.redis_urls)
-        self._show.state("starting a server with a copy of the episodes")
-        # A server writes to the file it opens; the run's own stays as it is.
-        copy = self._folder / f".{log.data_dir.name}.copy"
-        exits.callback(shutil.rmtree, copy, ignore_errors=True)
-        data_dir = log.data_dir
-
-        def copy_unless_stopped(source: str, target: str) -> None:
-            if not self._show.stop.requested:
-                shutil.copy2(source, target)
-
-        self._show.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
-        self._show.state("starting a server with a copy of the episodes")  # ends here after a signal
-        server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
-        require_episodes(log, self._config.replay, [server.url])
-        return _with_addresses(self._config, [server.url])
-
-    def _keep_server(self) -> None:
-        """Start the run's own server again if it died: the others go on as soon as it answers.
-
-        Raises:
-            RunFailed: it does not start, or has died too often.
-        """
-        if self._server is None or self._server.pid is not None:
-            return
-        self._num_server_restarts += 1
-        if self._num_server_restarts > MAX_SERVER_RESTARTS:
-            raise RunFailed(
-                f"the server for episodes and weights died {self._num_server_restarts} times; the run ends; "
-                f"{what_is_saved(self._folder)}; free memory or lower replay.log_max_bytes"
-            )
-        try:
-            self._server.start()
-        except UserError as error:
-            raise RunFailed(f"{error}; the run ends; {what_is_saved(self._folder)}") from error
-        kept = "its data are kept" if self._config.replay.durable else "episodes that were unread are lost"
-        self._show.display.say(f"the server for episodes and weights died and was started again; {kept}")
 
     def _with_cluster(self, exits: ExitStack) -> Cluster:
         """The cluster at ``ray.address``, or one of the run's own on this machine."""
         address = self._config.ray.address
         if address is None:
-            self._show.state("starting Ray")
+            self._progress.state("starting Ray")
             rollout = self._config.rollout
             num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus)
             head = RayHead(num_cpus, self._folder / LOGS / "ray.log")
             exits.callback(head.stop)
-            self._show.wait_for(head.start, may_be_left=True)
+            self._progress.wait_for(head.start, may_be_left=True)
             address = head.address
-        self._show.state("joining the Ray cluster")
+        self._progress.state("joining the Ray cluster")
         from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
 
         cluster = Cluster(address)
         exits.callback(cluster.close)
-        self._show.wait_for(cluster.open)
+        self._progress.wait_for(cluster.open)
         # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.
-        self._show.stop.install()
+        self._progress.stop.install()
         return cluster
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
@@ -307,7 +185,7 @@ class _Training:
             RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts, number)
             for number in range(config.rollout.num_actors)
         ]
-        return Supervisor(cluster, learner, rollouts, self._show.display.say)
+        return Supervisor(cluster, learner, rollouts, self._progress.display.say)
 
     def _start_wandb(self, exits: ExitStack) -> None:
         """Start W&B beside the loading of the LLM: both take seconds."""
@@ -315,11 +193,11 @@ class _Training:
         thread.start()
         exits.callback(thread.join, WANDB_START_S)
 
-    def _train(self, supervisor: Supervisor) -> LearnerSummary:
+    def _train(self, supervisor: Supervisor, store: Store) -> LearnerSummary:
         """Watch until the learner is done, or was asked to stop and has saved."""
         deadline_s: float | None = None
         while True:
-            self._keep_server()
+            store.keep(self._config, self._folder, self._progress.display.say)
             status = supervisor.poll()
             self._take(status)
             if status.summary is not None:
@@ -327,9 +205,9 @@ class _Training:
                 self._record(supervisor.last_rows(LAST_REPORT_S), status.metrics)
                 return status.summary
             if deadline_s is None:
-                self._show.pause(POLL_S)
-                if self._show.stop.requested:
-                    self._show.view.state = "stopping: the learner saves the agent"
+                self._progress.pause(POLL_S)
+                if self._progress.stop.requested:
+                    self._progress.view.state = "stopping: the learner saves the agent"
                     supervisor.request_stop(learner=True)
                     deadline_s = time.monotonic() + self._config.run.stop_timeout_s
             elif time.monotonic() > deadline_s:
@@ -342,13 +220,13 @@ class _Training:
 
     def _take(self, status: Status) -> None:
         """Show and record what is new."""
-        view = self._show.view
+        view = self._progress.view
         view.update(status.metrics)
         self._record(status.rows, status.metrics)
         self._name_latest()
-        if not self._show.stop.requested:
+        if not self._progress.stop.requested:
             view.state = describe(status, view)
-        self._show.display.refresh()
+        self._progress.display.refresh()
 
     def _name_latest(self) -> None:
         """Give the run the name ``latest`` once it has an agent that learnt."""
@@ -358,14 +236,14 @@ class _Training:
             self._is_latest = name_latest(self._folder)
         except OSError as error:
             self._is_latest = True  # Told once; the run itself does not need the link.
-            self._show.display.say(f"{LATEST} names another run still: {_reason(error)}")
+            self._progress.display.say(f"{LATEST} names another run still: {_reason(error)}")
 
     def _record(self, rows: list[dict[str, float]], fleet: dict[str, float]) -> None:
         for row in rows:
             row["replay/fill"] = row.get("replay/transitions", 0.0) / self._config.replay.capacity_transitions
             self._recorder.record({**fleet, **row})
-            self._show.view.update(row)
-            self._show.view.remember(row)
+            self._progress.view.update(row)
+            self._progress.view.remember(row)
 
     def _keep_agent(self, supervisor: Supervisor) -> None:
         """Fetch the agent from the learner's machine, if that is not this one.
@@ -382,25 +260,6 @@ class _Training:
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_bytes(content)
-
-
-def _with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
-    replay = config.replay.model_copy(update={"redis_url": tuple(redis_urls)})
-    return config.model_copy(update={"replay": replay})
-
-
-def _copied(source: Path, target: Path, copy_file: Callable[[str, str], object]) -> None:
-    """Copy a folder.
-
-    Raises:
-        UserError: a file of it went away: the run is still going on.
-    """
-    try:
-        shutil.copytree(source, target, copy_function=copy_file)
-    except shutil.Error as error:
-        raise UserError(
-            f"{source} changes while it is copied ({error.args[0][0][2]}); wait for that run to end"
-        ) from error
 
 
 def describe(status: Status, view: View) -> str:

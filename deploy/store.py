@@ -1,0 +1,136 @@
+"""The store of one run, with its replay log and its weights: who runs it, and that it stays.
+
+::
+
+    replay.redis_url      the user's servers, which are only used
+    neither               a server of the run's own; with replay.durable its file is in RUN/replay/
+    replay.from=RUN       the servers that have the episodes of that run, or one on a copy of its file
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mara.buffer.server import EmbeddedServer
+from mara.common.addresses import hide_password
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.exit import RunFailed
+from mara.deploy.finished_run import FinishedLog, require_episodes
+from mara.deploy.preflight import Checked
+from mara.deploy.progress import Progress
+from mara.deploy.run_folder import REPLAY, LogRecord, what_is_saved
+
+MAX_SERVER_RESTARTS = 20
+
+
+class Store:
+    """The servers of a run. The run's own, if it has one, is started again when it dies."""
+
+    def __init__(self, redis_urls: Sequence[str], server: EmbeddedServer | None = None) -> None:
+        """``server`` is the run's own: the one to look after."""
+        self.redis_urls = tuple(redis_urls)
+        """The address of each shard, with its password."""
+        self._server = server
+        self._num_restarts = 0
+
+    def keep(self, config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+        """Start the run's own server again if it died: the others go on as soon as it answers.
+
+        Raises:
+            RunFailed: it does not start, or has died too often.
+        """
+        if self._server is None or self._server.pid is not None:
+            return
+        self._num_restarts += 1
+        if self._num_restarts > MAX_SERVER_RESTARTS:
+            raise RunFailed(
+                f"the server for episodes and weights died {self._num_restarts} times; the run ends; "
+                f"{what_is_saved(folder)}; free memory or lower replay.log_max_bytes"
+            )
+        try:
+            self._server.start()
+        except UserError as error:
+            raise RunFailed(f"{error}; the run ends; {what_is_saved(folder)}") from error
+        kept = "its data are kept" if config.replay.durable else "episodes that were unread are lost"
+        say(f"the server for episodes and weights died and was started again; {kept}")
+
+
+@contextmanager
+def open_store(
+    config: RunConfig, checked: Checked, folder: Path, run_id: str, progress: Progress
+) -> Iterator[Store]:
+    """The store of the run in ``folder``; servers that were started for it end with the block.
+
+    Where the run writes episodes, ``RUN/replay.json`` tells later runs where they are.
+
+    Raises:
+        UserError: a server does not start, or has no episodes of the finished run.
+        StoppedEarly: a signal came.
+    """
+    with ExitStack() as exits:
+        if checked.log is not None:
+            yield _with_log(checked.log, config, folder, progress, exits)
+            return
+        _record_log(run_id, config.replay.redis_urls, checked, folder)
+        if config.replay.redis_urls:
+            yield Store(config.replay.redis_urls)
+            return
+        progress.state("starting the server for episodes and weights")
+        max_bytes = config.replay.store_max_bytes(config.rollout.num_actors)
+        data_dir = folder / REPLAY if config.replay.durable else None
+        server = exits.enter_context(EmbeddedServer(max_bytes, data_dir))
+        yield Store([server.url], server)
+
+
+def with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
+    """The settings as the processes of the run get them: with the addresses of its store."""
+    replay = config.replay.model_copy(update={"redis_url": tuple(redis_urls)})
+    return config.model_copy(update={"replay": replay})
+
+
+def _record_log(run_id: str, redis_urls: Sequence[str], checked: Checked, folder: Path) -> None:
+    """Note for later runs where the episodes of this one are."""
+    shown = [hide_password(url) for url in redis_urls] or None
+    LogRecord(run_id, shown, checked.hidden_size, checked.head_digests).write(folder)
+
+
+def _with_log(
+    log: FinishedLog, config: RunConfig, folder: Path, progress: Progress, exits: ExitStack
+) -> Store:
+    """The servers that have the episodes of a finished run, or one that is started on a copy of its file."""
+    if log.data_dir is None:
+        assert log.redis_urls is not None
+        return Store(log.redis_urls)
+    progress.state("starting a server with a copy of the episodes")
+    # A server writes to the file it opens; the run's own stays as it is.
+    copy = folder / f".{log.data_dir.name}.copy"
+    exits.callback(shutil.rmtree, copy, ignore_errors=True)
+    data_dir = log.data_dir
+
+    def copy_unless_stopped(source: str, target: str) -> None:
+        if not progress.stop.requested:
+            shutil.copy2(source, target)
+
+    progress.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
+    progress.state("starting a server with a copy of the episodes")  # ends here after a signal
+    server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
+    require_episodes(log, config.replay, [server.url])
+    return Store([server.url])
+
+
+def _copied(source: Path, target: Path, copy_file: Callable[[str, str], object]) -> None:
+    """Copy a folder.
+
+    Raises:
+        UserError: a file of it went away: the run is still going on.
+    """
+    try:
+        shutil.copytree(source, target, copy_function=copy_file)
+    except shutil.Error as error:
+        raise UserError(
+            f"{source} changes while it is copied ({error.args[0][0][2]}); wait for that run to end"
+        ) from error

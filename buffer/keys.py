@@ -29,6 +29,8 @@ class Keys(NamedTuple):
     """Hash: version, time of publication and digest of the latest agent. Only where the first shard is."""
     tensors: str
     """String: its tensors, beside it."""
+    lease: str
+    """String ``mara:RUN:lease:TOKEN`` for each process that uses these keys, on each server; expires."""
 
 
 def keys_of(run_id: str, shard: int = 0) -> Keys:
@@ -37,7 +39,7 @@ def keys_of(run_id: str, shard: int = 0) -> Keys:
         raise UserError(
             f"run id {run_id!r} cannot name keys in the store; use up to 128 letters, digits, '.', '_', '-'"
         )
-    shared = ("quarantine", "weights", "tensors")
+    shared = ("quarantine", "weights", "tensors", "lease")
     return Keys(
         *(
             f"mara:{run_id}:{name}" if name in shared else f"mara:{run_id}:{shard}:{name}"

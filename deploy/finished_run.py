@@ -18,12 +18,16 @@ import redis
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
+from mara.buffer.lease import holders
+from mara.buffer.runs import log_length
 from mara.buffer.shards import open_reader
 from mara.common.addresses import HIDDEN
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.deploy.config import RunConfig
+from mara.deploy.console import warn
 from mara.deploy.model_shape import is_same_llm
 from mara.deploy.run_folder import REPLAY, load_run, read_log_record
+from mara.deploy.run_lock import who_runs
 
 MADE_WITH = (
     "llm.gguf_file",
@@ -73,6 +77,8 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
             run = load_run(folder)
         except UserError as error:
             raise UserError(f"{field}: {error}") from error
+    if (process := who_runs(folder)) is not None:
+        raise UserError(f"{field}: {_goes_on(process)}")
     for difference in _differences(config, run):
         raise UserError(
             f"{field}: its episodes were made with {difference}; use the same, or make new ones with "
@@ -121,27 +127,51 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
     return log
 
 
-def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]) -> None:
-    """Refuse a log of which the servers at ``urls``, one for each shard, have nothing.
+def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]) -> int:
+    """Refuse a log that is written still, or of which its servers have nothing; how many episodes they have.
+
+    ``urls`` has one address for each shard.
+
+    Where they do not have all of it any more, that is said in one line: an agent trained on the rest may be
+    another one.
 
     Raises:
-        UserError: they have nothing, or cannot be used.
+        UserError: its run goes on, they have nothing, or they cannot be used.
     """
     with ExitStack() as clients:
         opened = [clients.enter_context(connect(url, replay.connect_timeout_s)) for url in urls]
         try:
             is_empty = open_reader(opened, log.run_id, replay).at_end()
+            length = log_length(opened, log.run_id)
+            writers = [holder for holder in holders(opened[0], log.run_id) if holder.use == "writes"]
         except (ReplayUnavailable, redis.RedisError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"replay.from={log.run_folder}: its server cannot be read ({reason}); look at it, or give "
                 "another run"
             ) from error
-        if is_empty:
-            raise UserError(
-                f"replay.from={log.run_folder}: its server has no episodes of it any more (keys "
-                f"mara:{log.run_id}:…); give a run whose episodes were kept"
-            )
+    if writers:
+        left_s = max(writer.seconds_left for writer in writers)
+        raise UserError(
+            f"replay.from={log.run_folder}: {_goes_on(str(writers[0]))}; if it was killed, that is known in "
+            f"{left_s:.0f} s"
+        )
+    if is_empty:
+        raise UserError(
+            f"replay.from={log.run_folder}: its server has no episodes of it any more (keys "
+            f"mara:{log.run_id}:…); give a run whose episodes were kept"
+        )
+    if length.num_gone:
+        warn(
+            f"replay.from={log.run_folder}: {length.num_gone} of its {length.num_appended} episodes are "
+            f"gone, the oldest, as they had no room; training goes by the {length.num_kept} that are left. "
+            "To keep all, train that run again with a larger replay.log_max_bytes"
+        )
+    return length.num_kept
+
+
+def _goes_on(process: str) -> str:
+    return f"its run goes on and adds episodes still ({process}); wait for its end, or stop it with SIGTERM"
 
 
 def _differences(config: RunConfig, run: RunConfig) -> Iterator[str]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+from mara.buffer.lease import Use, hold_lease
 from mara.buffer.server import EmbeddedServer
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
@@ -23,6 +24,7 @@ from mara.deploy.finished_run import FinishedLog, require_episodes
 from mara.deploy.preflight import Checked
 from mara.deploy.progress import Progress
 from mara.deploy.run_folder import REPLAY, LogRecord, what_is_saved
+from mara.deploy.run_lock import hold_run
 
 MAX_SERVER_RESTARTS = 20
 
@@ -65,18 +67,22 @@ def open_store(
 ) -> Iterator[Store]:
     """The store of the run in ``folder``; servers that were started for it end with the block.
 
-    Where the run writes episodes, ``RUN/replay.json`` tells later runs where they are.
+    Where the run writes episodes, ``RUN/replay.json`` tells later runs where they are. Until the block ends,
+    others see that the run goes on: by a lock in its folder, and by a lease on servers that are not its own.
 
     Raises:
-        UserError: a server does not start, or has no episodes of the finished run.
+        UserError: a server does not start, or has no episodes of the finished run; or another process runs in
+            ``folder``.
         StoppedEarly: a signal came.
     """
     with ExitStack() as exits:
         if checked.log is not None:
             yield _with_log(checked.log, config, folder, progress, exits)
             return
+        exits.enter_context(hold_run(folder))
         _record_log(run_id, config.replay.redis_urls, checked, folder)
         if config.replay.redis_urls:
+            exits.enter_context(_lease(config, config.replay.redis_urls, run_id, "writes"))
             yield Store(config.replay.redis_urls)
             return
         progress.state("starting the server for episodes and weights")
@@ -92,6 +98,10 @@ def with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"replay": replay})
 
 
+def _lease(config: RunConfig, urls: Sequence[str], run_id: str, use: Use) -> AbstractContextManager[None]:
+    return hold_lease(urls, run_id, use, config.replay.connect_timeout_s)
+
+
 def _record_log(run_id: str, redis_urls: Sequence[str], checked: Checked, folder: Path) -> None:
     """Note for later runs where the episodes of this one are."""
     shown = [hide_password(url) for url in redis_urls] or None
@@ -104,6 +114,7 @@ def _with_log(
     """The servers that have the episodes of a finished run, or one that is started on a copy of its file."""
     if log.data_dir is None:
         assert log.redis_urls is not None
+        exits.enter_context(_lease(config, log.redis_urls, log.run_id, "reads"))
         return Store(log.redis_urls)
     progress.state("starting a server with a copy of the episodes")
     # A server writes to the file it opens; the run's own stays as it is.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, head_digests, save_head
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
+from mara.buffer.lease import hold_lease
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.server import EmbeddedServer
 from mara.common.addresses import hide_password
@@ -25,6 +28,7 @@ from mara.deploy.config_file import dump_config, load_config
 from mara.deploy.finished_run import find_log
 from mara.deploy.preflight import preflight
 from mara.deploy.run_folder import LogRecord, make_run_folder, read_log_record
+from mara.deploy.run_lock import hold_run
 
 HIDDEN_SIZE = 32
 COLUMNS = {
@@ -66,12 +70,12 @@ def offline(config_path: Path, run: Path, *overrides: str) -> RunConfig:
     return load_config(config_path, [f"replay.from={run}", "rollout.num_actors=0", *overrides])
 
 
-def append(url: str, run_id: str) -> None:
-    """Store an answer in which nothing was decided."""
+def append(url: str, run_id: str, uids: Sequence[str] = ("e",), config: ReplayConfig | None = None) -> None:
+    """Store answers in which nothing was decided."""
     columns = {name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
     tokens = {"prompt_ids_P": np.ones(1, np.int32), "response_ids_N": np.ones(2, np.int32)}
     episode = Episode(
-        uid="e",
+        uid="",
         prompt_id="p",
         actor_id="a",
         states_TD=torch.zeros((0, HIDDEN_SIZE), dtype=torch.bfloat16),
@@ -83,7 +87,8 @@ def append(url: str, run_id: str) -> None:
         **columns,
     )
     with connect(url) as client:
-        RedisEpisodeLog(client, run_id, ReplayConfig()).append([episode])
+        log = RedisEpisodeLog(client, run_id, config or ReplayConfig())
+        log.append([replace(episode, uid=uid) for uid in uids])
 
 
 def test_a_run_has_actors_or_a_log_to_read(config_path: Path, tmp_path: Path) -> None:
@@ -189,6 +194,45 @@ def test_a_server_with_the_episodes_is_found_and_one_without_is_not(
     append(server.url, "run-1")
     log = find_log(config, HIDDEN_SIZE)
     assert (log.run_id, log.redis_urls, log.data_dir) == ("run-1", [server.url], None)
+
+
+def test_episodes_that_made_room_before_anybody_read_are_told_of_at_the_start(
+    config_path: Path, make_run: MakeRun, server: EmbeddedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(redis_url=hide_password(server.url))
+    config = offline(config_path, folder, f"replay.redis_url={server.url}")
+    append(server.url, "run-1", ["e"])
+    find_log(config, HIDDEN_SIZE)
+    assert capsys.readouterr().err == ""
+    with connect(server.url) as client:
+        record_bytes = client.strlen("mara:run-1:0:record:e")
+        small = ReplayConfig(log_max_bytes=1 << 14)
+        num_kept = small.log_max_bytes // (record_bytes + 2)  # their uids are three letters
+        append(server.url, "run-1", [f"{number:03}" for number in range(100)], small)
+        assert client.xlen("mara:run-1:0:episodes") == num_kept < 101
+    find_log(config, HIDDEN_SIZE)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{101 - num_kept} of its 101 episodes are gone" in line
+    assert f"training goes by the {num_kept} that are left" in line
+    assert "larger replay.log_max_bytes" in line
+
+
+def test_a_run_that_goes_on_is_refused_with_who_and_what_to_do(
+    config_path: Path, make_run: MakeRun, server: EmbeddedServer
+) -> None:
+    folder = make_run()
+    (folder / "replay" / "appendonlydir").mkdir(parents=True)
+    told = rf"replay.from=.*: its run goes on .*\(process {os.getpid()} on .*\); wait for its end, or stop it"
+    with hold_run(folder), pytest.raises(UserError, match=told):
+        find_log(offline(config_path, folder), HIDDEN_SIZE)
+    assert find_log(offline(config_path, folder), HIDDEN_SIZE).data_dir == folder / "replay"
+    # Its folder may be that of another machine: then the server tells.
+    folder = make_run(redis_url=server.url)
+    append(server.url, "run-1")
+    with hold_lease([server.url], "run-1", "writes", 5.0), pytest.raises(UserError, match=told):
+        find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
+    with hold_lease([server.url], "run-1", "reads", 5.0):
+        find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
 
 
 def test_episodes_in_the_run_folder_are_for_this_machine_only(config_path: Path, make_run: MakeRun) -> None:

@@ -1,0 +1,47 @@
+"""Whether a run goes on, as others see it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mara.common.errors import UserError
+from mara.deploy.run_lock import LOCK, hold_run, who_runs
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mara.deploy.run_lock import hold_run
+with hold_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_is_seen_while_it_goes_on_and_keeps_others_out(tmp_path: Path) -> None:
+    assert who_runs(tmp_path) is None
+    with hold_run(tmp_path):
+        assert (who_runs(tmp_path) or "").startswith(f"process {os.getpid()} on ")
+        with pytest.raises(UserError, match=rf"in use: its run goes on \(process {os.getpid()} on .*wait"):
+            hold_run(tmp_path).__enter__()
+    assert who_runs(tmp_path) is None
+    with hold_run(tmp_path):
+        pass
+
+
+def test_a_run_that_was_killed_is_over(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path.cwd()
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert (who_runs(tmp_path) or "").startswith(f"process {process.pid} on ")
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / LOCK).exists()
+    assert who_runs(tmp_path) is None
+    with hold_run(tmp_path):
+        assert (who_runs(tmp_path) or "").startswith(f"process {os.getpid()} on ")

@@ -98,6 +98,10 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     except (redis.ConnectionError, redis.ResponseError) as error:
         if re.search(r"DB index|invalid database", str(error), re.IGNORECASE):
             raise _error(url, "has no such database", "give one that it has, usually 0") from error
+        if "MISCONF" in str(error):
+            raise _error(
+                url, "cannot write to its disk", "make room there, or see what its own log says"
+            ) from error
         raise _error(
             url, f"cannot be used ({_line(error)})", "start the server or correct the address"
         ) from error

@@ -23,11 +23,10 @@ from mara.buffer.codec import MalformedRecord, RecordLimits, decode_episode, enc
 from mara.buffer.config import APPEND_BYTES, READ_BYTES, ReplayConfig
 from mara.buffer.connection import Value
 from mara.buffer.keys import Keys, keys_of
-from mara.buffer.outage import AWAY, Outage
+from mara.buffer.outage import Outage
 from mara.buffer.quarantine import Quarantine, Refused
 from mara.common.episode import Episode
 
-_NO_RECORD = "NORECORD"
 # The newest episode always stays, however large it is.
 _APPEND = """
 local record, episodes, nbytes, counts = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -94,9 +93,9 @@ class RedisEpisodeLog:
 
     The uids of other shards are not known to it: what comes again has to come to the same shard.
 
-    While the store is away or has no memory left, ``append`` waits and tries again for up to
+    While the store is away or has no memory or disk left, ``append`` waits and tries again for up to
     ``max_outage_s``, then raises :class:`~mara.common.errors.ReplayUnavailable`, or
-    :class:`~mara.common.errors.UserError` for want of memory.
+    :class:`~mara.common.errors.UserError` for want of memory or disk.
     """
 
     def __init__(self, client: redis.Redis, run_id: str, config: ReplayConfig, shard: int = 0) -> None:
@@ -129,19 +128,15 @@ class RedisEpisodeLog:
 
         Raises:
             ReplayUnavailable: the store has been away for ``max_outage_s``.
-            UserError: it has had no memory left for as long, or no longer lets us in.
+            UserError: it has had no memory left, or no disk that it can write to, for as long, or no longer
+                lets us in.
         """
         try:
             self._send(batch)
         except redis.exceptions.NoScriptError:
             self._sha = None  # a restarted store has forgotten it
             return False
-        except AWAY as error:
-            self._outage.failed(error)
-            return False
-        except redis.ResponseError as error:
-            if _NO_RECORD not in str(error):
-                raise
+        except redis.RedisError as error:
             self._outage.failed(error)
             return False
         self._outage.ended()
@@ -379,7 +374,7 @@ class RedisEpisodeReader:
             return None
         try:
             reply = ask()
-        except AWAY as error:
+        except redis.RedisError as error:
             self._outage.failed(error)
             return None
         self._outage.ended()

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.keys import keys_of
-from mara.buffer.outage import AWAY, Outage
+from mara.buffer.outage import Outage
 from mara.common.contracts import VersionedWeights
 from mara.common.errors import DamagedWeights
 
@@ -75,7 +75,7 @@ class RedisWeightChannel:
                 *(self._key, self._tensors_key),
                 *(str(version), repr(time.time()), content, self._agent_digest),
             )
-        except AWAY as error:
+        except redis.RedisError as error:
             self._unanswered.add(version)
             self._outage.failed(error)
             return False
@@ -153,7 +153,7 @@ class RedisWeightChannel:
                 stored = [*values, content]
             else:
                 stored = cast(list[bytes | None], self._client.hmget(self._key, list(fields)))
-        except AWAY as error:
+        except redis.RedisError as error:
             self._outage.failed(error)
             return None
         self._outage.ended()

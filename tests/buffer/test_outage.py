@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -12,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
-from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader, make_record
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
 from mara.buffer.writer import BufferedSink
@@ -192,6 +195,64 @@ def test_a_reader_finds_nothing_in_an_outage_and_keeps_its_deadlines(
     assert 0.28 < time.monotonic() - began < 2
     durable_server.start()
     assert [episode.uid for episode in reader.read(1, timeout_s=10)] == ["between"]
+
+
+@pytest.fixture
+def diskless(tmp_path: Path) -> Iterator[redis.Redis]:
+    """A client of a server that refuses writes with MISCONF, since the folder it should save to has gone."""
+    with EmbeddedServer(64 << 20, tmp_path / "gone") as own, connect(own.url) as owner:
+        owner.config_set("appendonly", "no")
+        shutil.rmtree(tmp_path / "gone")
+        owner.config_set("save", "3600 100000")
+        owner.set("a", 1)
+        owner.bgsave()
+        while owner.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            time.sleep(0.01)
+        yield owner
+        find_disk(owner)  # else it would not end before it has saved
+
+
+def find_disk(owner: redis.Redis) -> None:
+    owner.config_set("save", "")
+    owner.config_set("stop-writes-on-bgsave-error", "no")
+
+
+def test_a_store_that_cannot_write_to_its_disk_is_waited_for(
+    diskless: redis.Redis, make_episode: MakeEpisode, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(redis.ResponseError, match="^MISCONF"):
+        diskless.set("a", 1)
+    options = diskless.connection_pool.connection_kwargs
+    with pytest.raises(UserError, match=r"\*\*\*.* cannot write to its disk; make room there"):
+        connect(f"unix://:{options['password']}@{options['path']}")
+    log = RedisEpisodeLog(diskless, "r", PATIENT)
+    records = [make_record(make_episode())]
+    assert not log.store(records)
+    assert 0 < log.pause_s <= 0.1
+    sink = RedisWeightChannel(diskless, "r", PATIENT)
+    assert not sink.publish(1, WEIGHTS)
+    reader = RedisEpisodeReader(diskless, "r", PATIENT)
+    assert reader.read(1, timeout_s=0) == []
+    assert "cannot write to its disk, which may be full (MISCONF" in caplog.text
+    assert "#" not in caplog.text  # not the command with all that it was to write
+    find_disk(diskless)
+    log.append([make_episode()])
+    repeat(lambda: False, for_s=0.2)
+    assert sink.publish(1, WEIGHTS)
+    assert [episode.uid for episode in reader.read(1, timeout_s=5)] == ["e"]
+
+
+def test_a_disk_that_stays_full_is_given_up_with_what_to_do(
+    diskless: redis.Redis, make_episode: MakeEpisode
+) -> None:
+    for attempt in (
+        lambda: RedisEpisodeLog(diskless, "r", IMPATIENT).append([make_episode()]),
+        lambda: repeat(functools.partial(RedisWeightChannel(diskless, "r", IMPATIENT).publish, 1, WEIGHTS)),
+    ):
+        with pytest.raises(
+            UserError, match=r"no writes for 0\.\d s.*\(MISCONF.*make room there.*start .*again"
+        ):
+            attempt()
 
 
 def test_a_reader_gives_up_after_the_time_allowed_over_all_its_reads(durable_server: EmbeddedServer) -> None:

@@ -31,10 +31,13 @@ class Outage:
     ``failed`` after each, ``ended`` after a success, ``pause_s`` before the next. The pause doubles from
     ``retry_first_s`` to ``retry_longest_s`` and is drawn from its upper half, so that many actors do not
     come back at the same moment.
+
+    A store that loads its file answers, says so, and will be there: that time does not count.
     """
 
     def __init__(self, config: ReplayConfig) -> None:
         self._config = config
+        self._counts_from = 0.0
         self._began_at: float | None = None
         self._retry_at = 0.0
         self._num_failures = 0
@@ -58,13 +61,15 @@ class Outage:
         now = time.monotonic()
         limit = self._config.max_outage_s
         if self._began_at is None:
-            self._began_at = now
+            self._began_at = self._counts_from = now
             _log.warning("the replay store %s; trying again for up to %g s", _what(error), limit)
-        if now - self._began_at >= limit:
+        if isinstance(error, redis.BusyLoadingError):
+            self._counts_from = now
+        if now - self._counts_from >= limit:
             raise self._given_up(error, now - self._began_at) from error
         pause = min(self._config.retry_longest_s, self._config.retry_first_s * 2.0**self._num_failures)
         self._num_failures = min(self._num_failures + 1, 64)
-        self._retry_at = min(now + pause * self._jitter.uniform(0.5, 1.0), self._began_at + limit)
+        self._retry_at = min(now + pause * self._jitter.uniform(0.5, 1.0), self._counts_from + limit)
 
     def _given_up(self, error: redis.RedisError, after_s: float) -> Exception:
         if isinstance(error, redis.OutOfMemoryError):

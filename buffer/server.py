@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import redis
 from redis.backoff import NoBackoff
@@ -26,10 +26,23 @@ from redis.retry import Retry
 from mara.common.errors import UserError
 
 _MAX_SOCKET_PATH = 107  # bytes; the kernel's limit, less the closing zero
-_READY_S = 30.0  # long enough to load an append-only file of some GiB
+_READY_S = 30.0  # without an answer, or without progress in loading an append-only file
+_ANSWER_S = 10.0  # one answer while it loads: it looks at its connections once in 1024 commands
+_LOOK_S = 0.05  # between two looks at how far it has come
 _STOP_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class Loading(NamedTuple):
+    """How far a server has come that loads its append-only file."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+    def __str__(self) -> str:
+        share = min(1.0, self.loaded_bytes / max(1, self.total_bytes))
+        return f"{share:.0%} of {self.total_bytes / (1 << 30):.1f} GiB"
 
 
 class EmbeddedServer:
@@ -75,8 +88,12 @@ class EmbeddedServer:
         running = self._process is not None and self._process.poll() is None
         return self._process.pid if self._process is not None and running else None
 
-    def start(self) -> None:
+    def start(self, keep_waiting: Callable[[Loading], bool] = lambda _loading: True) -> None:
         """Start the server, again after a crash, and return once it answers.
+
+        Where it loads an append-only file, that takes as long as it takes: ``keep_waiting`` is told some
+        twenty times a second how far it has come. Once that says no, the server is left loading: it answers
+        later by itself.
 
         Raises:
             UserError: no server program is installed, or it does not start; with the last line of its log.
@@ -101,7 +118,7 @@ class EmbeddedServer:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(self._settings(folder).encode())
-        self._wait_until_ready(folder)
+        self._wait_until_ready(folder, keep_waiting)
 
     def stop(self) -> None:
         """End the server and remove its private folder; the data folder stays. Does nothing twice."""
@@ -175,18 +192,27 @@ class EmbeddedServer:
         ]
         return "\n".join(lines) + "\n"
 
-    def _wait_until_ready(self, folder: Path) -> None:
+    def _wait_until_ready(self, folder: Path, keep_waiting: Callable[[Loading], bool]) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + _READY_S
-        client = redis.Redis.from_url(self.url, protocol=2, retry=Retry(NoBackoff(), 0))
+        deadline, loaded_bytes = time.monotonic() + _READY_S, -1
+        client = redis.Redis.from_url(
+            self.url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=_ANSWER_S
+        )
         try:
             while self._process.poll() is None and time.monotonic() < deadline:
                 try:
-                    client.ping()
-                except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or loading its data
+                    state = client.info("persistence")  # answered while it loads, now and then
+                except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or busy with it
                     time.sleep(0.01)
-                else:
+                    continue
+                if not state["loading"]:
                     return
+                loading = Loading(state.get("loading_loaded_bytes", 0), state.get("loading_total_bytes", 0))
+                if not keep_waiting(loading):
+                    return
+                if loading.loaded_bytes > loaded_bytes:
+                    deadline, loaded_bytes = time.monotonic() + _READY_S, loading.loaded_bytes
+                time.sleep(_LOOK_S)
         finally:
             client.close()
         lines = (folder / "server.log").read_text(errors="replace").splitlines()

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from mara.buffer.lease import Use, hold_lease
-from mara.buffer.server import EmbeddedServer
+from mara.buffer.server import EmbeddedServer, Loading
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
@@ -39,8 +39,10 @@ class Store:
         self._server = server
         self._num_restarts = 0
 
-    def keep(self, config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+    def keep(self, config: RunConfig, folder: Path, progress: Progress) -> None:
         """Start the run's own server again if it died: the others go on as soon as it answers.
+
+        A signal ends the waiting for it, not the server.
 
         Raises:
             RunFailed: it does not start, or has died too often.
@@ -54,11 +56,11 @@ class Store:
                 f"{what_is_saved(folder)}; free memory or lower replay.log_max_bytes"
             )
         try:
-            self._server.start()
+            self._server.start(_shown_by(progress))
         except UserError as error:
             raise RunFailed(f"{error}; the run ends; {what_is_saved(folder)}") from error
         kept = "its data are kept" if config.replay.durable else "episodes that were unread are lost"
-        say(f"the server for episodes and weights died and was started again; {kept}")
+        progress.display.say(f"the server for episodes and weights died and was started again; {kept}")
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def open_store(
         progress.state("starting the server for episodes and weights")
         max_bytes = config.replay.store_max_bytes(config.rollout.num_actors)
         data_dir = folder / REPLAY if config.replay.durable else None
-        server = exits.enter_context(EmbeddedServer(max_bytes, data_dir))
+        server = _started(EmbeddedServer(max_bytes, data_dir), progress, exits)
         yield Store([server.url], server)
 
 
@@ -128,9 +130,35 @@ def _with_log(
 
     progress.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
     progress.state("starting a server with a copy of the episodes")  # ends here after a signal
-    server = exits.enter_context(EmbeddedServer(log.max_bytes, copy))
+    server = _started(EmbeddedServer(log.max_bytes, copy), progress, exits)
     require_episodes(log, config.replay, [server.url])
     return Store([server.url])
+
+
+def _started(server: EmbeddedServer, progress: Progress, exits: ExitStack) -> EmbeddedServer:
+    """Start a server that ends with ``exits``.
+
+    Raises:
+        UserError: it does not start.
+        StoppedEarly: a signal came while it loaded its file.
+    """
+    exits.callback(server.stop)
+    what = progress.view.state
+    server.start(_shown_by(progress))
+    progress.state(what)
+    return server
+
+
+def _shown_by(progress: Progress) -> Callable[[Loading], bool]:
+    """Shows how far a server has come that loads its file; waits for it until a signal comes."""
+    what = progress.view.state
+
+    def show(loading: Loading) -> bool:
+        progress.view.state = f"{what}: it reads its file, {loading}"
+        progress.display.refresh()
+        return not progress.stop.requested
+
+    return show
 
 
 def _copied(source: Path, target: Path, copy_file: Callable[[str, str], object]) -> None:

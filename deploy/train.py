@@ -197,7 +197,7 @@ class _Training:
         """Watch until the learner is done, or was asked to stop and has saved."""
         deadline_s: float | None = None
         while True:
-            store.keep(self._config, self._folder, self._progress.display.say)
+            store.keep(self._config, self._folder, self._progress)
             status = supervisor.poll()
             self._take(status)
             if status.summary is not None:

@@ -9,15 +9,20 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import redis
 
 from mara.buffer import server as server_module
-from mara.buffer.connection import connect
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import _Packer, connect
+from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.server import EmbeddedServer, find_server
+from mara.common.episode import Episode
 from mara.common.errors import UserError
 
 
@@ -149,6 +154,70 @@ def test_the_server_ends_with_an_interpreter_that_forgot_it() -> None:
     pid, path = done.stdout.split()
     assert wait_for(lambda: not is_running(int(pid)))
     assert not Path(path).parent.exists()
+
+
+@pytest.fixture
+def slow_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedServer:
+    """A server, not started, that takes some 1.5 s to load its file."""
+    with EmbeddedServer(1 << 26, tmp_path / "store") as before, connect(before.url) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(10_000):
+            pipeline.set(f"k{number}", "x" * 100)
+        pipeline.set("last", "yes")
+        pipeline.execute()
+    settings = EmbeddedServer._settings
+    slow = "key-load-delay 100\n"
+    monkeypatch.setattr(EmbeddedServer, "_settings", lambda self, folder: settings(self, folder) + slow)
+    monkeypatch.setattr(server_module, "_READY_S", 0.5)
+    monkeypatch.setattr(server_module, "_ANSWER_S", 1.0)
+    return EmbeddedServer(1 << 26, tmp_path / "store")
+
+
+def test_a_server_is_waited_for_as_long_as_it_goes_on_loading(slow_file: EmbeddedServer) -> None:
+    seen = list[server_module.Loading]()
+
+    def look(loading: server_module.Loading) -> bool:
+        seen.append(loading)
+        return True
+
+    began = time.monotonic()
+    try:
+        slow_file.start(look)
+        assert time.monotonic() - began > 2 * server_module._READY_S
+        assert connect(slow_file.url).get("last") == b"yes"
+    finally:
+        slow_file.stop()
+    assert len(seen) > 5
+    assert 0 <= seen[0].loaded_bytes < seen[-1].loaded_bytes <= seen[-1].total_bytes > 1_000_000
+    assert str(server_module.Loading(1 << 29, 1 << 30)) == "50% of 1.0 GiB"
+
+
+def test_a_server_that_stops_loading_is_given_up(slow_file: EmbeddedServer) -> None:
+    def hang(_loading: server_module.Loading) -> bool:
+        assert slow_file.pid is not None
+        os.kill(slow_file.pid, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (slow_file.pid, signal.SIGCONT)).start()  # so that it can be ended
+        return True
+
+    with pytest.raises(UserError, match="the embedded server did not start"):
+        slow_file.start(hang)
+    assert slow_file.pid is None
+
+
+def test_who_does_not_wait_finds_the_server_later(
+    slow_file: EmbeddedServer, make_episode: Callable[..., Episode]
+) -> None:
+    """A writer, too, waits longer than a store may be away."""
+    slow_file.start(lambda _loading: False)
+    try:
+        client = redis.Redis.from_url(slow_file.url, command_packer=_Packer())
+        with pytest.raises(redis.BusyLoadingError):
+            client.get("last")
+        log = RedisEpisodeLog(client, "r", ReplayConfig(retry_longest_s=0.1, max_outage_s=0.3))
+        log.append([make_episode()])
+        assert client.get("last") == b"yes"
+    finally:
+        slow_file.stop()
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from redis.retry import Retry
 
 from mara.buffer import keys
 from mara.buffer.config import ReplayConfig
+from mara.buffer.runs import stored_bytes
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 
 SCHEMES = ("redis", "rediss", "unix")
 OLDEST_VERSION = (6, 2)  # exclusive ranges of streams
+_EMPTY_BYTES = 1 << 20  # what a server without data calls data stays below
 _ALONE = "give the address of one that stands alone, or a list of them"
 
 Value = str | bytes | memoryview | int | float | tuple[bytes | memoryview, ...]
@@ -88,7 +90,7 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     except redis.ReadOnlyError as error:
         raise _error(url, "is a read-only replica", "give the address of the primary") from error
     except redis.OutOfMemoryError as error:
-        raise _error(url, "is full", "raise its maxmemory or delete old runs") from error
+        raise _error(url, "is full", "raise its maxmemory or delete data there") from error
     except redis.TimeoutError as error:
         raise _error(
             url, f"did not answer within {connect_timeout_s:g} s", "check host, port and network"
@@ -112,10 +114,11 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
     return client
 
 
-def check_stores(config: ReplayConfig, num_actors: int) -> None:
+def check_stores(config: ReplayConfig, num_actors: int, run_id: str | None = None) -> None:
     """Every address of ``replay.redis_url`` can be used, and every server keeps what its shards store.
 
-    Shards on one server add up, also where it goes by two names.
+    Shards on one server add up, also where it goes by two names. What run ``run_id``, which is to go on, has
+    there already is part of what it needs.
 
     Raises:
         UserError: the first address with which something is wrong, without its password.
@@ -129,11 +132,15 @@ def check_stores(config: ReplayConfig, num_actors: int) -> None:
             shards_at.setdefault(server, []).append(shard)
         for shards in shards_at.values():
             needed_bytes = config.store_max_bytes(num_actors, shards)
-            check_memory(clients[shards[0]], config.redis_urls[shards[0]], needed_bytes)
+            client = clients[shards[0]]
+            own_bytes = stored_bytes(client, run_id, shards) if run_id is not None else 0
+            check_memory(client, config.redis_urls[shards[0]], needed_bytes, own_bytes)
 
 
-def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:
-    """Refuse a server that would evict episodes, or that may hold less than ``needed_bytes``.
+def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: int = 0) -> None:
+    """Refuse a server that would evict episodes, or that has less room than ``needed_bytes``.
+
+    What it holds already takes its part, but for ``own_bytes`` that are among those needed.
 
     Policies that only evict keys which expire are none that evict: of a run's keys only records on their way
     into the log expire, and those are sent again.
@@ -155,6 +162,15 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int) -> None:
             url,
             f"has maxmemory {limit_bytes}, this run needs {needed_bytes} bytes",
             "raise it or lower replay.log_max_bytes",
+        )
+    others_bytes = int(memory.get("used_memory_dataset", 0)) - own_bytes
+    if limit_bytes and others_bytes > _EMPTY_BYTES and others_bytes + needed_bytes > limit_bytes:
+        raise _error(
+            url,
+            f"has maxmemory {limit_bytes}, of which other data take {others_bytes}, and this run needs "
+            f"{needed_bytes} bytes",
+            f"delete old runs (`mara store list {hide_password(url)}` shows them), raise it or lower "
+            "replay.log_max_bytes",
         )
 
 

@@ -35,6 +35,11 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+store_app = typer.Typer(
+    cls=CommandLine, no_args_is_help=True, help="What runs have left on your Redis or Valkey server."
+)
+app.add_typer(store_app, name="store")
+
 TrainOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as rollout.num_actors=4."),
@@ -61,6 +66,7 @@ BenchOverrides = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", metavar="FILE")]
 NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
+StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="Address of the server, as replay.redis_url.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
 
@@ -235,6 +241,28 @@ def bench_weights(
 
         with steady_output():
             measure(WeightsSizes(num_subscribers=subscribers), num_rounds, json_file, say)
+
+
+@store_app.command("list")
+def store_list(url: StoreUrl) -> None:
+    """Show the runs that have episodes or weights on a server, how much, and who uses them."""
+    with _reported_errors():
+        from mara.deploy.stored_runs import list_runs
+
+        list_runs(url)
+
+
+@store_app.command("delete")
+def store_delete(
+    url: StoreUrl,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="As `mara store list` names them.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would go.")] = False,
+) -> None:
+    """Delete all that runs have on a server. One that goes on, or is trained on, is refused."""
+    with _reported_errors():
+        from mara.deploy.stored_runs import delete_runs
+
+        delete_runs(url, runs, is_meant=yes)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import check_memory, check_stores, connect
 from mara.buffer.keys import keys_of
 from mara.buffer.log import RedisEpisodeLog
+from mara.buffer.runs import delete_run, stored_bytes
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
@@ -168,6 +169,27 @@ def test_a_server_with_less_memory_than_the_run_needs_is_refused(own_server: Emb
     message = memory_refused(own_server, needed_bytes=(64 << 20) + 1)
     assert "has maxmemory 67108864, this run needs 67108865 bytes; raise it or lower replay." in message
     check_memory(connect(own_server.url), own_server.url, needed_bytes=64 << 20)
+
+
+def test_what_earlier_runs_left_on_a_server_takes_its_room(
+    own_server: EmbeddedServer, make_episode: Callable[..., Episode]
+) -> None:
+    with connect(own_server.url) as client:
+        RedisEpisodeLog(client, "old", ReplayConfig()).append(
+            [make_episode(uid=str(number), num_tokens=50, hidden_size=4096) for number in range(20)]
+        )
+        old_bytes = stored_bytes(client, "old", [0])
+        assert old_bytes > 4 << 20
+        message = memory_refused(own_server, needed_bytes=60 << 20)
+        taken = int(message.partition("of which other data take ")[2].split(",")[0])
+        assert old_bytes <= taken < 1.3 * old_bytes
+        shown = f"unix://:***@{own_server.url.rpartition('@')[2]}"
+        assert f"needs {60 << 20} bytes; delete old runs (`mara store list {shown}` shows them)" in message
+        check_memory(client, own_server.url, (64 << 20) - 2 * old_bytes)
+        # A run that goes on has what it stored before.
+        check_memory(client, own_server.url, 60 << 20, old_bytes)
+        assert delete_run(client, "old") == 20 + 3
+        check_memory(client, own_server.url, 60 << 20)
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "noeviction"])

@@ -1,0 +1,83 @@
+"""``mara store``: what runs have left on a server, and its deletion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import redis
+
+from mara.buffer.connection import connect
+from mara.buffer.lease import Holder, holders
+from mara.buffer.runs import StoredRun, delete_run, runs_at
+from mara.common.addresses import hide_password
+from mara.common.errors import UserError
+from mara.deploy.console import say
+
+
+def list_runs(url: str) -> None:
+    """Say one line for each run that has keys on the server at ``url``.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    with connect(url) as client:
+        try:
+            runs = [(run, holders(client, run.run_id)) for run in runs_at(client)]
+        except redis.RedisError as error:
+            raise _trouble(url, error) from error
+    if not runs:
+        say(f"no runs have anything on {hide_password(url)}")
+    for run, users in runs:
+        say(_line(run, users))
+
+
+def delete_runs(url: str, run_ids: Sequence[str], *, is_meant: bool) -> None:
+    """Delete what runs have on the server at ``url``, or say what would be deleted unless it ``is_meant``.
+
+    Raises:
+        UserError: it cannot be used, has nothing of a run, or a run is in use: nothing is deleted.
+    """
+    with connect(url) as client:
+        try:
+            stored = {run.run_id: run for run in runs_at(client)}
+            for run_id in run_ids:
+                if run_id not in stored:
+                    raise UserError(
+                        f"{hide_password(url)} has nothing of a run {run_id!r}; `mara store list` shows what "
+                        "it has"
+                    )
+                if users := holders(client, run_id):
+                    raise UserError(
+                        f"run {run_id} is in use: {_used(users)}; wait for the end of that, or stop it with "
+                        "SIGTERM"
+                    )
+            for run_id in run_ids:
+                if is_meant:
+                    delete_run(client, run_id)
+                say(f"{'deleted' if is_meant else 'would be deleted'}: {_line(stored[run_id], [])}")
+        except redis.RedisError as error:
+            raise _trouble(url, error) from error
+    if not is_meant:
+        say("nothing was deleted; add --yes to do it")
+
+
+def _line(run: StoredRun, users: Sequence[Holder]) -> str:
+    parts = [run.run_id, f"{run.num_episodes} episodes", f"{run.num_bytes / 1e6:.1f} MB"]
+    if run.last_episode_s is not None:
+        newest = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.last_episode_s))
+        parts.append(f"newest of {newest}")
+    if users:
+        parts.append(_used(users))
+    return " | ".join(parts)
+
+
+def _used(users: Sequence[Holder]) -> str:
+    """Who writes and who reads."""
+    doing = {"writes": "it goes on", "reads": "a run trains on its episodes"}
+    return ", ".join(f"{doing[user.use]} ({user})" for user in users)
+
+
+def _trouble(url: str, error: redis.RedisError) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{hide_password(url)} cannot be asked ({reason}); look at the server")

@@ -1,0 +1,79 @@
+"""``mara store`` on a real server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mara.buffer.config import ReplayConfig
+from mara.buffer.connection import connect
+from mara.buffer.lease import hold_lease
+from mara.buffer.log import RedisEpisodeLog
+from mara.buffer.server import EmbeddedServer
+from mara.buffer.weights import RedisWeightChannel
+from mara.deploy.bench.replay import synthetic_episodes
+from mara.deploy.cli import app
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A server with two runs: one of two shards, one of which only weights are left."""
+    with EmbeddedServer(256 << 20) as server, connect(server.url) as client:
+        for shard, count in ((0, 3), (1, 2)):
+            log = RedisEpisodeLog(client, "first-1", ReplayConfig(), shard)
+            log.append(synthetic_episodes(count, hidden_size=16, seed=shard))
+        RedisWeightChannel(client, "second", None).publish(1, {"w": torch.zeros(250_000)})
+        client.set("somebody:else", "s")
+        yield server.url
+
+
+def mara(*command: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["store", *command])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def keys_at(url: str) -> set[bytes]:
+    with connect(url) as client:
+        return {key for key in client.scan_iter() if key != b"mara:probe"}
+
+
+def test_the_runs_on_a_server_are_listed_with_what_they_take_and_who_uses_them(url: str) -> None:
+    status, out, _ = mara("list", url)
+    first, second = out.splitlines()
+    assert status == 0
+    assert first.startswith("first-1 | 5 episodes | 0.0 MB | newest of " + time.strftime("%Y-"))
+    assert second == "second | 0 episodes | 1.0 MB"
+    with hold_lease([url], "second", "writes", 5.0), hold_lease([url], "first-1", "reads", 5.0):
+        first, second = mara("list", url)[1].splitlines()
+    assert "a run trains on its episodes (process " in first
+    assert "it goes on (process " in second
+
+
+def test_a_run_is_deleted_whole_and_alone_and_only_if_that_is_said(url: str) -> None:
+    before = keys_at(url)
+    status, out, _ = mara("delete", url, "first-1")
+    assert (status, keys_at(url)) == (0, before)
+    assert out.startswith("would be deleted: first-1 | 5 episodes") and "add --yes" in out
+    status, out, _ = mara("delete", url, "first-1", "--yes")
+    assert (status, out.startswith("deleted: first-1 | 5 episodes")) == (0, True)
+    assert keys_at(url) == {key for key in before if not key.startswith(b"mara:first-1:")}
+    assert b"somebody:else" in keys_at(url) and len(keys_at(url)) == 3
+    assert mara("delete", url, "second", "--yes")[0] == 0
+    assert "no runs have anything on unix://:***@" in mara("list", url)[1]
+
+
+def test_nothing_is_deleted_where_one_run_is_in_use_or_unknown(url: str) -> None:
+    before = keys_at(url)
+    password = url.partition("//:")[2].partition("@")[0]
+    with hold_lease([url], "second", "writes", 5.0):
+        status, out, error = mara("delete", url, "first-1", "second", "--yes")
+    assert (status, out, keys_at(url)) == (2, "", before)
+    assert error.startswith("mara: error: run second is in use: it goes on (process ")
+    assert len(error.splitlines()) == 1
+    status, out, error = mara("delete", url, "first-1", "first", "--yes")
+    assert (status, out, keys_at(url)) == (2, "", before)
+    assert "has nothing of a run 'first'; `mara store list` shows" in error and password not in error

@@ -7,6 +7,9 @@
      "hidden_size": D, "states_dtype": "bfloat16" | "float16", "states_TD": bytes of T × D × 2,
      and the other arrays of the episode record as bytes under their own names}
 
+The states come last, so that both sides handle them where they lie: they are sent from the memory of the
+episode, and read in that of the record.
+
 Decoding trusts nothing: a record comes out as an episode that shaping and training can use, or as
 :class:`MalformedRecord`. No pickle, no extension types, no arrays of objects.
 Legend: P prompt tokens, N response tokens, T decisions, D hidden size.
@@ -15,6 +18,8 @@ Legend: P prompt tokens, N response tokens, T decisions, D hidden size.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -45,8 +50,12 @@ _TEXTS = ("uid", "prompt_id", "actor_id", "finish_reason", "states_dtype")
 _TIMES = ("started_at_s", "finished_at_s")
 _FIELDS = {"schema", "scores", "prefix_scores", "hidden_size", "states_TD", *_ARRAYS, *_TEXTS, *_TIMES}
 _STATES_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# All exponent bits set: infinity or not a number.
-_EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_STATES_KEY = b"\xa9states_TD"
+_BIN32_BYTES = 5
+_LENGTH_BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+"""First byte of bytes in msgpack → how many bytes their length has."""
+_PIECE_BYTES = 1 << 14
+"""Of a record, read at a time; the states are not among them."""
 # The record, its scores and its prefix scores.
 _MAPS = 3
 # Log-probabilities may exceed 0 by the rounding of a log-softmax.
@@ -97,8 +106,12 @@ def encode_in_parts(episode: Episode) -> tuple[bytes, memoryview]:
     for name, value in record.items():
         packer.pack(name)
         packer.pack(value)
-    packer.pack("states_TD")
-    return packer.bytes() + b"\xc6" + len(states).to_bytes(4, "big"), states  # bin 32
+    head = packer.bytes()
+    # A text may be written with one byte for its length or without: the states then begin at an even place,
+    # where whoever reads them needs no copy.
+    is_odd = (len(head) + len(_STATES_KEY) + _BIN32_BYTES) % 2
+    key = b"\xd9\x09" + _STATES_KEY[1:] if is_odd else _STATES_KEY
+    return head + key + b"\xc6" + len(states).to_bytes(4, "big"), states  # bin 32
 
 
 def _fields(episode: Episode) -> tuple[dict[str, Any], memoryview]:
@@ -131,10 +144,12 @@ def _to_bytes(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> bytes:
     return np.ascontiguousarray(array, dtype).tobytes()
 
 
-def decode_episode(data: bytes, limits: RecordLimits | None = None) -> Episode:
-    """Return the episode of a record; its states are writable, its other arrays are not.
+def decode_episode(data: bytes | bytearray, limits: RecordLimits | None = None) -> Episode:
+    """Return the episode of a record.
 
-    Nothing of the result keeps ``data`` alive.
+    Its states are those in the memory of ``data``, which they keep alive; they must not be written, nor must
+    ``data``, which may be shared by whoever has it. Only where they begin at an odd place they are a copy.
+    The other arrays are small, and read-only.
 
     Raises:
         MalformedRecord: whatever is wrong with ``data``; no other exception.
@@ -164,10 +179,22 @@ def decode_episode(data: bytes, limits: RecordLimits | None = None) -> Episode:
     return Episode(**parts, states_TD=states_TD, scores=scores, prefix_scores=prefix_scores)
 
 
-def _unpack(data: bytes, limits: RecordLimits) -> dict[str, Any]:
+class _Pieces:
+    """The rest of a record as a file that is read in pieces."""
+
+    def __init__(self, rest: memoryview) -> None:
+        self._rest = rest
+
+    def read(self, num_bytes: int) -> bytes:
+        piece, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+        return bytes(piece)
+
+
+def _unpack(data: bytes | bytearray, limits: RecordLimits) -> dict[str, Any]:
+    """The fields of a record; the states, if they are bytes, as a view of them where they lie."""
     if len(data) > limits.max_record_bytes:
         raise MalformedRecord(f"record has {len(data)} bytes, more than {limits.max_record_bytes}")
-    num_maps = 0
+    num_maps = 1  # the record
 
     def count(one: dict[Any, Any]) -> dict[Any, Any]:
         # Called as each map ends, the innermost first. An empty one takes twenty times its bytes in the
@@ -178,22 +205,68 @@ def _unpack(data: bytes, limits: RecordLimits) -> dict[str, Any]:
             raise ValueError("more maps than a record has")
         return one
 
-    try:
-        fields = msgpack.unpackb(
-            data,
+    most_entries = max(len(_FIELDS), limits.max_scores)
+    view = memoryview(data)
+
+    def unpacker_from(place: int) -> Any:
+        return msgpack.Unpacker(
+            _Pieces(view[place:]),
+            read_size=_PIECE_BYTES,
+            max_buffer_size=limits.max_record_bytes + _PIECE_BYTES,
             object_hook=count,
             strict_map_key=True,
             max_str_len=limits.max_text_bytes,
             max_bin_len=limits.max_record_bytes,
-            max_map_len=max(len(_FIELDS), limits.max_scores),
+            max_map_len=most_entries,
             max_array_len=0,
             max_ext_len=0,
         )
+
+    try:
+        return _unpack_fields(view, unpacker_from, most_entries)
     except (ValueError, msgpack.UnpackException) as error:
         raise MalformedRecord(f"not a msgpack record ({_line(error)})") from error
-    if type(fields) is not dict:
-        raise MalformedRecord(f"record is a {type(fields).__name__}, not a map")
+
+
+def _unpack_fields(
+    view: memoryview, unpacker_from: Callable[[int], Any], most_entries: int
+) -> dict[str, Any]:
+    """Unpack the map that a record is; ``unpacker_from`` makes an unpacker of what lies from a place on."""
+    if not view or not (view[0] >> 4 == 0x8 or view[0] in (0xDE, 0xDF)):
+        raise ValueError("it does not begin as a map")
+    start, unpacker = 0, unpacker_from(0)
+    num_entries = unpacker.read_map_header()
+    if num_entries > most_entries:
+        raise ValueError(f"{num_entries} entries, more than {most_entries}")
+    fields: dict[str, Any] = {}
+    for _ in range(num_entries):
+        name = unpacker.unpack()
+        if type(name) is not str:
+            raise ValueError(f"{_shown(name)} is no name of a field")
+        if name == "states_TD" and (states := _bytes_at(view, start + unpacker.tell())) is not None:
+            fields[name], start = states
+            unpacker = unpacker_from(start)
+        else:
+            fields[name] = unpacker.unpack()
+    if (end := start + unpacker.tell()) != len(view):
+        raise ValueError(f"{len(view) - end} bytes more than a record")
     return fields
+
+
+def _bytes_at(view: memoryview, place: int) -> tuple[memoryview, int] | None:
+    """The bytes that are packed at a place of a record, and where they end; None if that is no bytes.
+
+    Raises:
+        ValueError: they are longer than what is left of the record.
+    """
+    first = view[place] if place < len(view) else None
+    if first not in _LENGTH_BYTES:
+        return None
+    begin = place + 1 + _LENGTH_BYTES[first]
+    end = begin + int.from_bytes(view[place + 1 : begin], "big")
+    if end > len(view):
+        raise ValueError("it ends within states_TD")
+    return view[begin:end], end
 
 
 def _array(fields: dict[str, Any], name: str, dtype: np.dtype[Any]) -> np.ndarray:
@@ -259,15 +332,20 @@ def _check_order(accepted_T: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
     )
     opens_T = np.append(True, accepted_T[:-1])[: len(accepted_T)]  # the first decision of its position
     is_last_T = ranks_T == num_candidates_T - 1
-    falls_back_T = forced_T & (ranks_T == 0) & ~opens_T & np.roll(is_last_T, 1)
-    expected_ranks_T = np.where(opens_T, 0, np.roll(ranks_T, 1) + 1)
+    falls_back_T = forced_T & (ranks_T == 0) & ~opens_T & _rolled(is_last_T)
+    expected_ranks_T = np.where(opens_T, 0, _rolled(ranks_T) + 1)
     _require(
-        opens_T | (num_candidates_T == np.roll(num_candidates_T, 1)),
+        opens_T | (num_candidates_T == _rolled(num_candidates_T)),
         "num_candidates_T",
         "changes within a position",
     )
     _require((ranks_T == expected_ranks_T) | falls_back_T, "ranks_T", "does not follow the candidates' order")
     _require(~forced_T | is_last_T | falls_back_T, "forced_T", "forces a candidate that is not the last")
+
+
+def _rolled(values_T: np.ndarray) -> np.ndarray:
+    """Each entry at the place of the next, the last at the first: a quicker :func:`numpy.roll`."""
+    return np.concatenate([values_T[-1:], values_T[:-1]])
 
 
 def _is_logprob(values: np.ndarray) -> np.ndarray:
@@ -289,17 +367,35 @@ def _states(
     if dtype_name not in _STATES_DTYPES:
         raise MalformedRecord(f"states_dtype {_shown(dtype_name)} is not one of {', '.join(_STATES_DTYPES)}")
     dtype = _STATES_DTYPES[dtype_name]
-    raw: bytes = _typed(fields, "states_TD", bytes)
+    raw: memoryview = fields["states_TD"]
+    if type(raw) is not memoryview:
+        raise MalformedRecord(f"states_TD is {_shown(raw)}, not bytes")
     if len(raw) != num_decisions * hidden_size * 2:
         raise MalformedRecord(
             f"states_TD has {len(raw)} bytes, {num_decisions} decisions of size {hidden_size} take "
             f"{num_decisions * hidden_size * 2}"
         )
-    # The one copy on the way: torch wants writable memory, and bytes are not.
-    bits_TD = np.frombuffer(raw, "<i2").reshape(num_decisions, hidden_size).astype(np.int16)
-    if ((bits_TD & _EXPONENT[dtype]) == _EXPONENT[dtype]).any():
+    bits = np.frombuffer(raw, "<i2")
+    if not bits.flags.aligned or sys.byteorder == "big":
+        bits = bits.astype(np.int16)
+    bits_TD = np.asarray(_Writable(bits.reshape(num_decisions, hidden_size)))
+    states_TD = torch.from_numpy(bits_TD).view(dtype)
+    # The extremes carry a NaN, and take one pass without memory of its own.
+    if num_decisions and not all(extreme.isfinite() for extreme in states_TD.aminmax()):
         raise MalformedRecord("states_TD holds infinities or not-a-numbers")
-    return torch.from_numpy(bits_TD).view(dtype)
+    return states_TD
+
+
+class _Writable:
+    """Read-only memory for torch, which has no such tensors and warns of arrays that it should not write.
+
+    A writable copy of the states would cost more than all the rest of decoding.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # holds the memory
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def _scores(fields: dict[str, Any], limits: RecordLimits) -> dict[str, float]:
@@ -346,7 +442,7 @@ def _typed(fields: dict[str, Any], name: str, kind: type) -> Any:
 
 def _shown(value: Any) -> str:
     """A value from a record as part of one line: short, and without control characters."""
-    if isinstance(value, (bytes, dict)):
+    if isinstance(value, (bytes, memoryview, dict)):
         return f"{type(value).__name__} of length {len(value)}"
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "…"

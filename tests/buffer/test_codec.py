@@ -65,12 +65,42 @@ def test_a_record_is_little_more_than_its_states(make_episode: MakeEpisode) -> N
     assert len(encode_episode(episode)) < 1.05 * episode.num_decisions * (2 * 576 + 32)
 
 
-def test_decoded_states_are_writable_and_do_not_hold_the_record(make_episode: MakeEpisode) -> None:
-    record = bytearray(encode_episode(make_episode()))
-    episode = decode_episode(record)
-    record.clear()  # fails while anything looks into it
-    episode.states_TD.zero_()
-    assert not episode.states_TD.any()
+@pytest.mark.parametrize("letters", [1, 2])
+def test_decoded_states_lie_in_the_record_and_keep_it_alive(
+    make_episode: MakeEpisode, same: Same, letters: int
+) -> None:
+    """However long the texts before them are: they begin at an even place."""
+    episode = make_episode(uid="u" * letters, hidden_size=4096)
+    record = encode_episode(episode)
+    address = np.frombuffer(record, np.uint8).ctypes.data
+    decoded = decode_episode(record)
+    end = decoded.states_TD.data_ptr() + 2 * decoded.states_TD.numel()
+    assert end == address + len(record)
+    del record
+    noise = [bytes([number]) * 100_000 for number in range(100)]
+    assert same(decoded, episode) and len(noise) == 100
+
+
+def test_states_at_an_odd_place_and_before_other_fields_are_read_too(same: Same) -> None:
+    (wanted,) = [decode_episode(msgpack.packb(SMALL))]
+    for name in ("uid", "states_TD", "schema"):
+        for filling in ("a", "aa"):
+            first = {name: SMALL[name], **SMALL, "actor_id": filling}
+            found = decode_episode(msgpack.packb(first))
+            assert same(found, replace(wanted, actor_id=filling))
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [("float16", 0x7C00), ("bfloat16", 0x7F80)])
+def test_every_number_that_is_not_finite_is_found_wherever_it_is(dtype: str, exponent: int) -> None:
+    all_bits = np.arange(1 << 16, dtype="<u2")
+    is_finite = (all_bits & exponent) != exponent
+    for number, bits in enumerate(all_bits[~is_finite]):
+        states = np.full(2 * 67, 0x3C00, "<u2")
+        states[number % len(states)] = bits
+        with pytest.raises(MalformedRecord, match="infinities or not-a-numbers"):
+            decode_episode(small(states_dtype=dtype, hidden_size=67, states_TD=states.tobytes()))
+    finite = np.resize(all_bits[is_finite], 1 << 16)
+    decode_episode(small(states_dtype=dtype, hidden_size=1 << 15, states_TD=finite.tobytes()))
 
 
 def test_the_encoder_refuses_an_array_of_another_dtype(make_episode: MakeEpisode) -> None:
@@ -119,6 +149,10 @@ SMALL: dict[str, Any] = {
     "states_dtype": "float16",
     "states_TD": np.array([1.0, 2.0], "<f2").tobytes(),
 }
+
+
+def small(**fields: Any) -> bytes:
+    return bytes(msgpack.packb(SMALL | fields))
 
 
 def test_the_written_example_is_an_episode() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,24 @@ from mara.common.agent import ACCEPT
 from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import UserError
+
+
+class _Held(NamedTuple):
+    """An episode in the ring."""
+
+    uid: str
+    num_decisions: int
+    score: float
+    """r(x, y) as shaping saw it."""
+
+
+class _Remembered(NamedTuple):
+    """What a ring that is filled again knows of an episode that it held before."""
+
+    score: float
+    rewards_T: torch.Tensor
+    sampling: dict[str, torch.Tensor]
+    """As :meth:`mara.buffer.sampling.Sampling.state_dict` has it for the episode's places."""
 
 
 class Mirror:
@@ -65,7 +83,8 @@ class Mirror:
         self._policy_versions_C = self._column(torch.int64)
         self._tail = 0  # place of the oldest transition; its slot is this modulo C
         self._size = 0
-        self._held: deque[tuple[int, float]] = deque()  # (decisions, score) of each episode, oldest first
+        self._held: deque[_Held] = deque()  # oldest first
+        self._remembered: dict[str, _Remembered] = {}
         self._has_evicted = False
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -101,8 +120,9 @@ class Mirror:
         """Put an episode that was added before, to a mirror whose state this one has, below the oldest held.
 
         For a ring that is filled again after a restart, newest episodes first. The episode is counted
-        nowhere again: not in the totals, nor in the normaliser, by whose present means it is scored. One
-        that was held back when the state was saved is held back again.
+        nowhere again: not in the totals, nor in the normaliser. It gets the rewards that it had
+        (:meth:`load_ring_state`); one that was not in the ring then is scored by the present means. One that
+        was held back when the state was saved is held back again.
 
         Returns whether it found room. Once one did not, or an episode has left, the ring holds the newest
         there are, and stays as it is.
@@ -116,10 +136,11 @@ class Mirror:
         if not self._normaliser.is_ready:
             self._held_back.insert(0, episode)
         elif episode.num_decisions > 0:
-            score = self._normaliser.score(episode, remember=False)
+            known = self._remembered.pop(episode.uid, None)
+            score = self._normaliser.score(episode, remember=False) if known is None else known.score
             self._tail -= episode.num_decisions
-            self._fill(self._tail, episode, score)
-            self._held.appendleft((episode.num_decisions, score))
+            self._fill(self._tail, episode, score, known)
+            self._held.appendleft(_Held(episode.uid, episode.num_decisions, score))
         return True
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
@@ -194,7 +215,28 @@ class Mirror:
     @property
     def mean_score(self) -> float:
         """Mean of r(x, y), as shaping saw it, over the episodes held; 0 where there are none."""
-        return sum(score for _, score in self._held) / max(1, len(self._held))
+        return sum(held.score for held in self._held) / max(1, len(self._held))
+
+    @property
+    def largest_return(self) -> float:
+        """No return of the episodes held exceeds this by its amount: discounts are at most 1.
+
+        The largest sum of absolute rewards of an episode; with Monte-Carlo returns, which are what the ring
+        then has as rewards, the largest of these.
+        """
+        if self._size == 0:
+            return 0.0
+        sizes_E = torch.tensor([held.num_decisions for held in self._held])
+        rewards = self._rewards_C[self._places() % self._capacity].abs().cpu()
+        if self._shaping.returns == "monte_carlo":
+            return float(rewards.max())
+        episodes = torch.repeat_interleave(torch.arange(len(sizes_E)), sizes_E)
+        return float(torch.zeros(len(sizes_E)).index_add_(0, episodes, rewards).max())
+
+    @property
+    def longest_episode(self) -> int:
+        """Decisions of the longest episode held."""
+        return max((held.num_decisions for held in self._held), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -222,20 +264,55 @@ class Mirror:
         self._total_episodes = state["total_episodes"]
         self._num_without_decisions = state["num_without_decisions"]
 
+    def ring_state(self) -> dict[str, Any]:
+        """What the ring knows of its episodes beyond what the log has: their rewards, scores and priorities.
+
+        Scores that are standardised depend on what had come when the episode did, so they could not be made
+        again. Text, numbers and tensors on the CPU; 4 bytes a transition (8 with priorities).
+        """
+        places = self._places()
+        return {
+            "head": self._tail + self._size,
+            "uids": [held.uid for held in self._held],
+            "num_decisions": torch.tensor([held.num_decisions for held in self._held], dtype=torch.int64),
+            "scores": torch.tensor([held.score for held in self._held], dtype=torch.float64),
+            "rewards": self._rewards_C[places % self._capacity].cpu(),
+            "sampling": self._sampling.state_dict(places),
+        }
+
+    def load_ring_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`ring_state`, before anything is added: :meth:`prepend` goes by it.
+
+        The same episodes then lie in the same slots with the same rewards and priorities as they did.
+        """
+        assert self._size == 0, "only an empty ring can be filled again"
+        self._tail = state["head"]
+        self._sampling.load_state_dict(state["sampling"])
+        sizes, scores = state["num_decisions"].tolist(), state["scores"].tolist()
+        columns = {"rewards": state["rewards"], **state["sampling"]}
+        columns = {name: column.split(sizes) for name, column in columns.items() if column.dim() == 1}
+        for index, (uid, score) in enumerate(zip(state["uids"], scores, strict=True)):
+            own = {name: parts[index] for name, parts in columns.items()}
+            self._remembered[uid] = _Remembered(score, own.pop("rewards"), own)
+
+    def _places(self) -> torch.Tensor:
+        """The place of each transition held, oldest first: int64 [size]."""
+        return torch.arange(self._tail, self._tail + self._size, device=self._device)
+
     def _write(self, episode: Episode, score: float) -> None:
         """Put the episode at the head; the oldest make room."""
         num_decisions = episode.num_decisions
         while self._capacity - self._size < num_decisions:
-            evicted, _ = self._held.popleft()
+            evicted = self._held.popleft().num_decisions
             self._sampling.freed(self._tail, evicted)
             self._tail += evicted
             self._size -= evicted
             self._has_evicted = True
         self._fill(self._tail + self._size, episode, score)
-        self._held.append((num_decisions, score))
+        self._held.append(_Held(episode.uid, num_decisions, score))
         self._total_transitions += num_decisions
 
-    def _fill(self, place: int, episode: Episode, score: float) -> None:
+    def _fill(self, place: int, episode: Episode, score: float, known: _Remembered | None = None) -> None:
         """Shape the episode and put it into the free slots from ``place`` on: they join the ring."""
         if self._states_CD is None:
             self._states_CD = torch.empty(
@@ -250,12 +327,15 @@ class Mirror:
         first = place % self._capacity
         self._put(self._states_CD, first, episode.states_TD)
         self._put(self._actions_C, first, _tensor(episode.actions_T))
-        self._put(self._rewards_C, first, _tensor(shaped.rewards_T))
+        self._put(self._rewards_C, first, _tensor(shaped.rewards_T) if known is None else known.rewards_T)
         self._put(self._discounts_C, first, _tensor(shaped.discounts_T))
         self._put(self._forced_C, first, _tensor(episode.forced_T))
         self._put(self._behaviour_logprobs_C, first, _tensor(np.where(episode.forced_T, 0.0, behaviour_T)))
         self._put(self._policy_versions_C, first, _tensor(episode.policy_versions_T))
-        self._sampling.written(place, episode.num_decisions)
+        if known is None:
+            self._sampling.written(place, episode.num_decisions)
+        else:
+            self._sampling.rewritten(place, episode.num_decisions, known.sampling)
         self._size += episode.num_decisions
 
     def _put(self, ring: torch.Tensor, first: int, rows: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ the tail is known to be gone though its slot is in use again.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,6 +52,18 @@ class Sampling(Protocol):
         """The critic was wrong by ``errors_B`` at ``places_B``; places below ``tail`` are gone."""
         ...
 
+    def state_dict(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is known of the transitions at ``places`` (int64 [n]), and of all together; on the CPU."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what a :meth:`state_dict` knew of all transitions together."""
+        ...
+
+    def rewritten(self, place: int, num: int, state: Mapping[str, torch.Tensor]) -> None:
+        """As :meth:`written`, by transitions of which ``state`` is the :meth:`state_dict`."""
+        ...
+
     @property
     def bytes_per_transition(self) -> int:
         """Bytes kept for each slot of the ring, blocks left out."""
@@ -88,6 +101,15 @@ class UniformSampling:
         pass
 
     def learnt(self, places_B: torch.Tensor, errors_B: torch.Tensor, tail: int) -> None:
+        pass
+
+    def state_dict(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        pass
+
+    def rewritten(self, place: int, num: int, state: Mapping[str, torch.Tensor]) -> None:
         pass
 
 
@@ -163,12 +185,27 @@ class PrioritisedSampling:
         self._priorities[slots_B] = torch.where(places_B >= tail, new_B, self._priorities[slots_B])
         torch.sum(self._priorities_NS, dim=1, dtype=torch.float64, out=self._sums_N)
 
-    def _fill(self, place: int, num: int, value: torch.Tensor) -> None:
+    def state_dict(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        priorities = self._priorities[places.to(self._device) % self._capacity]
+        return {"largest": self._largest.cpu(), "priorities": priorities.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._largest = state["largest"].to(self._device)
+
+    def rewritten(self, place: int, num: int, state: Mapping[str, torch.Tensor]) -> None:
+        self._fill(place, num, state["priorities"].to(self._device))
+
+    def _fill(self, place: int, num: int, values: torch.Tensor) -> None:
+        """Give ``num`` priorities, or one to all of them, to the slots from that of ``place`` on."""
         first = place % self._capacity
         before_end = min(num, self._capacity - first)
-        for start, stop in ((first, first + before_end), (0, num - before_end)):
+        values = values.expand(num)
+        for start, stop, given in (
+            (first, first + before_end, values[:before_end]),
+            (0, num - before_end, values[before_end:]),
+        ):
             if stop > start:
-                self._priorities[start:stop] = value
+                self._priorities[start:stop] = given
                 blocks = slice(start // _BLOCK_SLOTS, (stop - 1) // _BLOCK_SLOTS + 1)
                 self._sums_N[blocks] = self._priorities_NS[blocks].sum(dim=1, dtype=torch.float64)
 

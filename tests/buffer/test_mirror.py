@@ -369,3 +369,45 @@ def test_what_was_held_back_at_the_restart_is_held_back_again(make_episode: Make
     after.add(episodes[10:])
     assert in_order(after) == in_order(uninterrupted)
     assert after.state_dict() == uninterrupted.state_dict()
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "prioritised"])
+def test_a_ring_filled_again_has_the_rewards_and_priorities_it_had(
+    make_episode: MakeEpisode, sampling: str
+) -> None:
+    """Both are made of what had come by then, so that the log alone could not give them back."""
+    shaping = ShapingConfig(score_weights={"helpful": 1.0}, normalise="running", baseline="prompt")
+    episodes = [make_episode(uid=str(n), seed=n, prompt_id=str(n % 2), num_tokens=n % 6) for n in range(40)]
+    replay = ReplayConfig.model_validate({"capacity_transitions": 61, "sampling": sampling})
+    before, after = (Mirror(4, replay, shaping) for _ in range(2))
+    before.add(episodes)
+    assert before.num_transitions < before.total_transitions  # some had to make room
+    batch = before.sample(16, torch.Generator().manual_seed(0))
+    before.learnt(batch, torch.linspace(0.1, 3, 16))
+    after.load_state_dict(before.state_dict())
+    after.load_ring_state(before.ring_state())
+    for episode in reversed(episodes):
+        if not after.prepend(episode):
+            break
+    late = make_episode(uid="late", seed=99)
+    for mirror in (before, after):
+        mirror.add([late])
+    assert in_order(after) == in_order(before)
+    assert after.mean_score == before.mean_score
+    states = [mirror.ring_state() for mirror in (before, after)]
+    for name in ("rewards", "sampling", "scores", "num_decisions"):
+        torch.testing.assert_close(*(state.pop(name) for state in states), rtol=0, atol=0)
+    assert states[0] == states[1]
+    draws = [mirror.sample(64, torch.Generator().manual_seed(1)) for mirror in (before, after)]
+    assert torch.equal(draws[0].places_B, draws[1].places_B)
+    if sampling == "prioritised":
+        assert torch.equal(draws[0].weights_B, draws[1].weights_B)
+
+
+@pytest.mark.parametrize("returns", ["bootstrapped", "monte_carlo"])
+def test_no_return_exceeds_the_largest_one(make_episode: MakeEpisode, returns: str) -> None:
+    shaping = ShapingConfig(score_weights={"helpful": 1.0}, kl_estimator="none", returns=returns)
+    mirror = make_mirror(1000, shaping=shaping)
+    assert mirror.largest_return == 0
+    mirror.add([make_episode(seed=n, num_tokens=4, scores={"helpful": s}) for n, s in enumerate((1, -3, 2))])
+    assert mirror.largest_return == 3

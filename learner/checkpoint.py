@@ -4,8 +4,9 @@
 
     checkpoints/
         step-00000400-episode-00000200/
-            tensors.safetensors     networks, target, optimisers, random state
+            tensors.safetensors     networks, target, optimisers, random state, rewards of the ring
             state.json              everything else, and where each tensor belongs
+            SHA256SUMS              of both, as `sha256sum -c` reads it
         step-00000500-episode-00000250/
         latest -> step-00000500-episode-00000250
 
@@ -14,6 +15,7 @@ Episodes are not saved here: a learner that goes on from a checkpoint fills its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,17 +24,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mara.common.errors import UserError
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
+SUMS_FILE = "SHA256SUMS"
 LATEST = "latest"
-SCHEMA = 2
-NUM_KEPT = 2
-"""Checkpoints kept; older ones are deleted once a newer one is complete."""
+SET_ASIDE = "not-used"
+"""What the names of checkpoints begin with that are newer than the one a run went on from."""
+SCHEMA = 3
 TENSOR_KEY = "$tensor"
 """Stands in the JSON where a tensor belongs, with the tensor's name as its value."""
 
@@ -51,8 +53,12 @@ class Checkpointed(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def save_checkpoint(folder: Path, learner: Checkpointed) -> Path:
-    """Write a checkpoint below ``folder``, point ``latest`` to it and delete all but the last two.
+class DamagedCheckpoint(Exception):
+    """A file of a checkpoint is missing or is not the one that was written; the message names it."""
+
+
+def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> Path:
+    """Write a checkpoint below ``folder``, point ``latest`` to it and delete all but the ``num_kept`` newest.
 
     A reader, and a run that is killed at any moment, finds the previous checkpoint or this one. Where this
     gradient step and episode were saved already, nothing is written. Returns the checkpoint's folder.
@@ -61,70 +67,130 @@ def save_checkpoint(folder: Path, learner: Checkpointed) -> Path:
     name = f"step-{learner.gradient_step:08d}-episode-{learner.num_episodes:08d}"
     final = folder / name
     if not final.exists():
+        for abandoned in folder.glob(".*.partial"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         tensors: dict[str, torch.Tensor] = {}
         state = _without_tensors(learner.state_dict(), "", tensors)
         partial = folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file(tensors, partial / TENSORS_FILE)
         text = json.dumps({"schema": SCHEMA, "state": state}, indent=1, allow_nan=False)
         (partial / STATE_FILE).write_text(text + "\n")
-        for path in (partial / TENSORS_FILE, partial / STATE_FILE, partial):
+        files = (TENSORS_FILE, STATE_FILE)
+        (partial / SUMS_FILE).write_text("".join(f"{_sha256(partial / file)}  {file}\n" for file in files))
+        for path in (*(partial / file for file in (*files, SUMS_FILE)), partial):
             _flush_to_disk(path)
         partial.rename(final)
+        _flush_to_disk(folder)
     _point(folder / LATEST, name)
-    for old in sorted(folder.glob("step-*"))[:-NUM_KEPT]:
+    for old in sorted(folder.glob("step-*"))[:-num_kept]:
         if old != final:
             shutil.rmtree(old)
     return final
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the state in the latest checkpoint below ``folder``, as ``state_dict`` gave it, on the CPU.
+def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint below ``folder``, from ``latest`` on, whose files are as they were written.
+
+    ``warn`` is told of each damaged one that was passed over. None: none was saved.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or another version wrote it.
+        UserError: all are damaged.
     """
-    latest = folder / LATEST
-    if not latest.is_dir():
-        raise UserError(f"checkpoint: {folder} has none; give the folder of a run that saved one")
-    content = _parse(latest.resolve() / STATE_FILE, lambda path: json.loads(path.read_text()))
-    tensors = _parse(latest.resolve() / TENSORS_FILE, load_file)
+    newest = (folder / LATEST).resolve().name
+    found = sorted(folder.glob("step-*"), reverse=True)
+    if newest != LATEST:  # A person may have pointed it to an older one; without it all are looked at.
+        found = [path for path in found if path.name <= newest]
+    reasons: list[str] = []
+    for path in found:
+        try:
+            _check(path)
+        except DamagedCheckpoint as damage:
+            reasons.append(str(damage))
+        else:
+            for reason in reasons:
+                warn(f"checkpoint: {reason}; {path.name}, the one before, is used")
+            return path
+    if reasons:
+        raise UserError(f"checkpoint: {reasons[0]}, and no other one is sound; start a new run")
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the state in the checkpoint ``path``, as ``state_dict`` gave it, on the CPU.
+
+    Raises:
+        UserError: it is damaged, or another version wrote it.
+    """
+    try:
+        _check(path)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"checkpoint: {damage}; use another one") from damage
+    content = json.loads((path / STATE_FILE).read_text())
     if content["schema"] != SCHEMA:
         raise UserError(
-            f"checkpoint: {latest.resolve()} has schema {content['schema']}, this version reads {SCHEMA}; "
+            f"checkpoint: {path} has schema {content['schema']}, this version reads {SCHEMA}; "
             f"use the version that saved it"
         )
-    state: dict[str, Any] = _with_tensors(content["state"], tensors)
+    state: dict[str, Any] = _with_tensors(content["state"], load_file(path / TENSORS_FILE))
     return state
 
 
-def load_checkpoint(folder: Path, learner: Checkpointed) -> None:
-    """Bring ``learner`` to the state of the latest checkpoint below ``folder``.
+def load_checkpoint(path: Path, learner: Checkpointed) -> None:
+    """Bring ``learner`` to the state of the checkpoint ``path``.
 
-    Networks, target, optimisers, temperature, counters, the score normaliser's memory and the random state
-    of the sampling come back. The ring does not: the learner fills it from the log when it runs.
+    Networks, target, optimisers, temperature, counters, the limiter, the score normaliser's memory, what the
+    ring knows of its episodes and the random state of the sampling come back. The episodes themselves do
+    not: the learner fills the ring from the log when it runs.
 
     Raises:
         UserError: as :func:`read_checkpoint`, or the checkpoint belongs to networks of other sizes.
     """
-    state = read_checkpoint(folder)
+    state = read_checkpoint(path)
     try:
         learner.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"checkpoint: {(folder / LATEST).resolve()} does not fit agent.widths, learner.sac.critic_widths "
+            f"checkpoint: {path} does not fit agent.widths, learner.sac.critic_widths "
             f"or the LLM ({str(error).splitlines()[0]}); use the settings it was saved with"
         ) from error
 
 
-def _parse(path: Path, parse: Callable[[Path], Any]) -> Any:
+def set_newer_aside(path: Path) -> None:
+    """Rename the checkpoints beside ``path`` that are newer, and point ``latest`` to ``path``.
+
+    For a run that goes on from there: what it saves next may be at the same step as one of them.
+    """
+    for other in path.parent.glob("step-*"):
+        if other.name > path.name:
+            aside = other.with_name(f"{SET_ASIDE}-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+    _point(path.with_name(LATEST), path.name)
+
+
+def _check(path: Path) -> None:
+    """The files of the checkpoint ``path`` are those that were written.
+
+    Raises:
+        DamagedCheckpoint: one is not.
+    """
     try:
-        return parse(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint: {path} is damaged ({error}); point {LATEST} to the checkpoint beside it"
-        ) from error
+        lines = (path / SUMS_FILE).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path / SUMS_FILE} cannot be read") from error
+    for file in (TENSORS_FILE, STATE_FILE):
+        try:
+            is_sound = f"{_sha256(path / file)}  {file}" in lines
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path / file} cannot be read ({error.strerror})") from error
+        if not is_sound:
+            raise DamagedCheckpoint(f"{path / file} is damaged (its checksum differs)")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _without_tensors(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

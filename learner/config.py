@@ -70,10 +70,16 @@ class LearnerConfig(Config):
     """The run ends if the learner has waited so long for an episode and none came, seconds. The first one
     takes as long as the rollout actors need to load the LLM and write an answer. None: it waits for ever.
     Usual range 300–7200."""
+    max_skipped_steps: int = Field(default=20, ge=0)
+    """Gradient steps in a row that may be skipped because a loss, a gradient or a parameter is not finite.
+    After one more the run ends, and keeps that batch. Usual range 0–100."""
     publish_period_s: float = Field(default=1.0, ge=0, le=LONGEST_S)
     """Least time between two publications of the agent's weights, seconds. Usual range 0.2–10."""
     checkpoint_period_s: float = Field(default=300.0, gt=0, le=LONGEST_S)
     """Time between two checkpoints, seconds; one more is written at the end. Usual range 60–3600."""
+    num_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that are kept; older ones are deleted. With one alone there is none to go back to where it
+    is damaged. Usual range 2–5."""
     log_period_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """Time between two rows of metrics, seconds. Usual range 1–60."""
     device: str = "auto"

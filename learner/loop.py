@@ -16,16 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mara.buffer.config import NORMALISE_FROM_EPISODES, ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
 from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import LogReader, WeightSink
+from mara.common.contracts import LogReader, TransitionBatch, WeightSink
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.common.seeding import generator
+from mara.learner import health
 from mara.learner.checkpoint import save_checkpoint
 from mara.learner.config import LearnerConfig
 from mara.learner.limiter import RateLimiter
@@ -39,6 +41,9 @@ WAIT_S = 0.1
 """How long one wait for episodes lasts; a stop request is seen within it."""
 LOOK_S = 1.0
 """Time between two looks at whether the store still has the weights, while there are no newer ones."""
+
+_LOST = ("num_malformed", "num_quarantined", "num_trimmed_unread")
+"""What the source counts since it began to read."""
 
 CHECKPOINT_FOLDER = "checkpoints"
 AGENT_FOLDER = "agent"
@@ -59,6 +64,7 @@ class LearnerSummary:
     idle_ratio: float
     """Share of the time spent waiting for episodes."""
     seconds: float
+    """What it took; where it went on from a checkpoint, with what it had taken until then."""
     stopped: bool
     """Whether :meth:`Learner.stop` ended it, rather than the last episode."""
 
@@ -119,7 +125,14 @@ class Learner:
         )
         self._stop = threading.Event()
         self._refilling = False
+        self._has_ended = False
         self._started = False
+        self._starts_at = config.start_transitions
+        """Transitions that must have come, ever, before training starts."""
+        self._num_held_before = 0
+        """Transitions in the ring when the state was saved that was loaded."""
+        self._num_skipped = 0
+        self._num_skipped_in_a_row = 0
         self._num_episodes = 0
         self._num_tokens = 0
         self._num_sampled = 0
@@ -128,8 +141,10 @@ class Learner:
         self._num_publications_dropped = 0
         self._published_at = self._saved_at = self._looked_for_publication_at = 0.0
         self._window = Window()
+        self._lost_before = dict.fromkeys(_LOST, 0)
         self._clock = self._new_clock()
         self._whole_run = self._new_clock()
+        self._before_s = self._idle_before_s = 0.0
 
     @property
     def gradient_step(self) -> int:
@@ -159,10 +174,11 @@ class Learner:
             none
                 came for ``data_timeout_s``.
             ReplayUnavailable: the store has been away for too long.
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: too many gradient steps in a row were not finite.
         """
         torch.set_num_threads(self.config.num_threads)
-        self._clock, self._whole_run = self._new_clock(), self._new_clock()
+        self._clock, self._whole_run = self._new_clock(), self._new_clock(self._before_s)
+        self._whole_run.idle_s = self._idle_before_s
         self._saved_at = time.monotonic()
         try:
             self._train_to_the_end()
@@ -174,7 +190,7 @@ class Learner:
         self._save()
         self._publish()
         self._report()
-        if not stopped and not self._started:
+        if not stopped and self.mirror.total_transitions < self.config.start_transitions:
             raise UserError(
                 f"learner.start_batches: training starts at {self.config.start_transitions} transitions "
                 f"(start_batches {self.config.start_batches} × batch_size {self.config.batch_size}), but the "
@@ -202,6 +218,7 @@ class Learner:
             if self._can_train:
                 self._train()
             elif self._has_all and not self._refilling:
+                self._has_ended = True
                 break
             self._do_what_is_due()
 
@@ -220,6 +237,8 @@ class Learner:
             is_enough = self.mirror.num_transitions >= self.config.start_transitions
             if self._log_is_finished or not is_enough:
                 return False
+        if not self._started:
+            return False
         sampled = self._num_sampled + self.config.batch_size
         allowed = self._limiter.allows_step(sampled, self.mirror.total_transitions)
         return allowed and self.mirror.num_transitions > 0
@@ -263,38 +282,67 @@ class Learner:
         if episodes is None:
             return
         self._refilling = bool(episodes) and all(self.mirror.prepend(episode) for episode in episodes)
-        if not self._refilling:
-            self._source.read_back(0, 0.0)
+        if self._refilling:
+            return
+        self._source.read_back(0, 0.0)
+        missing = min(self.config.start_transitions, self._num_held_before) - self.mirror.num_transitions
+        if missing > 0:  # The log has lost them: training begins anew when as many others have come.
+            self._started = False
+            self._starts_at = self.mirror.total_transitions + missing
 
     def _take_in(self, episode: Episode) -> None:
         self.mirror.add([episode])
         self._num_episodes += 1
         self._num_tokens += episode.num_tokens
         # All that ever came: the ring drops whole episodes, so it may never hold as many as its capacity.
-        self._started |= self.mirror.total_transitions >= self.config.start_transitions
+        self._started |= self.mirror.total_transitions >= self._starts_at
         if self._started:
             self._limiter.earn(1)
         self._window.average(episode_statistics(episode, self._reward_weights), prefix="episode/")
         if episode.num_decisions:
-            lags_T = self.sac.step - episode.policy_versions_T
+            # After a crash the log has episodes by weights that were lost with the steps that led to them.
+            lags_T = np.maximum(self.sac.step - episode.policy_versions_T, 0)
             self._window.average({"policy/lag_mean": float(lags_T.mean())})
             self._window.peak("policy/lag_max", float(lags_T.max()))
 
     def _train(self) -> None:
         began = time.monotonic()
         batch = self.mirror.sample(self.config.batch_size, self._generator)
-        step = self.sac.step
-        metrics = self.sac.update(batch)
-        if self.sac.errors_B is not None:
-            self.mirror.learnt(batch, self.sac.errors_B)
         self._limiter.spend()
         self._num_sampled += len(batch)
+        step = self.sac.step
+        try:
+            metrics = self.sac.update(batch)
+        except FloatingPointError as error:
+            self._skip(batch, error)
+            return
+        self._num_skipped_in_a_row = 0
+        if self.sac.errors_B is not None:
+            self.mirror.learnt(batch, self.sac.errors_B)
         self._window.average(asdict(metrics), prefix="sac/")
         self._window.average(
             {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
         )
         if self._log_is_finished:
             self._clock.held_back_s += time.monotonic() - began
+
+    def _skip(self, batch: TransitionBatch, error: FloatingPointError) -> None:
+        """Count a step that was not done; the next one draws another batch.
+
+        Raises:
+            FloatingPointError: there were too many in a row; the batch is in the run folder.
+        """
+        self._num_skipped += 1
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row <= self.config.max_skipped_steps:
+            return
+        message = f"{error}, the last of {self._num_skipped_in_a_row} in a row that are not finite"
+        if bad := self.sac.not_finite():
+            message += f"; so are the parameters {', '.join(bad)}"
+        if self._run_folder is not None:
+            health.save_batch(self._run_folder / health.BATCH_FILE, batch, message)
+            message += f"; the batch is in {self._run_folder / health.BATCH_FILE}"
+        raise FloatingPointError(message) from error
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
@@ -340,18 +388,25 @@ class Learner:
         self._saved_at = time.monotonic()
         if self._run_folder is None:
             return
+        if bad := self.sac.not_finite():
+            raise FloatingPointError(
+                f"sac: {', '.join(bad)}: not finite after gradient step {self.sac.step}; nothing is saved "
+                "over the last checkpoint"
+            )
         trained = {
             "gradient_steps": self.sac.step,
             "policy_steps": self.sac.policy_steps,
             "episodes": self._num_episodes,
+            "complete": self._has_ended,
         }
         save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
-        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self)
+        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self, self.config.num_checkpoints)
 
     def _report(self) -> None:
         """Hand over one row: means since the last one, rates over that time, and totals."""
         clock, seconds = self._clock, max(self._clock.seconds, 1e-9)
         inserted, sampled = self.mirror.total_transitions, self._num_sampled
+        lost = self._lost()
         row = self._window.take() | {
             "sac/target_entropy": self.config.sac.target_entropy,
             "replay/transitions": self.mirror.num_transitions,
@@ -360,9 +415,9 @@ class Learner:
             "replay/sample_rate": (sampled - clock.sampled) / seconds,
             "replay/samples_per_insert": sampled / max(inserted, 1),
             "replay/held_back_ratio": clock.held_back_ratio,
-            "replay/malformed": self._source.num_malformed,
-            "replay/quarantined": self._source.num_quarantined,
-            "replay/trimmed_unread": self._source.num_trimmed_unread,
+            "replay/malformed": lost["num_malformed"],
+            "replay/quarantined": lost["num_quarantined"],
+            "replay/trimmed_unread": lost["num_trimmed_unread"],
             "replay/duplicates": self._source.num_duplicates,
             "replay/without_decisions": self.mirror.num_without_decisions,
             "learner/gradient_step": self.sac.step,
@@ -370,25 +425,39 @@ class Learner:
             "learner/idle_ratio": clock.idle_ratio,
             "learner/steps_owed": self._limiter.owed,
             "learner/steps_dropped": self._limiter.num_dropped,
+            "learner/steps_skipped": self._num_skipped,
             "weights/dropped": self._num_publications_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
         }
+        temperature = row.get("sac/temperature", 0.0)
+        bound = health.return_bound(self.mirror.largest_return, temperature, self.mirror.longest_episode)
+        row |= {"replay/return_bound": bound, **health.signs(row, bound)}
         self._clock = self._new_clock()
         self._on_metrics({name: float(value) for name, value in row.items()})
 
-    def _new_clock(self) -> Clock:
-        return Clock(self.sac.step, self.mirror.total_transitions, self._num_sampled)
+    def _lost(self) -> dict[str, int]:
+        """What went wrong in reading the log, over the whole run."""
+        return {name: self._lost_before[name] + getattr(self._source, name) for name in _LOST}
+
+    def _new_clock(self, seconds: float = 0.0) -> Clock:
+        return Clock(self.sac.step, self.mirror.total_transitions, self._num_sampled, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: everything but the ring. Tensors are live, not copies."""
+        """What a checkpoint holds: everything but the episodes. Tensors may be live, not copies."""
         return {
             "sac": self.sac.state_dict(),
             "mirror": self.mirror.state_dict(),
+            "ring": self.mirror.ring_state(),
             "limiter": self._limiter.state_dict(),
             "sampling": self._generator.get_state(),
             "cursor": self._source.cursor,
             "started": self._started,
+            "starts_at": self._starts_at,
+            "lost": self._lost(),
+            "num_skipped": self._num_skipped,
+            "seconds": self._whole_run.seconds,
+            "idle_s": self._whole_run.idle_s,
             "num_episodes": self._num_episodes,
             "num_tokens": self._num_tokens,
             "num_sampled": self._num_sampled,
@@ -398,15 +467,21 @@ class Learner:
         """Take over a :meth:`state_dict`, with a source that begins at its ``cursor``.
 
         The ring is not in it: :meth:`run` fills it again with what the log has from before the cursor,
-        newest first, while new episodes come in, and trains once ``start_transitions`` are there, or all
-        that are left.
+        newest first, while new episodes come in, and trains once ``start_transitions`` are there, or as many
+        as there were. What the log has lost of these must come anew before it trains.
         """
         self._refilling = True
+        self._num_held_before = len(state["ring"]["rewards"])
         self.sac.load_state_dict(state["sac"])
         self.mirror.load_state_dict(state["mirror"])
+        self.mirror.load_ring_state(state["ring"])
         self._limiter.load_state_dict(state["limiter"])
         self._generator.set_state(state["sampling"])
         self._started = state["started"]
+        self._starts_at = state["starts_at"]
+        self._lost_before = state["lost"]
+        self._num_skipped = state["num_skipped"]
+        self._before_s, self._idle_before_s = state["seconds"], state["idle_s"]
         self._num_episodes = state["num_episodes"]
         self._num_tokens = state["num_tokens"]
         self._num_sampled = state["num_sampled"]

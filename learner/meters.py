@@ -36,7 +36,8 @@ class Window:
 class Clock:
     """Time since it was made, how much of that was idle, and what the learner's counters were then."""
 
-    def __init__(self, gradient_steps: int, inserted: int, sampled: int) -> None:
+    def __init__(self, gradient_steps: int, inserted: int, sampled: int, seconds: float = 0.0) -> None:
+        """``seconds`` have passed already, for what goes on from a checkpoint."""
         self.gradient_steps = gradient_steps
         self.inserted = inserted
         """Transitions read by then."""
@@ -46,7 +47,7 @@ class Clock:
         """Seconds spent waiting since then; its owner adds to it."""
         self.held_back_s = 0.0
         """Seconds since then in which episodes had to wait for the learner; its owner adds to it."""
-        self._began = time.monotonic()
+        self._began = time.monotonic() - seconds
 
     @property
     def seconds(self) -> float:

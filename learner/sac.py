@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mara.buffer.weights import not_finite
 from mara.common.agent import ACCEPT, REJECT, Agent
 from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
@@ -97,7 +98,8 @@ class SAC:
         critic as it was before this step.
 
         Raises:
-            FloatingPointError: a loss or a gradient is not finite; the networks are left as they were.
+            FloatingPointError: a loss or a gradient is not finite; the networks are left as they were. A
+                parameter that is not finite makes a loss so.
         """
         states_BD = batch.states_BD.float()
         alpha = self.log_alpha.detach().exp()
@@ -172,6 +174,15 @@ class SAC:
             value = getattr(metrics, field.name)
             if not math.isfinite(value):
                 raise FloatingPointError(f"sac: {field.name} is {value} at gradient step {self.step}")
+
+    def not_finite(self) -> list[str]:
+        """The names of the parameters that are not finite throughout: none, as far as anybody knows.
+
+        Too dear for every step, and no step needs it: a parameter that is not finite shows in the next loss.
+        """
+        networks = {"agent": self.agent, "critic": self.critic, "target": self.target}
+        tensors = {f"{of}.{name}": p for of, net in networks.items() for name, p in net.named_parameters()}
+        return not_finite(tensors | {"log_alpha": self.log_alpha})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step: networks, target, temperature, optimisers, counter.

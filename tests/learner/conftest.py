@@ -19,6 +19,21 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
+def same_state() -> Callable[[Any, Any], bool]:
+    """Whether two states of a learner agree bit for bit, wherever they read and however long it took."""
+
+    def agree(one: Any, other: Any) -> bool:
+        if isinstance(one, dict):
+            names = (one.keys() | other.keys()) - {"cursor", "seconds", "idle_s"}
+            return all(name in one and name in other and agree(one[name], other[name]) for name in names)
+        if isinstance(one, torch.Tensor):
+            return one.dtype == other.dtype and torch.equal(one, other)
+        return bool(one == other)
+
+    return agree
+
+
+@pytest.fixture
 def make_batch() -> Callable[..., TransitionBatch]:
     """Random transitions: ``make_batch(num, hidden_size, seed)``."""
 

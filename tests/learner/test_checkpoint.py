@@ -1,8 +1,9 @@
 """Checkpoints: what comes back, what is kept, what is refused."""
 
-import json
+import subprocess
 import threading
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,24 @@ from mara.buffer.server import EmbeddedServer
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
 from mara.common.errors import UserError
-from mara.learner.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from mara.learner.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    set_newer_aside,
+)
 from mara.learner.config import LearnerConfig, SACConfig
 from mara.learner.loop import Learner
 
 D = 12
+FILES = ("tensors.safetensors", "state.json")
 EpisodeMaker = Callable[..., Episode]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
 
 
 class Counter:
@@ -69,11 +82,11 @@ def test_a_loaded_learner_goes_on_bit_for_bit(make_episode: EpisodeMaker, tmp_pa
     log.append(episodes)
     learner = make_learner(log, 23, seed=0)
     learner.run()
-    save_checkpoint(tmp_path, learner)
+    saved = save_checkpoint(tmp_path, learner)
 
     fresh = make_learner(log, 23, seed=5)
-    fresh.mirror.add(episodes)  # a checkpoint holds no ring
-    load_checkpoint(tmp_path, fresh)
+    load_checkpoint(saved, fresh)
+    assert all(fresh.mirror.prepend(episode) for episode in reversed(episodes))  # what it holds no copy of
     assert fresh.gradient_step == learner.gradient_step == 12
     assert fresh.num_episodes == 23
     late = make_episode([1, 1, 1], scores={"good": 3.0})
@@ -94,8 +107,7 @@ def test_nested_values_come_back_as_they_were(tmp_path: Path) -> None:
         "a/b": {"c": torch.tensor(1.5), "d": 7, "empty": {}},
         "a": {"b/c": torch.arange(3), "flag": True, "name": "x", "nothing": None, "pair": [1, 0.25]},
     }
-    save_checkpoint(tmp_path, counter)
-    state = read_checkpoint(tmp_path)
+    state = read_checkpoint(save_checkpoint(tmp_path, counter))
     assert state["a/b"]["c"].item() == 1.5
     assert state["a"]["b/c"].tolist() == [0, 1, 2]
     assert state["a/b"] | {"c": 0} == {"c": 0, "d": 7, "empty": {}}
@@ -114,7 +126,7 @@ def test_the_last_two_are_kept_and_latest_is_the_newest(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-00000010-episode-00000020", "step-00000011-episode-00000022"]
     assert (tmp_path / "latest").resolve().name == names[-1]
-    assert len(read_checkpoint(tmp_path)["value"]) == 12
+    assert len(read_checkpoint((tmp_path / "latest").resolve())["value"]) == 12
 
 
 def test_a_run_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -126,9 +138,9 @@ def test_a_run_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: Path
 
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, Dies(2, 2))
-    assert len(read_checkpoint(tmp_path)["value"]) == 2
+    assert len(read_checkpoint((tmp_path / "latest").resolve())["value"]) == 2
     save_checkpoint(tmp_path, Counter(2, 2))  # what lies about half-written is in nobody's way
-    assert len(read_checkpoint(tmp_path)["value"]) == 3
+    assert len(read_checkpoint((tmp_path / "latest").resolve())["value"]) == 3
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -139,32 +151,99 @@ def test_saving_the_same_step_twice_writes_once(tmp_path: Path) -> None:
     assert (first / "tensors.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path} has none; give the folder"):
-        load_checkpoint(tmp_path, Counter())
-
-
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+def test_the_files_are_checked_by_the_usual_program(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, Counter(3, 3))
-    (folder / name).write_bytes((folder / name).read_bytes()[:20])
-    with pytest.raises(UserError, match=rf"{folder.name}/{name} is damaged"):
-        load_checkpoint(tmp_path, Counter())
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_as_many_are_kept_as_are_asked_for(tmp_path: Path) -> None:
+    for step in range(5):
+        save_checkpoint(tmp_path, Counter(step, step), num_kept=3)
+    assert [path.name[5:13] for path in sorted(tmp_path.glob("step-*"))] == [
+        "00000002",
+        "00000003",
+        "00000004",
+    ]
+
+
+def test_a_folder_without_a_checkpoint_has_none(tmp_path: Path, said: list[str]) -> None:
+    assert find_checkpoint(tmp_path / "checkpoints", said.append) is None
+    assert said == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
+    tmp_path: Path, said: list[str], name: str, damage: Callable[[Path], None]
+) -> None:
+    before = save_checkpoint(tmp_path, Counter(3, 3))
+    newest = save_checkpoint(tmp_path, Counter(4, 4))
+    assert find_checkpoint(tmp_path, said.append) == newest
+    damage(newest / name)
+    assert find_checkpoint(tmp_path, said.append) == before
+    (line,) = said
+    assert str(newest) in line and f"{before.name}, the one before, is used" in line
+    with pytest.raises(UserError, match="use another one"):
+        read_checkpoint(newest)
+
+
+def test_where_all_are_damaged_there_is_nothing_to_go_on_from(tmp_path: Path, said: list[str]) -> None:
+    for step in (3, 4):
+        cut(save_checkpoint(tmp_path, Counter(step, step)) / "state.json")
+    with pytest.raises(UserError, match=r"step-00000004.*/state.json is damaged.*no other one is sound"):
+        find_checkpoint(tmp_path, said.append)
+
+
+def test_latest_may_be_pointed_to_an_older_one(tmp_path: Path, said: list[str]) -> None:
+    older, newer = (save_checkpoint(tmp_path, Counter(step, step)) for step in (3, 4))
+    (tmp_path / "latest").unlink()
+    assert find_checkpoint(tmp_path, said.append) == newer
+    (tmp_path / "latest").symlink_to(older.name)
+    assert find_checkpoint(tmp_path, said.append) == older
+    assert said == []
+
+
+def test_a_run_that_goes_on_from_an_older_one_saves_the_same_step_again(tmp_path: Path) -> None:
+    older, newer = (save_checkpoint(tmp_path, Counter(step, step)) for step in (3, 4))
+    cut(newer / "state.json")
+    set_newer_aside(older)
+    assert (tmp_path / "latest").resolve() == older
+    again = save_checkpoint(tmp_path, Counter(4, 4))
+    assert again == newer
+    assert len(read_checkpoint(again)["value"]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        f"not-used-{newer.name}",
+        older.name,
+        newer.name,
+    ]
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, Counter(3, 3))
-    content = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(content | {"schema": 99}))
-    with pytest.raises(UserError, match="has schema 99, this version reads 2"):
-        load_checkpoint(tmp_path, Counter())
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"schema": 3', '"schema": 99'))
+    sums = "".join(f"{sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in FILES)
+    (folder / "SHA256SUMS").write_text(sums)
+    with pytest.raises(UserError, match="has schema 99, this version reads 3"):
+        load_checkpoint(folder, Counter())
 
 
 def test_networks_of_another_size_are_refused(make_episode: EpisodeMaker, tmp_path: Path) -> None:
     log = MemoryEpisodeLog()
-    save_checkpoint(tmp_path, make_learner(log, 16, seed=0))
+    saved = save_checkpoint(tmp_path, make_learner(log, 16, seed=0))
     with pytest.raises(UserError, match=r"does not fit .*learner.sac.critic_widths.*use the settings"):
-        load_checkpoint(tmp_path, make_learner(log, 16, seed=0, width=16))
+        load_checkpoint(saved, make_learner(log, 16, seed=0, width=16))
 
 
 def test_a_learner_that_was_killed_goes_on_with_its_ring_filled_from_the_server(
@@ -200,12 +279,12 @@ def test_a_learner_that_was_killed_goes_on_with_its_ring_filled_from_the_server(
         with BackgroundReader(RedisEpisodeReader(connect(server.url), "run", replay)) as source:
             first = start(source, 30)
             first.run()
-            save_checkpoint(tmp_path, first)
+            saved = save_checkpoint(tmp_path, first)
         sink.append(episodes[30:40])
-        cursor = read_checkpoint(tmp_path)["cursor"]
+        cursor = read_checkpoint(saved)["cursor"]
         with BackgroundReader(RedisEpisodeReader(connect(server.url), "run", replay, cursor)) as source:
             second = start(source, 60)
-            load_checkpoint(tmp_path, second)
+            load_checkpoint(saved, second)
             writer = threading.Timer(0.2, sink.append, [episodes[40:]])
             writer.start()
             summary = second.run()

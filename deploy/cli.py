@@ -15,7 +15,7 @@ from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain, open_missing_descriptors, steady_output
-from mara.deploy.usage import CommandLine
+from mara.deploy.usage import CommandLine, UsageError
 
 app = typer.Typer(
     cls=CommandLine,
@@ -88,9 +88,18 @@ def _mara(
 @app.command()
 def train(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart.")
-    ],
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart."),
+    ] = None,
     overrides: TrainOverrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with a run that ended early, such as runs/latest, instead of starting CONFIG.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check all that needs no start, print the resolved settings, stop."),
@@ -98,12 +107,25 @@ def train(
 ) -> None:
     """Train an agent, then compare it with the LLM it steers.
 
-    Ctrl-C saves the agent and ends.
+    Ctrl-C saves the agent and ends; --resume goes on from there, or after a crash.
     """
     with _reported_errors():
         from mara.deploy.config_file import dump_config, find_config, load_config
 
-        settings = load_config(find_config(config), overrides or [])
+        resumed = None
+        if resume is not None:
+            from mara.deploy.console import warn
+            from mara.deploy.resume import find_resumed
+
+            changes = [*([] if config is None else [config]), *(overrides or [])]
+            if config is not None and "=" not in config:
+                raise UsageError(f"--resume goes on with the settings of {resume}, leave out {config!r}")
+            resumed = find_resumed(resume, changes, warn)
+            settings = resumed.config
+        elif config is None:
+            raise UsageError("missing argument 'CONFIG'")
+        else:
+            settings = load_config(find_config(config), overrides or [])
         if dry_run:
             from mara.deploy.preflight import preflight
 
@@ -115,7 +137,7 @@ def train(
         from mara.deploy.train import train as run
 
         with steady_output():
-            run(settings)
+            run(settings, resumed)
 
 
 @app.command("eval")

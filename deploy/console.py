@@ -46,11 +46,18 @@ class View:
     began: float = field(default_factory=time.monotonic)
     first_seen: tuple[float, int] | None = None
     """When the first episodes had come, and how many they were."""
+    num_before: int = 0
+    """Episodes that were read before this start of the run."""
+
+    def begin_at(self, num_episodes: int, gradient_step: int) -> None:
+        """Show a run that goes on from there."""
+        self.num_before = num_episodes
+        self.metrics |= {"episodes/total": num_episodes, "learner/gradient_step": gradient_step}
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Take over the latest values."""
         self.metrics.update(metrics)
-        if self.first_seen is None and self.num_done > 0:
+        if self.first_seen is None and self.num_done > self.num_before:
             self.first_seen = (time.monotonic(), self.num_done)
 
     def remember(self, row: Mapping[str, float]) -> None:
@@ -79,7 +86,8 @@ class View:
             return None
         since_s, num_before = self.first_seen
         passed_s, num_since = time.monotonic() - since_s, self.num_done - num_before
-        if num_since < 1 or (num_since < STEADY_SHARE * self.num_episodes and passed_s < STEADY_S):
+        steady_from = STEADY_SHARE * (self.num_episodes - self.num_before)
+        if num_since < 1 or (num_since < steady_from and passed_s < STEADY_S):
             return None
         return passed_s / num_since * max(0, self.num_episodes - self.num_done)
 

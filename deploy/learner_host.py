@@ -6,7 +6,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mara.buffer.background import BackgroundReader
@@ -14,9 +16,15 @@ from mara.buffer.memory import MemoryWeightChannel
 from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
+from mara.common.errors import UserError
 from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
-from mara.learner.loop import AGENT_FOLDER, Learner, LearnerSummary
+from mara.deploy.run_lock import hold_run
+from mara.learner.checkpoint import load_checkpoint, read_checkpoint, set_newer_aside
+from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, Learner, LearnerSummary
+
+PREDECESSOR_S = 30.0
+"""Longest wait for the learner of a run that was killed to end, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,9 @@ class LearnerSpec(HostSpec):
     """Hidden size of the LLM."""
     agent_card: dict[str, Any]
     """What is kept beside the agent. Made where the run began: the learner's machine may have no heads."""
+    checkpoint: str | None = None
+    """Name of the checkpoint in the run folder to go on from; None begins with the first episode of the log.
+    """
 
 
 class LearnerHost:
@@ -40,6 +51,14 @@ class LearnerHost:
     def run(self) -> LearnerSummary:
         """Train; save the agent and a checkpoint into the run folder at the end. Blocks."""
         log_to(self._spec.log_file)
+        with ExitStack() as exits:
+            if (
+                self._spec.log_file.parent.is_dir()
+            ):  # A run that was killed may have a learner that ends still.
+                exits.enter_context(hold_run(self._spec.log_file.parent, PREDECESSOR_S))
+            return self._run()
+
+    def _run(self) -> LearnerSummary:
         config, run_id = self._spec.config, self._spec.run_id
         clients = [self._spec.connect(shard) for shard in range(config.replay.num_shards)]
         digest = agent_digest(self._spec.hidden_size, config.agent)
@@ -50,7 +69,11 @@ class LearnerHost:
             if is_finished
             else RedisWeightChannel(clients[0], run_id, config.replay, digest)
         )
-        reader = open_reader(clients, run_id, config.replay)
+        checkpoint = self._checkpoint()
+        # A store that has lost the log counts from the start again, so the old place in it means nothing.
+        goes_on = checkpoint is not None and not open_reader(clients, run_id, config.replay).at_end()
+        cursor = read_checkpoint(checkpoint)["cursor"] if checkpoint is not None and goes_on else ""
+        reader = open_reader(clients, run_id, config.replay, cursor)
         with BackgroundReader(reader, log_is_finished=is_finished) as source:
             self._learner = Learner(
                 config.learner,
@@ -66,10 +89,29 @@ class LearnerHost:
                 run_folder=self._spec.folder,
                 agent_card=self._spec.agent_card,
             )
+            if checkpoint is not None:
+                load_checkpoint(checkpoint, self._learner)
             if self._stop.is_set():
                 self._learner.stop()
             self._phase = RUNNING
             return self._learner.run()
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, with those that are newer out of the way.
+
+        Raises:
+            UserError: it is not on this machine.
+        """
+        if self._spec.checkpoint is None:
+            return None
+        checkpoint = self._spec.folder / CHECKPOINT_FOLDER / self._spec.checkpoint
+        if not checkpoint.is_dir():
+            raise UserError(
+                f"checkpoint: the learner's machine has no {checkpoint}; the machines must share the run "
+                "folder (run.dir)"
+            )
+        set_newer_aside(checkpoint)
+        return checkpoint
 
     def stop(self) -> None:
         """End :meth:`run` after the current gradient step. Returns at once."""

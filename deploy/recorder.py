@@ -42,9 +42,30 @@ class Recorder:
     goes offline.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        say: Callable[[str], None],
+        wandb_id: str | None = None,
+        goes_on_from: tuple[int, int] | None = None,
+    ) -> None:
+        """Open the record.
+
+        Args:
+            wandb_id: of the W&B run; one that is there already goes on.
+            goes_on_from: gradient step and episodes of the checkpoint from which the run goes on. Records
+                beyond are taken out of the file: they come again. W&B cannot take any back, so it keeps
+                these and is sent only what is further.
+        """
         self._say = say
-        self._began = time.time()
+        self._wandb_id = wandb_id
+        self._is_further_than: tuple[float, float] = (-1.0, -1.0)
+        """Gradient step and episodes of the last record that W&B has."""
+        seconds = 0.0
+        if goes_on_from is not None:
+            seconds, self._is_further_than = cut_back(folder / METRICS_FILE, *goes_on_from)
+        self._began = time.time() - seconds
         self._lines: TextIO | None = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._wandb_run: Any = None
         self._folder = folder
@@ -57,12 +78,12 @@ class Recorder:
             return
         if mode == "online":
             try:
-                self._wandb_run = _start_wandb(self._folder, self._config, mode)
+                self._wandb_run = _start_wandb(self._folder, self._config, mode, self._wandb_id)
                 return
             except Exception as error:  # An outage of metrics must not stop the training.
                 self._say(f"W&B is offline, `wandb sync` sends the run later: {_first_line(error)}")
         try:
-            self._wandb_run = _start_wandb(self._folder, self._config, "offline")
+            self._wandb_run = _start_wandb(self._folder, self._config, "offline", self._wandb_id)
         except Exception as error:  # The same.
             self._say(f"W&B is off: {_first_line(error)}")
 
@@ -73,13 +94,16 @@ class Recorder:
         return runs[-1] if runs else None
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Write one record: the metrics and ``time_s``, seconds since the run began.
+        """Write one record: the metrics and ``time_s``, seconds that the run has gone on for.
 
         Values that are not finite become null in the file and are left out of W&B.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"time_s": round(time.time() - self._began, 3), **finite})
         self._write(line + "\n")
+        step, episodes = self._is_further_than
+        if metrics.get(GRADIENT_STEP, math.inf) <= step and metrics.get(EPISODES, math.inf) <= episodes:
+            return
         self._to_wandb(lambda run: run.log({name: v for name, v in finite.items() if v is not None}))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
@@ -121,6 +145,31 @@ class Recorder:
         except Exception as error:  # An outage of metrics must not stop the training.
             self._wandb_run = None
             self._say(f"W&B is off from here: {_first_line(error)}; {METRICS_FILE} goes on")
+
+
+def cut_back(path: Path, gradient_step: int, num_episodes: int) -> tuple[float, tuple[float, float]]:
+    """Take the records beyond a checkpoint, and a last line that was not finished, out of ``metrics.jsonl``.
+
+    Returns the ``time_s`` of the last one that stays, and gradient step and episodes of the last there was.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept: list[str] = []
+    seconds, last = 0.0, (-1.0, -1.0)
+    for line in lines:
+        try:
+            record = json.loads(line)
+            last = (float(record.get(GRADIENT_STEP, 0)), float(record.get(EPISODES, 0)))
+            time_s = float(record["time_s"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        if last[0] <= gradient_step and last[1] <= num_episodes and line.endswith("\n"):
+            kept.append(line)
+            seconds = time_s
+    if len(kept) < len(lines):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    return seconds, last
 
 
 def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
@@ -170,7 +219,7 @@ def _has_netrc_login(environment: Mapping[str, str]) -> bool:
         return False
 
 
-def _start_wandb(folder: Path, config: RunConfig, mode: str) -> Any:
+def _start_wandb(folder: Path, config: RunConfig, mode: str, wandb_id: str | None) -> Any:
     # Decided already; the library would refuse values that it does not know.
     os.environ.pop("WANDB_MODE", None)
     # Without it the library asks on a terminal for a login that is missing or was refused.
@@ -187,6 +236,8 @@ def _start_wandb(folder: Path, config: RunConfig, mode: str) -> Any:
             project=config.wandb.project,
             entity=config.wandb.entity,
             name=folder.name,
+            id=wandb_id,
+            resume=None if wandb_id is None else "allow",
             dir=folder,
             mode=mode,  # type: ignore[arg-type]
             config=yaml.safe_load(dump_config(config)),

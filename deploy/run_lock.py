@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +14,26 @@ from pathlib import Path
 from mara.common.errors import UserError
 
 LOCK = "running.lock"
+_LOOK_S = 0.1
 
 
 @contextmanager
-def hold_run(folder: Path) -> Iterator[None]:
+def hold_run(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Keep others from running in ``folder``, and from taking its episodes for those of a finished run.
+
+    Waits up to ``wait_s`` seconds for a process that ends.
 
     Raises:
         UserError: another process holds it.
         OSError: it cannot be written, or its file system has no locks.
     """
+    deadline = time.monotonic() + wait_s
     descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use: its run goes on ({_shown(folder)}); wait for its end"
-            ) from None
+        while not _locked(descriptor):
+            if time.monotonic() >= deadline:
+                raise UserError(f"{folder} is in use: its run goes on ({_shown(folder)}); wait for its end")
+            time.sleep(_LOOK_S)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
@@ -55,6 +58,15 @@ def who_runs(folder: Path) -> str | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock the file for this process alone; whether nobody else has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _shown(folder: Path) -> str:

@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from mara.buffer.lease import Use, hold_lease
+import redis
+
+from mara.buffer.connection import connect
+from mara.buffer.keys import keys_of
+from mara.buffer.lease import Use, hold_lease, holders
+from mara.buffer.runs import LogLength, log_length
 from mara.buffer.server import EmbeddedServer, Loading
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
@@ -24,7 +29,6 @@ from mara.deploy.finished_run import FinishedLog, require_episodes
 from mara.deploy.preflight import Checked
 from mara.deploy.progress import Progress
 from mara.deploy.run_folder import REPLAY, LogRecord, what_is_saved
-from mara.deploy.run_lock import hold_run
 
 MAX_SERVER_RESTARTS = 20
 
@@ -70,18 +74,16 @@ def open_store(
     """The store of the run in ``folder``; servers that were started for it end with the block.
 
     Where the run writes episodes, ``RUN/replay.json`` tells later runs where they are. Until the block ends,
-    others see that the run goes on: by a lock in its folder, and by a lease on servers that are not its own.
+    others see that the run goes on, by a lease on servers that are not its own.
 
     Raises:
-        UserError: a server does not start, or has no episodes of the finished run; or another process runs in
-            ``folder``.
+        UserError: a server does not start, or has no episodes of the finished run.
         StoppedEarly: a signal came.
     """
     with ExitStack() as exits:
         if checked.log is not None:
             yield _with_log(checked.log, config, folder, progress, exits)
             return
-        exits.enter_context(hold_run(folder))
         _record_log(run_id, config.replay.redis_urls, checked, folder)
         if config.replay.redis_urls:
             exits.enter_context(_lease(config, config.replay.redis_urls, run_id, "writes"))
@@ -98,6 +100,38 @@ def with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
     """The settings as the processes of the run get them: with the addresses of its store."""
     replay = config.replay.model_copy(update={"redis_url": tuple(redis_urls)})
     return config.model_copy(update={"replay": replay})
+
+
+def check_not_written(config: RunConfig, folder: Path, run_id: str) -> None:
+    """Refuse to go on with a run that does so already, from another machine.
+
+    Raises:
+        UserError: it does, or a server cannot be used.
+    """
+    with ExitStack() as exits:
+        for client in _clients(config, config.replay.redis_urls, exits)[:1]:
+            for holder in holders(client, run_id):
+                if holder.use == "writes":
+                    raise UserError(
+                        f"{folder}: this run goes on still ({holder}); wait for its end, or stop it first; "
+                        f"if it was killed, that is known in {holder.seconds_left:.0f} s"
+                    )
+
+
+def take_up_log(config: RunConfig, store: Store, run_id: str) -> LogLength:
+    """What the servers have of the episodes of a run that goes on. Its weights are forgotten.
+
+    Those may be of a later step than its checkpoint, and nobody would take earlier ones.
+    """
+    with ExitStack() as exits:
+        clients = _clients(config, store.redis_urls, exits)
+        keys = keys_of(run_id)
+        clients[0].delete(keys.weights, keys.tensors)
+        return log_length(clients, run_id)
+
+
+def _clients(config: RunConfig, urls: Sequence[str], exits: ExitStack) -> list[redis.Redis]:
+    return [exits.enter_context(connect(url, config.replay.connect_timeout_s)) for url in urls]
 
 
 def _lease(config: RunConfig, urls: Sequence[str], run_id: str, use: Use) -> AbstractContextManager[None]:
@@ -128,6 +162,7 @@ def _with_log(
         if not progress.stop.requested:
             shutil.copy2(source, target)
 
+    shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed, and goes on now
     progress.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
     progress.state("starting a server with a copy of the episodes")  # ends here after a signal
     server = _started(EmbeddedServer(log.max_bytes, copy), progress, exits)

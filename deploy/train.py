@@ -10,10 +10,9 @@
 from __future__ import annotations
 
 import math
-import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.progress import TICK_S, Progress, StoppedEarly
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
+from mara.deploy.resume import Resumed, Start, new_record, take_over, where_it_goes_on
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.run_folder import (
     CONFIG_FILE,
@@ -38,9 +38,11 @@ from mara.deploy.run_folder import (
     name_latest,
     what_is_saved,
 )
+from mara.deploy.run_lock import hold_run
 from mara.deploy.signals import StopSignal
-from mara.deploy.store import Store, open_store, with_addresses
+from mara.deploy.store import Store, check_not_written, open_store, take_up_log, with_addresses
 from mara.deploy.supervisor import Status, Supervisor
+from mara.learner import health
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ POLL_S = 1.0
 LAST_REPORT_S = 10.0
 ACTORS_STOP_S = 3.0
 WANDB_START_S = 45.0
+WARN_PERIOD_S = 300.0
 
 WAITS = {
     WAITING: "waiting for Ray to start {}",
@@ -59,8 +62,10 @@ WAITS = {
 """What is said of the processes in each phase before the last."""
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, resumed: Resumed | None = None) -> None:
     """Train an agent and, if configured, evaluate it. Returns when all is saved and every process is gone.
+
+    With ``resumed`` that run goes on, with ``config`` as its settings, in its folder.
 
     Ctrl-C, SIGTERM or SIGHUP ends it early, with the agent as it is then.
 
@@ -74,24 +79,41 @@ def train(config: RunConfig) -> None:
         num_episodes=config.learner.num_episodes,
         start_transitions=config.learner.start_transitions,
     )
+    if resumed is not None:
+        view.begin_at(resumed.num_episodes, resumed.gradient_step)
     with StopSignal() as stop, ExitStack() as exits:
-        with open_display(view) as display:
+        with open_display(view) as display, ExitStack() as while_training:
             progress = Progress(view, display, stop)
             folder: Path | None = None
             try:
                 checked = preflight(config, progress.state)
-                folder = make_run_folder(config)
-                recorder = Recorder(folder, config, display.say)
+                if resumed is None:
+                    folder = make_run_folder(config)
+                    record = new_record(folder)
+                    while_training.enter_context(hold_run(folder))
+                    record.write(folder)
+                else:
+                    folder, record = resumed.folder, resumed.record
+                    while_training.enter_context(hold_run(folder))
+                    check_not_written(config, folder, record.run_id)
+                    take_over(resumed)
+                start = Start(folder, record, resumed)
+                recorder = Recorder(folder, config, display.say, record.wandb_id, start.position)
                 exits.callback(recorder.close)
                 display.say(f"run folder: {folder}")
+                if resumed is not None:
+                    display.say(where_it_goes_on(resumed))
                 if checked.unpacks_llm:
                     display.say(
                         f"the LLM is unpacked into {cache_folder()} first, once for this machine; "
                         "that takes half a minute or more"
                     )
-                summary = _Training(config, checked, folder, recorder, progress).run()
+                summary = _Training(config, checked, start, recorder, progress).run()
             except StoppedEarly:
-                display.say("stopped before training began; there is no agent to save")
+                if resumed is None:
+                    display.say("stopped before training began; there is no agent to save")
+                else:
+                    display.say("stopped before training went on; all is as the run had saved it")
                 return
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
                 if folder is None:
@@ -121,18 +143,19 @@ class _Training:
     """One training, from the server to the saved agent."""
 
     def __init__(
-        self, config: RunConfig, checked: Checked, folder: Path, recorder: Recorder, progress: Progress
+        self, config: RunConfig, checked: Checked, start: Start, recorder: Recorder, progress: Progress
     ) -> None:
         self._config = config
         self._checked = checked
-        self._folder = folder
+        self._start = start
+        self._folder = start.folder
         self._recorder = recorder
         self._progress = progress
         self._is_latest = False
-        self._run_id = f"{folder.name}-{secrets.token_hex(4)}"
+        self._told: dict[str, tuple[float, str]] = {}
+        """Kind of a warning → when it was given last, and its words."""
+        self._run_id = start.record.run_id if checked.log is None else checked.log.run_id
         """Names the keys of the replay log that is read."""
-        if checked.log is not None:
-            self._run_id = checked.log.run_id
 
     def run(self) -> LearnerSummary:
         """Start everything, train, save; end everything, whatever happens."""
@@ -142,6 +165,7 @@ class _Training:
             store = exits.enter_context(
                 open_store(self._config, self._checked, self._folder, self._run_id, self._progress)
             )
+            self._take_up_log(store)
             cluster = self._with_cluster(exits)
             has_actors = self._config.rollout.num_actors > 0
             who = "the learner and the rollout actors" if has_actors else "the learner"
@@ -155,6 +179,21 @@ class _Training:
             self._progress.display.refresh()
             supervisor.wait_for_actors(ACTORS_STOP_S)
         return summary
+
+    def _take_up_log(self, store: Store) -> None:
+        """Say what is left of the episodes of a run that goes on."""
+        resumed = self._start.resumed
+        if resumed is None or self._checked.log is not None:
+            return
+        length = take_up_log(self._config, store, self._run_id)
+        if length.num_kept:
+            self._progress.display.say(f"{length.num_kept} of its episodes are in the replay log still")
+        elif resumed.num_episodes:
+            batches = self._config.learner.start_batches
+            self._progress.display.say(
+                "none of its episodes are left: the server that had them has ended (replay.durable=true "
+                f"keeps them); training waits for {batches} batches of new ones, as at the start"
+            )
 
     def _with_cluster(self, exits: ExitStack) -> Cluster:
         """The cluster at ``ray.address``, or one of the run's own on this machine."""
@@ -180,10 +219,13 @@ class _Training:
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = self._run_id
         card = agent_card(config, self._checked.head_digests)
-        learner = LearnerSpec(LEARNER, config, run_id, self._folder, self._checked.hidden_size, card)
+        checkpoint = self._start.checkpoint_name
+        learner = LearnerSpec(
+            LEARNER, config, run_id, self._folder, self._checked.hidden_size, card, checkpoint
+        )
         rollouts = [
-            RolloutSpec(f"actor-{number}", config, run_id, self._folder, self._checked.prompts, number)
-            for number in range(config.rollout.num_actors)
+            RolloutSpec(name, config, run_id, self._folder, self._checked.prompts, number)
+            for number, name in enumerate(self._start.actor_names(config.rollout.num_actors))
         ]
         return Supervisor(cluster, learner, rollouts, self._progress.display.say)
 
@@ -244,6 +286,16 @@ class _Training:
             self._recorder.record({**fleet, **row})
             self._progress.view.update(row)
             self._progress.view.remember(row)
+            self._warn_of(health.messages(row))
+
+    def _warn_of(self, messages: Mapping[str, str]) -> None:
+        """Show what is wrong; the same kind only once in a while, and only if there is something new."""
+        now = time.monotonic()
+        for kind, message in messages.items():
+            told_at, told = self._told.get(kind, (-math.inf, ""))
+            if now - told_at >= WARN_PERIOD_S and message != told:
+                self._told[kind] = (now, message)
+                self._progress.display.say(f"warning: {message}")
 
     def _keep_agent(self, supervisor: Supervisor) -> None:
         """Fetch the agent from the learner's machine, if that is not this one.

@@ -19,6 +19,7 @@ from mara.deploy.cli import app
         ("train quickstart --dry-rum", "no such option: --dry-rum; did you mean --dry-run?", "mara train"),
         ("train quickstart --dry-run=3", "option '--dry-run' does not take a value", "mara train"),
         ("train", "missing argument 'CONFIG'", "mara train"),
+        ("train quickstart --resume runs/1", "settings of runs/1, leave out 'quickstart'", "mara train"),
         ("generate runs/latest", "missing argument 'PROMPT'", "mara generate"),
         ("trian quickstart", "no such command 'trian'; did you mean train?", "mara"),
         ("--quiet train", "no such option: --quiet", "mara"),

@@ -189,15 +189,24 @@ class Mara:
 
 
 @pytest.fixture
-def mara(world: Path, tmp_path: Path) -> Iterator[Callable[..., Mara]]:
-    """Start ``mara train`` on the tiny world with overrides; whatever happens, nothing outlives the test."""
+def command(tmp_path: Path) -> Iterator[Callable[..., Mara]]:
+    """Start ``mara`` with arguments; whatever happens, nothing outlives the test."""
     started: list[Mara] = []
 
-    def start(*overrides: str) -> Mara:
-        arguments = ["train", str(world / "run.yaml"), f"llm.model={world / 'llm'}", *overrides]
+    def start(*arguments: str) -> Mara:
         started.append(Mara(tmp_path, arguments))
         return started[-1]
 
     yield start
-    for command in started:
-        command.end()
+    for one in started:
+        one.end()
+
+
+@pytest.fixture
+def mara(world: Path, command: Callable[..., Mara]) -> Callable[..., Mara]:
+    """Start ``mara train`` on the tiny world with overrides."""
+
+    def start(*overrides: str) -> Mara:
+        return command("train", str(world / "run.yaml"), f"llm.model={world / 'llm'}", *overrides)
+
+    return start

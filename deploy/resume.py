@@ -1,0 +1,216 @@
+"""Going on with a run that ended before it was complete, in its folder and with its settings.
+
+::
+
+    RUN/config.yaml    the settings; the few that may change are taken over into it
+    RUN/run.json       what names the run elsewhere, and how often it was started
+    RUN/checkpoints/   where the learner goes on; without one it begins with the first episode of the log
+    RUN/metrics.jsonl  is cut back to the checkpoint: what was done after it is done again
+    RUN/replay.json    where its episodes are: the ring is filled from them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mara.common.agent import CARD_FILE
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config
+from mara.deploy.run_folder import CONFIG_FILE, load_run
+from mara.deploy.run_lock import who_runs
+from mara.learner.checkpoint import find_checkpoint
+from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
+
+RUN_RECORD = "run.json"
+MAY_CHANGE = (
+    "learner.num_episodes",
+    "learner.data_timeout_s",
+    "learner.publish_period_s",
+    "learner.checkpoint_period_s",
+    "learner.num_checkpoints",
+    "learner.log_period_s",
+    "learner.device",
+    "learner.num_threads",
+    "rollout.num_actors",
+    "rollout.rows",
+    "rollout.num_cpus",
+    "rollout.num_gpus",
+    "rollout.num_threads",
+    "replay.redis_url",
+    "evaluation",
+    "wandb.mode",
+    "ray",
+    "run.stop_timeout_s",
+)
+"""Settings that decide how far, how fast and where a run goes on, not what it learns."""
+
+
+class RunRecord(NamedTuple):
+    """What names a run elsewhere."""
+
+    run_id: str
+    """Its keys in the store are named by it."""
+    wandb_id: str
+    """Of its W&B run."""
+    num_starts: int
+    """How often it was started, this time included. Names the actors: no two starts repeat an episode."""
+
+    def write(self, folder: Path) -> None:
+        """Keep the record in a run folder."""
+        _write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
+
+
+class Resumed(NamedTuple):
+    """A run to go on with."""
+
+    folder: Path
+    config: RunConfig
+    record: RunRecord
+    """With this start counted."""
+    checkpoint: Path | None
+    """Where the learner goes on; None: none was saved yet, it begins with the first episode of the log."""
+    gradient_step: int
+    """Of the checkpoint."""
+    num_episodes: int
+    """Of the checkpoint."""
+
+
+class Start(NamedTuple):
+    """A run as this process starts it: for the first time, or to go on."""
+
+    folder: Path
+    record: RunRecord
+    resumed: Resumed | None
+
+    @property
+    def checkpoint_name(self) -> str | None:
+        """Of the checkpoint that the learner goes on from."""
+        if self.resumed is None or self.resumed.checkpoint is None:
+            return None
+        return self.resumed.checkpoint.name
+
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """Gradient step and episodes that the run goes on from; None at its first start."""
+        return None if self.resumed is None else (self.resumed.gradient_step, self.resumed.num_episodes)
+
+    def actor_names(self, num_actors: int) -> list[str]:
+        """A name for each rollout actor that none of an earlier start had: its random streams come from it.
+
+        Example: ``actor-0`` at the first start, ``actor-0-start-2`` at the second.
+        """
+        mark = "" if self.record.num_starts == 1 else f"-start-{self.record.num_starts}"
+        return [f"actor-{number}{mark}" for number in range(num_actors)]
+
+
+def new_record(folder: Path) -> RunRecord:
+    """The record of a run that is started for the first time."""
+    return RunRecord(f"{folder.name}-{secrets.token_hex(4)}", secrets.token_hex(4), 1)
+
+
+def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> Resumed:
+    """The run in the folder ``run``, with ``key=value`` overrides. Changes nothing; tells ``warn`` of damage.
+
+    Raises:
+        UserError: it is no run, is complete, or is going on; a setting cannot change; a file is damaged.
+    """
+    check_may_change(overrides)
+    before = load_run(run)
+    config = load_run(run, overrides)
+    folder = run.resolve()
+    if (process := who_runs(folder)) is not None:
+        raise UserError(f"{folder}: this run goes on still ({process}); wait for its end, or stop it first")
+    record = _read_record(folder)
+    checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, warn)
+    if checkpoint is None and config.ray.address is not None:
+        raise UserError(
+            f"{folder} has no checkpoint on this machine; the machines of the cluster must share the run "
+            "folder (run.dir) for that; start a new run"
+        )
+    gradient_step, num_episodes = (0, 0) if checkpoint is None else _position(checkpoint)
+    _check_incomplete(folder, num_episodes, before, config)
+    if record is None:
+        raise UserError(f"{folder / RUN_RECORD} is missing or damaged; start a new run")
+    record = record._replace(num_starts=record.num_starts + 1)
+    return Resumed(folder, config, record, checkpoint, gradient_step, num_episodes)
+
+
+def check_may_change(overrides: Sequence[str]) -> None:
+    """Refuse overrides that would make another run of it.
+
+    Raises:
+        UserError: one line for each; names the key alone.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    fixed = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
+    if fixed:
+        allowed = ", ".join(MAY_CHANGE)
+        raise UserError(
+            "\n".join(f"{key} stays as the run began; settings that may change: {allowed}" for key in fixed)
+        )
+
+
+def take_over(resumed: Resumed) -> None:
+    """Note in the run folder that the run goes on: its settings, and one more start."""
+    _write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
+    resumed.record.write(resumed.folder)
+
+
+def where_it_goes_on(resumed: Resumed) -> str:
+    """What is said of it at the start."""
+    if resumed.checkpoint is None:
+        return "the run had saved no checkpoint yet: training begins with the first episode of its log"
+    return (
+        f"the run goes on from {resumed.checkpoint.name}: {resumed.num_episodes} of "
+        f"{resumed.config.learner.num_episodes} episodes, {resumed.gradient_step} gradient steps"
+    )
+
+
+def _check_incomplete(folder: Path, num_episodes: int, before: RunConfig, config: RunConfig) -> None:
+    """Refuse a run that has nothing left to do.
+
+    Raises:
+        UserError: it has not, or is asked for fewer episodes than it had.
+    """
+    wanted = config.learner.num_episodes
+    try:
+        card = json.loads((folder / AGENT_FOLDER / CARD_FILE).read_text())
+        is_complete = bool(card["training"]["complete"])
+    except (OSError, ValueError, KeyError, TypeError):
+        is_complete = False
+    log_has_ended = num_episodes < before.learner.num_episodes
+    if is_complete and (log_has_ended or wanted <= num_episodes):
+        more = "" if log_has_ended else "; to train it longer, add learner.num_episodes with a higher number"
+        raise UserError(f"{folder}: this run is complete ({num_episodes} episodes){more}")
+    if wanted < num_episodes:
+        raise UserError(
+            f"learner.num_episodes={wanted}: the run has read {num_episodes} already; give a higher number"
+        )
+
+
+def _position(checkpoint: Path) -> tuple[int, int]:
+    """Gradient steps and episodes of a checkpoint, as its name has them."""
+    match = re.fullmatch(r"step-(\d+)-episode-(\d+)", checkpoint.name)
+    assert match is not None, "find_checkpoint gives only such"
+    return int(match[1]), int(match[2])
+
+
+def _read_record(folder: Path) -> RunRecord | None:
+    """The record in a run folder; None if there is none that can be read."""
+    try:
+        return RunRecord(**json.loads((folder / RUN_RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file, which is the old or the new one at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,185 @@
+"""Going on with a run: what may change, what is refused, what is cut back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config
+from mara.deploy.console import View
+from mara.deploy.recorder import Recorder, cut_back
+from mara.deploy.resume import RunRecord, Start, check_may_change, find_resumed, take_over, where_it_goes_on
+from mara.deploy.run_folder import load_run
+from mara.deploy.run_lock import hold_run
+from mara.learner.checkpoint import save_checkpoint
+
+
+class AtStep:
+    """Stands for a learner."""
+
+    def __init__(self, gradient_step: int, num_episodes: int) -> None:
+        self.gradient_step, self.num_episodes = gradient_step, num_episodes
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: RunConfig) -> Path:
+    """The folder of a run of 50 episodes that was killed after a checkpoint at 20."""
+    learner = config.learner.model_copy(update={"num_episodes": 50})
+    (tmp_path / "config.yaml").write_text(dump_config(config.model_copy(update={"learner": learner})))
+    RunRecord("run-1", "abc", 1).write(tmp_path)
+    save_checkpoint(tmp_path / "checkpoints", AtStep(40, 20))
+    return tmp_path
+
+
+@pytest.fixture
+def complete(run: Path) -> Callable[[int], Path]:
+    """The same run, complete after so many episodes."""
+
+    def end(num_episodes: int) -> Path:
+        save_checkpoint(run / "checkpoints", AtStep(100, num_episodes))
+        (run / "agent").mkdir()
+        (run / "agent" / "agent.json").write_text('{"training": {"complete": true}}')
+        return run
+
+    return end
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_its_settings(run: Path) -> None:
+    resumed = find_resumed(run, ["learner.num_episodes=70", "wandb.mode=disabled"], pytest.fail)
+    assert (resumed.gradient_step, resumed.num_episodes) == (40, 20)
+    assert resumed.record == RunRecord("run-1", "abc", 2)
+    assert where_it_goes_on(resumed) == (
+        "the run goes on from step-00000040-episode-00000020: 20 of 70 episodes, 40 gradient steps"
+    )
+    assert load_run(run).learner.num_episodes == 50  # so far nothing was touched
+    take_over(resumed)
+    assert load_run(run).learner.num_episodes == 70
+    again = find_resumed(run, [], pytest.fail)
+    assert again.record.num_starts == 3
+    assert again.config.learner.num_episodes == 70
+    assert again.config.wandb.mode == "disabled"
+
+
+def test_no_two_starts_have_an_actor_of_the_same_name(tmp_path: Path) -> None:
+    starts = [Start(tmp_path, RunRecord("run-1", "abc", number), None) for number in (1, 2, 3)]
+    names = [name for start in starts for name in start.actor_names(3)]
+    assert len(set(names)) == 9
+    assert names[:4] == ["actor-0", "actor-1", "actor-2", "actor-0-start-2"]
+
+
+def test_a_run_without_a_checkpoint_begins_with_its_log(run: Path) -> None:
+    (run / "checkpoints").rename(run / "elsewhere")
+    resumed = find_resumed(run, [], pytest.fail)
+    assert (resumed.checkpoint, resumed.gradient_step, resumed.num_episodes) == (None, 0, 0)
+    assert "begins with the first episode of its log" in where_it_goes_on(resumed)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run: Path) -> None:
+    newest = save_checkpoint(run / "checkpoints", AtStep(60, 30))
+    (newest / "state.json").write_text("{")
+    warnings: list[str] = []
+    resumed = find_resumed(run, [], warnings.append)
+    assert resumed.num_episodes == 20
+    assert "step-00000040-episode-00000020, the one before, is used" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "setting", ["learner.sac.polyak=1", "rewards.x.weight=2", "run.seed=1", "replay.from=x"]
+)
+def test_settings_that_would_make_it_another_run_are_refused(setting: str) -> None:
+    check_may_change(["rollout.num_actors=3", "ray.address=auto", "evaluation.num_prompts=3"])
+    with pytest.raises(UserError, match=f"^{setting.partition('=')[0]} stays as the run began; .*num_actors"):
+        check_may_change([setting])
+
+
+def test_a_run_that_goes_on_is_refused(run: Path) -> None:
+    with hold_run(run), pytest.raises(UserError, match="this run goes on still"):
+        find_resumed(run, [], pytest.fail)
+
+
+def test_a_complete_run_is_refused_unless_it_is_to_read_more(complete: Callable[[int], Path]) -> None:
+    run = complete(50)
+    with pytest.raises(UserError, match=r"is complete \(50 episodes\); to train it longer, add learner"):
+        find_resumed(run, [], pytest.fail)
+    assert find_resumed(run, ["learner.num_episodes=51"], pytest.fail).num_episodes == 50
+
+
+def test_a_run_that_has_read_a_whole_finished_log_is_complete(complete: Callable[[int], Path]) -> None:
+    with pytest.raises(UserError, match=r"is complete \(45 episodes\)$"):
+        find_resumed(complete(45), ["learner.num_episodes=100"], pytest.fail)
+
+
+def test_fewer_episodes_than_it_had_are_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="num_episodes=19: the run has read 20 already"):
+        find_resumed(run, ["learner.num_episodes=19"], pytest.fail)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        find_resumed(tmp_path, [], pytest.fail)
+
+
+def test_the_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    """Also where the last line was not finished, and where two checkpoints lie at one step."""
+    rows = [(2.0, 0, 8), (4.0, 10, 15), (6.0, 40, 20), (8.0, 41, 20), (9.0, 44, 23)]
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        json.dumps({"time_s": t, "learner/gradient_step": step, "episodes/total": episodes})
+        for t, step, episodes in rows
+    ]
+    path.write_text("\n".join(lines) + '\n{"time_s": 9.5, "lear')
+    assert cut_back(path, 40, 20) == (6.0, (44.0, 23.0))
+    assert path.read_text() == "\n".join(lines[:3]) + "\n"
+    assert cut_back(tmp_path / "none", 40, 20) == (0.0, (-1.0, -1.0))
+
+
+def test_a_record_that_goes_on_has_no_row_twice(tmp_path: Path, config: RunConfig) -> None:
+    def row(step: int) -> dict[str, float]:
+        return {"learner/gradient_step": float(step), "episodes/total": float(step)}
+
+    sent: list[float] = []
+
+    class Run:
+        def log(self, values: dict[str, float]) -> None:
+            sent.append(values["learner/gradient_step"])
+
+    def record(steps: list[int], goes_on_from: tuple[int, int] | None = None) -> None:
+        recorder = Recorder(tmp_path, config, pytest.fail, "abc", goes_on_from)
+        recorder._wandb_run = Run()
+        for step in steps:
+            recorder.record(row(step))
+        recorder._wandb_run = None
+        recorder.close()
+
+    record([1, 2, 3, 4])
+    record([3, 4, 5], goes_on_from=(2, 2))
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learner/gradient_step"] for line in written] == [1, 2, 3, 4, 5]
+    times = [line["time_s"] for line in written]
+    assert times == sorted(times)
+    assert sent == [1, 2, 3, 4, 5]
+
+
+def test_the_remaining_time_goes_by_the_pace_of_this_start() -> None:
+    view = View("title", num_episodes=1000)
+    view.begin_at(800, 500)
+    view.update({"actors/alive": 1.0})
+    assert view.first_seen is None  # what was there before says nothing of the pace
+    view.update({"episodes/total": 810.0})
+    assert view.first_seen is not None and view.first_seen[1] == 810
+    assert view.remaining_s is None
+    view.first_seen = (view.first_seen[0] - 10, 810)
+    view.update({"episodes/total": 850.0})
+    assert view.remaining_s == pytest.approx(10 / 40 * 150, rel=0.05)

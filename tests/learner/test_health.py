@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mara.learner.health import return_bound, signs
+from mara.learner.health import messages, return_bound, signs
 
 SOUND = {"sac/q_mean": 2.0, "sac/target_mean": 2.1, "sac/entropy": 0.3, "sac/target_entropy": 0.4}
 
@@ -33,3 +33,17 @@ def test_signs_of_a_row(change: dict[str, float], exploding: int, collapsed: int
 
 def test_without_a_gradient_step_there_is_no_sign() -> None:
     assert signs({"sac/target_entropy": 0.4}, bound=1.0) == {}
+
+
+def test_a_sound_row_is_not_talked_about() -> None:
+    assert messages(SOUND | signs(SOUND, 2.5) | {"learner/steps_skipped": 0.0}) == {}
+
+
+def test_what_is_wrong_is_told_with_its_numbers_and_what_may_help() -> None:
+    row = SOUND | {"sac/q_mean": -99.0, "sac/entropy": 0.001, "replay/return_bound": 2.5}
+    told = messages(row | signs(row, 2.5) | {"learner/steps_skipped": 3.0})
+    assert told.keys() == {"q_exploding", "entropy_collapsed", "steps_skipped"}
+    assert "-99 on average" in told["q_exploding"] and "2.5" in told["q_exploding"]
+    assert "learner.sac.critic_learning_rate" in told["q_exploding"]
+    assert "0.001 nats (target 0.4)" in told["entropy_collapsed"]
+    assert told["steps_skipped"].startswith("3 gradient steps were skipped")

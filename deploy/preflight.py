@@ -44,8 +44,12 @@ class Checked:
     """Where the episodes of ``replay.from`` are; None where rollout actors make new ones."""
 
 
-def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None) -> Checked:
+def preflight(
+    config: RunConfig, say: Callable[[str], None] = lambda _what: None, run_id: str | None = None
+) -> Checked:
     """Check files, devices, the server and the models' sizes. Takes seconds; ``say`` is told what is next.
+
+    What run ``run_id``, which is to go on, has on the server already is part of what it needs there.
 
     Raises:
         UserError: the first thing that is wrong: field, value, remedy.
@@ -65,7 +69,7 @@ def preflight(config: RunConfig, say: Callable[[str], None] = lambda _what: None
     warn_of_few_cores(config)
     if config.replay.redis_url is not None and config.replay.from_run is None:
         say("checking the server at replay.redis_url")
-        check_stores(config.replay, config.rollout.num_actors)
+        check_stores(config.replay, config.rollout.num_actors, run_id)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
     digests, base_scores = {}, {}

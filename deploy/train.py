@@ -86,7 +86,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             progress = Progress(view, display, stop)
             folder: Path | None = None
             try:
-                checked = preflight(config, progress.state)
+                run_id = None if resumed is None else resumed.record.run_id
+                checked = preflight(config, progress.state, run_id)
                 if resumed is None:
                     folder = make_run_folder(config)
                     record = new_record(folder)

@@ -27,10 +27,13 @@ def test_a_run_that_was_killed_goes_on_where_it_was(mara: Start, command: Start,
         "learner.checkpoint_period_s=0.2",
         "rollout.num_actors=1",
         "replay.durable=true",
+        "replay.capacity_transitions=200000",
         "wandb.mode=disabled",
     )
     runs = tmp_path / "runs"
-    first.wait_until(lambda: bool(list(runs.glob("*/checkpoints/step-0*-episode-0*[1-9]0"))), "checkpoints")
+    first.wait_until(
+        lambda: bool(list(runs.glob("*/checkpoints/step-0*-episode-0*[1-9][0-9]"))), "checkpoints"
+    )
     (folder,) = (path for path in runs.iterdir() if not path.is_symlink())
     first.signal_group(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
@@ -49,7 +52,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(mara: Start, command: Start,
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
     assert rows[-1]["episodes/total"] == wanted
     assert rows[-1]["replay/duplicates"] == rows[-1]["replay/malformed"] == 0
-    # The ring was filled again: its 20,000 places have room for all that ever came.
+    # The ring was filled again: it has room for all that ever came.
     written = round(rows[-1]["replay/transitions"])
     state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())["state"]
     assert state["mirror"]["total_transitions"] == written

@@ -138,8 +138,8 @@ def evaluate(
 
     Args:
         weights: sign of each reward model: negative where lower is better.
-        rows: prompts decoded at the same time. In 16 bit a few greedy answers change with it, because the
-            LLM rounds differently in batches of another size.
+        rows: answers decoded at the same time. In 16 bit a few greedy answers change with it and with the
+            candidates examined in a pass, because the LLM rounds differently in passes of another size.
         seed: of the sampled yardstick; the greedy systems draw nothing.
         num_samples: prompts whose answers are kept in the report, evenly spread.
 

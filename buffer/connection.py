@@ -57,8 +57,8 @@ def _bytes(value: str | bytes | memoryview | int | float) -> bytes | memoryview:
     return value if isinstance(value, bytes | memoryview) else str(value).encode()
 
 
-def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
-    """Return a client of the server at ``url`` that has been seen to accept writes.
+def connect(url: str, connect_timeout_s: float = 5.0, *, writes: bool = True) -> redis.Redis:
+    """Return a client of the server at ``url`` that has been seen to accept writes, if it is to have any.
 
     ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS) or
     ``unix://[user:password@]/path[?db=0]``. The client is thread-safe, returns bytes, and does not
@@ -82,7 +82,8 @@ def connect(url: str, connect_timeout_s: float = 5.0) -> redis.Redis:
         )
         about = client.info("server")
         version = str(about["redis_version"])
-        client.set(keys.PROBE, b"1", px=1000)
+        if writes:
+            client.set(keys.PROBE, b"1", px=1000)
     except redis.AuthenticationError as error:
         raise _error(url, "refuses the user name or password", "correct them") from error
     except redis.exceptions.NoPermissionError as error:

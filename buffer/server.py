@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import os
 import secrets
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -26,6 +27,7 @@ from redis.retry import Retry
 from mara.common.errors import UserError
 
 _MAX_SOCKET_PATH = 107  # bytes; the kernel's limit, less the closing zero
+_LOCK = "server.lock"
 _READY_S = 30.0  # without an answer, or without progress in loading an append-only file
 _ANSWER_S = 10.0  # one answer while it loads: it looks at its connections once in 1024 commands
 _LOOK_S = 0.05  # between two looks at how far it has come
@@ -105,7 +107,7 @@ class EmbeddedServer:
         atexit.register(self.stop)
         if self._data_dir is not None:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (folder / "server.log").open("ab") as log:
+        with (folder / "server.log").open("ab") as log, self._hold_data() as lock:
             self._process = subprocess.Popen(
                 [program, "-"],  # settings on stdin: the password is in no file and no process list
                 stdin=subprocess.PIPE,
@@ -114,6 +116,7 @@ class EmbeddedServer:
                 cwd=folder,
                 start_new_session=True,
                 preexec_fn=self._die_with_parent(),
+                pass_fds=lock,  # held until this server has ended, whoever started it
             )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -148,6 +151,37 @@ class EmbeddedServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+    @contextlib.contextmanager
+    def _hold_data(self) -> Iterator[tuple[int, ...]]:
+        """Descriptors with the data folder's lock, for the server to inherit; none without such a folder.
+
+        Two servers that append to one file would ruin it. One whose parent was killed may still be writing.
+
+        Raises:
+            UserError: another server goes on using the folder.
+        """
+        if self._data_dir is None:
+            yield ()
+            return
+        lock, deadline = (
+            os.open(self._data_dir / _LOCK, os.O_CREAT | os.O_RDWR, 0o600),
+            time.monotonic() + _READY_S,
+        )
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"replay: another server uses {self._data_dir}; let its run end, or stop it"
+                        ) from None
+                    time.sleep(_LOOK_S)
+            yield (lock,)
+        finally:
+            os.close(lock)
 
     def _make_folder(self) -> Path:
         base = tempfile.gettempdir()
@@ -206,6 +240,9 @@ class EmbeddedServer:
                     time.sleep(0.01)
                     continue
                 if not state["loading"]:
+                    # At its parent's end it has to end, even where it cannot write what it would like to.
+                    with contextlib.suppress(redis.ResponseError):  # Redis 6 does not know it
+                        client.config_set("shutdown-on-sigterm", "nosave force")
                     return
                 loading = Loading(state.get("loading_loaded_bytes", 0), state.get("loading_total_bytes", 0))
                 if not keep_waiting(loading):

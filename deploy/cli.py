@@ -129,7 +129,7 @@ def train(
         if dry_run:
             from mara.deploy.preflight import preflight
 
-            preflight(settings)
+            preflight(settings, run_id=None if resumed is None else resumed.record.run_id)
             if sys.stdout is not None:
                 sys.stdout.write(dump_config(settings))
                 sys.stdout.flush()

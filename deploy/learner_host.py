@@ -19,12 +19,9 @@ from mara.common.agent import agent_digest
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
-from mara.deploy.run_lock import hold_run
+from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.learner.checkpoint import load_checkpoint, read_checkpoint, set_newer_aside
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, Learner, LearnerSummary
-
-PREDECESSOR_S = 30.0
-"""Longest wait for the learner of a run that was killed to end, seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mara.common.addresses import HIDDEN
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.run_folder import CONFIG_FILE, load_run
-from mara.deploy.run_lock import who_runs
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, load_run, read_log_record
+from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
 from mara.learner.checkpoint import find_checkpoint
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
 
@@ -126,6 +127,12 @@ def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None
     folder = run.resolve()
     if (process := who_runs(folder)) is not None:
         raise UserError(f"{folder}: this run goes on still ({process}); wait for its end, or stop it first")
+    for url in config.replay.redis_urls:
+        if HIDDEN in url:
+            raise UserError(
+                f"{folder}: its episodes are on the server at {url}, whose password a run folder does not "
+                "hold; add replay.redis_url with it"
+            )
     record = _read_record(folder)
     checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, warn)
     if checkpoint is None and config.ray.address is not None:
@@ -156,6 +163,48 @@ def check_may_change(overrides: Sequence[str]) -> None:
         )
 
 
+def check_as_it_was(resumed: Resumed, heads: Mapping[str, Mapping[str, str]], hidden_size: int) -> None:
+    """Refuse to go on where the run is not what it was when it began, or when :func:`find_resumed` saw it.
+
+    The caller holds the run, so that nobody else changes it any more. A learner that outlived its run is
+    waited for.
+
+    Args:
+        heads: reward head → file → SHA-256, as they are now.
+        hidden_size: of the LLM as it is now.
+
+    Raises:
+        UserError: a reward head or the LLM is another one, or the run went on meanwhile.
+    """
+    folder = resumed.folder
+    if (folder / LOGS).is_dir():
+        with hold_run(folder / LOGS, PREDECESSOR_S):
+            pass
+    record = _read_record(folder)
+    checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, lambda _damage: None)
+    if (
+        record is None
+        or record.num_starts + 1 != resumed.record.num_starts
+        or checkpoint != resumed.checkpoint
+    ):
+        raise UserError(f"{folder}: this run went on meanwhile; give the command again")
+    log = read_log_record(folder)
+    if log is None:
+        return
+    if log.hidden_size != hidden_size:
+        raise UserError(
+            f"llm.model={resumed.config.llm.model} has hidden size {hidden_size}, had {log.hidden_size} when "
+            "the run began; put the old one back, or start a new run"
+        )
+    for name, files in heads.items():
+        if log.heads.get(name, files) != files:
+            raise UserError(
+                f"rewards.{name}.path: the files of {resumed.config.rewards[name].path} have changed since "
+                "the run began, and its episodes have the scores of the old ones; put those back, or start "
+                "a new run"
+            )
+
+
 def take_over(resumed: Resumed) -> None:
     """Note in the run folder that the run goes on: its settings, and one more start."""
     _write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
@@ -181,10 +230,11 @@ def _check_incomplete(folder: Path, num_episodes: int, before: RunConfig, config
     wanted = config.learner.num_episodes
     try:
         card = json.loads((folder / AGENT_FOLDER / CARD_FILE).read_text())
-        is_complete = bool(card["training"]["complete"])
+        # The agent is saved before the checkpoint: only where both were, all was.
+        is_complete = bool(card["training"]["complete"]) and card["training"]["episodes"] == num_episodes
     except (OSError, ValueError, KeyError, TypeError):
         is_complete = False
-    log_has_ended = num_episodes < before.learner.num_episodes
+    log_has_ended = before.replay.from_run is not None and num_episodes < before.learner.num_episodes
     if is_complete and (log_has_ended or wanted <= num_episodes):
         more = "" if log_has_ended else "; to train it longer, add learner.num_episodes with a higher number"
         raise UserError(f"{folder}: this run is complete ({num_episodes} episodes){more}")

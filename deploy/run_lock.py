@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,10 @@ from pathlib import Path
 from mara.common.errors import UserError
 
 LOCK = "running.lock"
+PREDECESSOR_S = 30.0
+"""Longest wait for the learner of a run that was killed to end, seconds."""
 _LOOK_S = 0.1
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -24,8 +28,8 @@ def hold_run(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
     Waits up to ``wait_s`` seconds for a process that ends.
 
     Raises:
-        UserError: another process holds it.
-        OSError: it cannot be written, or its file system has no locks.
+        UserError: another process holds it, or its file system has no locks.
+        OSError: it cannot be written.
     """
     deadline = time.monotonic() + wait_s
     descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
@@ -66,6 +70,12 @@ def _locked(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        raise UserError(
+            f"run.dir: its file system has no file locks ({error.strerror}); choose a folder on another one"
+        ) from error
     return True
 
 

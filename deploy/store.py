@@ -102,32 +102,50 @@ def with_addresses(config: RunConfig, redis_urls: Sequence[str]) -> RunConfig:
     return config.model_copy(update={"replay": replay})
 
 
-def check_not_written(config: RunConfig, folder: Path, run_id: str) -> None:
-    """Refuse to go on with a run that does so already, from another machine.
+def check_unused(config: RunConfig, folder: Path, run_id: str) -> None:
+    """Refuse to go on with a run that does so already, from another machine, or whose log is being read.
 
     Raises:
-        UserError: it does, or a server cannot be used.
+        UserError: that is so, or a server cannot be used.
     """
     with ExitStack() as exits:
-        for client in _clients(config, config.replay.redis_urls, exits)[:1]:
-            for holder in holders(client, run_id):
-                if holder.use == "writes":
-                    raise UserError(
-                        f"{folder}: this run goes on still ({holder}); wait for its end, or stop it first; "
-                        f"if it was killed, that is known in {holder.seconds_left:.0f} s"
-                    )
+        for client in _clients(config, config.replay.redis_urls, exits):
+            with _its_trouble(folder):
+                users = holders(client, run_id)
+            for holder in users:
+                what = "this run goes on still" if holder.use == "writes" else "its log is being read"
+                raise UserError(
+                    f"{folder}: {what} ({holder}); wait for the end of that, or stop it first; if it was "
+                    f"killed, that is known in {holder.seconds_left:.0f} s"
+                )
 
 
 def take_up_log(config: RunConfig, store: Store, run_id: str) -> LogLength:
     """What the servers have of the episodes of a run that goes on. Its weights are forgotten.
 
     Those may be of a later step than its checkpoint, and nobody would take earlier ones.
+
+    Raises:
+        UserError: a server cannot be used.
     """
     with ExitStack() as exits:
         clients = _clients(config, store.redis_urls, exits)
         keys = keys_of(run_id)
-        clients[0].delete(keys.weights, keys.tensors)
-        return log_length(clients, run_id)
+        with _its_trouble(f"run {run_id}"):
+            clients[0].delete(keys.weights, keys.tensors)
+            return log_length(clients, run_id)
+
+
+@contextmanager
+def _its_trouble(what: Path | str) -> Iterator[None]:
+    """Turn what a server says into one line."""
+    try:
+        yield
+    except redis.RedisError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{what}: its server at replay.redis_url cannot be used ({reason}); look at that"
+        ) from error
 
 
 def _clients(config: RunConfig, urls: Sequence[str], exits: ExitStack) -> list[redis.Redis]:

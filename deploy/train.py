@@ -28,7 +28,7 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.progress import TICK_S, Progress, StoppedEarly
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
-from mara.deploy.resume import Resumed, Start, new_record, take_over, where_it_goes_on
+from mara.deploy.resume import Resumed, Start, check_as_it_was, new_record, take_over, where_it_goes_on
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.run_folder import (
     CONFIG_FILE,
@@ -40,7 +40,7 @@ from mara.deploy.run_folder import (
 )
 from mara.deploy.run_lock import hold_run
 from mara.deploy.signals import StopSignal
-from mara.deploy.store import Store, check_not_written, open_store, take_up_log, with_addresses
+from mara.deploy.store import Store, check_unused, open_store, take_up_log, with_addresses
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner import health
 from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
@@ -82,7 +82,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
     if resumed is not None:
         view.begin_at(resumed.num_episodes, resumed.gradient_step)
     with StopSignal() as stop, ExitStack() as exits:
-        with open_display(view) as display, ExitStack() as while_training:
+        with open_display(view) as display:
             progress = Progress(view, display, stop)
             folder: Path | None = None
             try:
@@ -91,12 +91,13 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                 if resumed is None:
                     folder = make_run_folder(config)
                     record = new_record(folder)
-                    while_training.enter_context(hold_run(folder))
+                    exits.enter_context(hold_run(folder))
                     record.write(folder)
                 else:
                     folder, record = resumed.folder, resumed.record
-                    while_training.enter_context(hold_run(folder))
-                    check_not_written(config, folder, record.run_id)
+                    exits.enter_context(hold_run(folder))
+                    check_as_it_was(resumed, checked.head_digests, checked.hidden_size)
+                    check_unused(config, folder, record.run_id)
                     take_over(resumed)
                 start = Start(folder, record, resumed)
                 recorder = Recorder(folder, config, display.say, record.wandb_id, start.position)
@@ -114,7 +115,9 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                 if resumed is None:
                     display.say("stopped before training began; there is no agent to save")
                 else:
-                    display.say("stopped before training went on; all is as the run had saved it")
+                    display.say(
+                        "stopped before training went on; agent and checkpoints are as the run had saved them"
+                    )
                 return
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
                 if folder is None:

@@ -100,7 +100,13 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     newest = (folder / LATEST).resolve().name
     found = sorted(folder.glob("step-*"), reverse=True)
     if newest != LATEST:  # A person may have pointed it to an older one; without it all are looked at.
-        found = [path for path in found if path.name <= newest]
+        older = [path for path in found if path.name <= newest]
+        if found and not older:
+            raise UserError(
+                f"checkpoint: {folder / LATEST} points to {newest}, which is none of the step-* beside it; "
+                f"point it to one of them, such as {found[0].name}"
+            )
+        found = older
     reasons: list[str] = []
     for path in found:
         try:

@@ -197,6 +197,12 @@ class Learner:
                 f"{self._num_episodes} episodes held {self.mirror.total_transitions}; lower it or raise "
                 f"learner.num_episodes"
             )
+        if not stopped and not self._started:
+            raise UserError(
+                "learner.num_episodes: the log has lost the episodes from before the checkpoint, and those "
+                "that were left did not fill the replay again ("
+                f"{self._starts_at - self.mirror.total_transitions} transitions missing); go on with a higher number"
+            )
         return LearnerSummary(
             gradient_steps=self.sac.step,
             policy_steps=self.sac.policy_steps,
@@ -218,7 +224,7 @@ class Learner:
             if self._can_train:
                 self._train()
             elif self._has_all and not self._refilling:
-                self._has_ended = True
+                self._has_ended = self._started
                 break
             self._do_what_is_due()
 
@@ -340,8 +346,12 @@ class Learner:
         if bad := self.sac.not_finite():
             message += f"; so are the parameters {', '.join(bad)}"
         if self._run_folder is not None:
-            health.save_batch(self._run_folder / health.BATCH_FILE, batch, message)
-            message += f"; the batch is in {self._run_folder / health.BATCH_FILE}"
+            place = self._run_folder / health.BATCH_FILE
+            try:
+                health.save_batch(place, batch, message)
+                message += f"; the batch is in {place}"
+            except OSError as unsaved:
+                message += f"; the batch could not be saved ({unsaved.strerror})"
         raise FloatingPointError(message) from error
 
     def _do_what_is_due(self) -> None:
@@ -400,7 +410,9 @@ class Learner:
             "complete": self._has_ended,
         }
         save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
-        save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self, self.config.num_checkpoints)
+        # While the ring is being filled again it knows only some of its rewards: the last checkpoint stands.
+        if not self._refilling:
+            save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self, self.config.num_checkpoints)
 
     def _report(self) -> None:
         """Hand over one row: means since the last one, rates over that time, and totals."""

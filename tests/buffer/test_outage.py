@@ -209,7 +209,12 @@ def diskless(tmp_path: Path) -> Iterator[redis.Redis]:
         while owner.info("persistence")["rdb_last_bgsave_status"] == "ok":
             time.sleep(0.01)
         yield owner
-        find_disk(owner)  # else it would not end before it has saved
+        assert own.pid is not None
+        os.kill(own.pid, signal.SIGTERM)  # what it gets when its parent has died
+        deadline = time.monotonic() + 10
+        while own.pid is not None:
+            assert time.monotonic() < deadline, "it does not end before it has saved"
+            time.sleep(0.01)
 
 
 def find_disk(owner: redis.Redis) -> None:

@@ -141,6 +141,16 @@ def test_the_server_dies_with_a_parent_that_is_killed(tmp_path: Path, durable: b
         assert connect(successor.url).get("kept") == (b"yes" if durable else None)
 
 
+def test_no_two_servers_write_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_READY_S", 0.2)
+    with (
+        EmbeddedServer(max_bytes=1 << 26, data_dir=tmp_path),
+        pytest.raises(UserError, match="another server uses"),
+        EmbeddedServer(max_bytes=1 << 26, data_dir=tmp_path),
+    ):
+        pass
+
+
 SCRIPT = """
 from mara.buffer.server import EmbeddedServer
 server = EmbeddedServer(max_bytes=1 << 26)

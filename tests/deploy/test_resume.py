@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.console import View
 from mara.deploy.recorder import Recorder, cut_back
-from mara.deploy.resume import RunRecord, Start, check_may_change, find_resumed, take_over, where_it_goes_on
-from mara.deploy.run_folder import load_run
+from mara.deploy.resume import (
+    RunRecord,
+    Start,
+    check_as_it_was,
+    check_may_change,
+    find_resumed,
+    take_over,
+    where_it_goes_on,
+)
+from mara.deploy.run_folder import LogRecord, load_run
 from mara.deploy.run_lock import hold_run
 from mara.learner.checkpoint import save_checkpoint
 
@@ -50,7 +60,8 @@ def complete(run: Path) -> Callable[[int], Path]:
     def end(num_episodes: int) -> Path:
         save_checkpoint(run / "checkpoints", AtStep(100, num_episodes))
         (run / "agent").mkdir()
-        (run / "agent" / "agent.json").write_text('{"training": {"complete": true}}')
+        card = {"training": {"complete": True, "episodes": num_episodes}}
+        (run / "agent" / "agent.json").write_text(json.dumps(card))
         return run
 
     return end
@@ -117,8 +128,50 @@ def test_a_complete_run_is_refused_unless_it_is_to_read_more(complete: Callable[
 
 
 def test_a_run_that_has_read_a_whole_finished_log_is_complete(complete: Callable[[int], Path]) -> None:
+    run = complete(45)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["replay"]["from"] = "/runs/other"
+    settings["rollout"]["num_actors"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(UserError, match=r"is complete \(45 episodes\)$"):
-        find_resumed(complete(45), ["learner.num_episodes=100"], pytest.fail)
+        find_resumed(run, ["learner.num_episodes=100"], pytest.fail)
+
+
+def test_a_complete_run_that_was_to_be_longer_and_ended_early_goes_on(
+    complete: Callable[[int], Path],
+) -> None:
+    """Its settings name the higher number already, its agent is still that of the first end."""
+    run = complete(50)
+    take_over(find_resumed(run, ["learner.num_episodes=100"], pytest.fail))
+    assert find_resumed(run, [], pytest.fail).num_episodes == 50
+
+
+def test_a_complete_run_whose_last_checkpoint_is_missing_does_the_rest_again(
+    complete: Callable[[int], Path],
+) -> None:
+    run = complete(50)
+    (newest,) = (run / "checkpoints").glob("step-*-episode-00000050")
+    shutil.rmtree(newest)
+    (run / "checkpoints" / "latest").unlink()
+    assert find_resumed(run, [], pytest.fail).num_episodes == 20
+
+
+def test_a_run_that_is_no_longer_what_it_was_is_refused(run: Path) -> None:
+    heads = {"helpful": {"model": "1"}}
+    LogRecord("run-1", None, 32, heads).write(run)
+    resumed = find_resumed(run, [], pytest.fail)
+    check_as_it_was(resumed, heads, 32)
+    with pytest.raises(UserError, match="hidden size 33, had 32 when the run began"):
+        check_as_it_was(resumed, heads, 33)
+    with pytest.raises(UserError, match=r"^rewards\.helpful\.path: the files of .* have changed"):
+        check_as_it_was(resumed, {"helpful": {"model": "2"}}, 32)
+    save_checkpoint(run / "checkpoints", AtStep(41, 21))
+    with pytest.raises(UserError, match="went on meanwhile"):
+        check_as_it_was(resumed, heads, 32)
+    resumed = find_resumed(run, [], pytest.fail)
+    take_over(resumed)  # of another start, which was quicker
+    with pytest.raises(UserError, match="went on meanwhile"):
+        check_as_it_was(resumed, heads, 32)
 
 
 def test_fewer_episodes_than_it_had_are_refused(run: Path) -> None:

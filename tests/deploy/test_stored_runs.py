@@ -15,6 +15,7 @@ from mara.buffer.lease import hold_lease
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
+from mara.common.errors import UserError
 from mara.deploy.bench.replay import synthetic_episodes
 from mara.deploy.cli import app
 
@@ -64,6 +65,18 @@ def test_a_run_is_deleted_whole_and_alone_and_only_if_that_is_said(url: str) -> 
     assert b"somebody:else" in keys_at(url) and len(keys_at(url)) == 3
     assert mara("delete", url, "second", "--yes")[0] == 0
     assert "no runs have anything on unix://:***@" in mara("list", url)[1]
+
+
+def test_a_full_server_is_listed_and_emptied() -> None:
+    """That is when one wants to delete something."""
+    with EmbeddedServer(256 << 20) as server, connect(server.url) as client:
+        RedisEpisodeLog(client, "old", ReplayConfig()).append(synthetic_episodes(2, hidden_size=16))
+        client.config_set("maxmemory", 1)
+        with pytest.raises(UserError, match="is full"):
+            connect(server.url)
+        assert mara("list", server.url)[1].startswith("old | 2 episodes")
+        assert mara("delete", server.url, "old", "--yes")[0] == 0
+        assert not client.keys("mara:old:*")
 
 
 def test_nothing_is_deleted_where_one_run_is_in_use_or_unknown(url: str) -> None:

@@ -35,8 +35,9 @@ REPLAY = ReplayConfig(capacity_transitions=150, sampling="prioritised")
 SHAPING = ShapingConfig(score_weights={"good": 1.0}, normalise="running", baseline="prompt")
 
 
-def train(url: str, folder: Path, checkpoint_period_s: float, reached: Any) -> None:
-    """Go on from the last checkpoint in ``folder`` to the end; ``reached`` is the step it is at."""
+def train(url: str, folder: Path, checkpoint_period_s: float, reached: Any, first: Any) -> None:
+    """Go on from the last checkpoint in ``folder`` to the end; ``reached`` is the step it is at, ``first``
+    the one it began with."""
     torch.set_num_threads(1)
     config = LearnerConfig(
         sac=SACConfig(critic_widths=(32, 16), target_update_period=3),
@@ -69,6 +70,7 @@ def train(url: str, folder: Path, checkpoint_period_s: float, reached: Any) -> N
         def counted(batch: Any) -> Any:
             metrics = update(batch)
             reached.value = learner.gradient_step
+            first.value = first.value or learner.gradient_step
             return metrics
 
         learner.sac.update = counted  # type: ignore[method-assign]
@@ -93,11 +95,12 @@ def test_a_learner_killed_again_and_again_ends_with_the_parameters_of_one_that_w
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     processes = multiprocessing.get_context("forkserver")  # imports torch once for all of them
     processes.set_forkserver_preload(["mara.learner.loop", "mara.buffer.shards"])
-    reached = processes.Value("q", 0)
+    reached, first = processes.Value("q", 0), processes.Value("q", 0)
 
     def start(folder: Path, checkpoint_period_s: float) -> Any:
-        reached.value = 0
-        process = processes.Process(target=train, args=(url, folder, checkpoint_period_s, reached))
+        reached.value = first.value = 0
+        arguments = (url, folder, checkpoint_period_s, reached, first)
+        process = processes.Process(target=train, args=arguments)
         process.start()
         return process
 
@@ -117,9 +120,13 @@ def test_a_learner_killed_again_and_again_ends_with_the_parameters_of_one_that_w
         process.join(20)
         died_at.append(reached.value)
         assert process.exitcode == -9, f"it ended by itself before step {step}"
+    last = find_checkpoint(killed / "checkpoints", pytest.fail)
+    assert last is not None
+    goes_on_after = read_checkpoint(last)["sac"]["step"]
     process = start(killed, 0.02)
     process.join(60)
     assert process.exitcode == 0
+    assert first.value == goes_on_after + 1 > 1
 
     saved = []
     for folder in (whole, killed):

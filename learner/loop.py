@@ -201,7 +201,8 @@ class Learner:
             raise UserError(
                 "learner.num_episodes: the log has lost the episodes from before the checkpoint, and those "
                 "that were left did not fill the replay again ("
-                f"{self._starts_at - self.mirror.total_transitions} transitions missing); go on with a higher number"
+                f"{self._starts_at - self.mirror.total_transitions} transitions missing); go on with "
+                "a higher number"
             )
         return LearnerSummary(
             gradient_steps=self.sac.step,

@@ -221,6 +221,12 @@ def print_report(report: EvaluationReport, top_k: int) -> None:
         f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
         "tokens were forced (all others rejected)."
     )
+    if report.accepted_ranks[0] == 1.0:
+        console.print(
+            "The agent accepted the LLM's first candidate everywhere: its answers are the LLM's own. "
+            "Train it longer (learner.num_episodes).",
+            highlight=False,
+        )
     for sample in report.samples:
         console.rule(style="dim")
         console.print(f"prompt: {sample.prompt}", markup=False, highlight=False)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,3 +79,11 @@ def test_only_places_that_a_candidate_can_have_are_shown(capsys):
     assert shown_places(3, capsys) == "1: 70%, 2: 10%, 3: 10%"
     assert shown_places(5, capsys) == "1: 70%, 2: 10%, 3: 10%, 4: 5%, 5: 3%"
     assert shown_places(6, capsys) == "1: 70%, 2: 10%, 3: 10%, 4: 5%, 5: 3%, later: 2%"
+
+
+def test_an_agent_that_changes_nothing_is_said_to(capsys):
+    told = "its answers are the LLM's own"
+    report = make_report()
+    for ranks, is_told in (([1.0, 0, 0, 0, 0, 0], True), (report.accepted_ranks, False)):
+        print_report(replace(report, accepted_ranks=ranks), top_k=5)
+        assert (told in capsys.readouterr().out) == is_told

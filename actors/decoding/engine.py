@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.generation import Decision, Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import Plain, Policy
+from mara.actors.decoding.policies import Answer, Plain, Policy, ask
 from mara.actors.decoding.prefill import group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, self_check
@@ -323,7 +323,7 @@ class Engine:
             return taken
         states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
         draws = [draw for row in rows if row.undecided for draw in row.draws(row.num_examined)]
-        answers = _ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
+        answers = ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
         accepts = [answer.accept for answer in answers]
         verdicts: list[tuple[int, Row, int, Verdict]] = []
         begin = 0
@@ -361,7 +361,7 @@ class Engine:
         state_D: torch.Tensor,
         rank: int,
         taken: bool,
-        answer: _Answer,
+        answer: Answer,
     ) -> Decision:
         forced = self.config.fallback == "last" and rank == row.num - 1
         return Decision(
@@ -451,33 +451,3 @@ class Engine:
 
     def _index(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
-
-
-class _Answer(NamedTuple):
-    """What a policy says of one candidate."""
-
-    accept: bool
-    accept_logprob: float
-    reject_logprob: float
-    policy_version: int
-
-
-def _ask(
-    policies: Sequence[Policy | Plain], states_ND: torch.Tensor, uniforms_N: torch.Tensor
-) -> list[_Answer]:
-    """Each state's own policy decides about it; every policy is asked once for all of its states."""
-    answers: list[_Answer | None] = [None] * len(policies)
-    for policy in {id(policy): policy for policy in policies}.values():
-        assert not isinstance(policy, str)
-        places = [place for place, other in enumerate(policies) if other is policy]
-        is_all = len(places) == len(policies)
-        some = slice(None) if is_all else torch.tensor(places)
-        decisions = policy.decide(states_ND[some], uniforms_N[some])
-        accepts = decisions.accept_B.tolist()
-        accept_logprobs = decisions.accept_logprobs_B.tolist()
-        reject_logprobs = decisions.reject_logprobs_B.tolist()
-        for n, place in enumerate(places):
-            answers[place] = _Answer(
-                accepts[n], accept_logprobs[n], reject_logprobs[n], decisions.policy_version
-            )
-    return [answer for answer in answers if answer is not None]

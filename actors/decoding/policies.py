@@ -1,10 +1,11 @@
 """Who decides about a candidate: the agent, sampled or greedy. And how the plain LLM picks.
 
-Legend: B rows, D hidden size.
+Legend: B rows, D hidden size, N candidates of any rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -57,3 +58,33 @@ class AgentPolicy:
 Plain = Literal["greedy", "sample"]
 """The LLM without an agent: its most probable token, or one drawn from its candidate set at
 temperature 1. Neither asks anybody, so each token costs one forward pass."""
+
+
+class Answer(NamedTuple):
+    """What a policy says of one candidate."""
+
+    accept: bool
+    accept_logprob: float
+    reject_logprob: float
+    policy_version: int
+
+
+def ask(
+    policies: Sequence[Policy | Plain], states_ND: torch.Tensor, uniforms_N: torch.Tensor
+) -> list[Answer]:
+    """Each state's own policy decides about it; every policy is asked once for all of its states."""
+    answers: list[Answer | None] = [None] * len(policies)
+    for policy in {id(policy): policy for policy in policies}.values():
+        assert not isinstance(policy, str)
+        places = [place for place, other in enumerate(policies) if other is policy]
+        is_all = len(places) == len(policies)
+        some = slice(None) if is_all else torch.tensor(places)
+        decisions = policy.decide(states_ND[some], uniforms_N[some])
+        accepts = decisions.accept_B.tolist()
+        accept_logprobs = decisions.accept_logprobs_B.tolist()
+        reject_logprobs = decisions.reject_logprobs_B.tolist()
+        for n, place in enumerate(places):
+            answers[place] = Answer(
+                accepts[n], accept_logprobs[n], reject_logprobs[n], decisions.policy_version
+            )
+    return [answer for answer in answers if answer is not None]

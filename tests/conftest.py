@@ -58,14 +58,19 @@ EAGER = ("gemma2",)
 
 @functools.cache
 def _make_model(
-    family: str = "llama", seed: int = 0, attention: str = "sdpa", dtype: torch.dtype = torch.float64
+    family: str = "llama",
+    seed: int = 0,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float64,
+    hidden_size: int = 32,
+    intermediate_size: int = 48,
 ) -> Any:
     config_class, model_class, deviation, settings = FAMILIES[family]
     grouped = {} if family in WITHOUT_GROUPED_HEADS else {"num_key_value_heads": 2}
     config = getattr(transformers, f"{config_class}Config")(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
@@ -92,7 +97,9 @@ def hangups_count() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
-    """Makes a random two-layer model with grouped heads: ``make_model(family, seed, attention, dtype)``.
+    """Makes a random two-layer model with grouped heads.
+
+    ``make_model(family, seed, attention, dtype, hidden_size, intermediate_size)``.
 
     Float64 unless asked otherwise, so that two ways of computing the same thing agree to the last token.
     The same arguments give the same object: copy it before changing it.
@@ -112,15 +119,25 @@ def eager_llama() -> Any:
 
 
 @pytest.fixture(scope="session")
-def llm_folder(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llm_folder(make_llm_folder: Callable[..., Path]) -> Path:
     """A tiny model on disk, whose tokens are letters."""
+    return make_llm_folder()
+
+
+@pytest.fixture(scope="session")
+def make_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves what ``make_model`` makes of the same arguments, with a tokenizer of letters."""
     letters = {letter: number for number, letter in enumerate("_^$abcdefghijklmnopqrstuvwxyz<>:? ")}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="_", bos_token="^", eos_token="$", chat_template=TEMPLATE
     )
-    path = tmp_path_factory.mktemp("llm")
-    llama.save_pretrained(path)
-    fast.save_pretrained(path)
-    return path
+
+    def make(**sizes: Any) -> Path:
+        path = tmp_path_factory.mktemp("llm")
+        _make_model(**sizes).save_pretrained(path)
+        fast.save_pretrained(path)
+        return path
+
+    return make

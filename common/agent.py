@@ -54,12 +54,21 @@ class Agent(nn.Module):
         """
         x = torch.relu(normalised_linear(states_BD, self.ln, self.linear1))
         x = torch.relu(self.linear2(x))
-        logits_B2 = self.output_linear(x).float()
+        logits_B2 = full_precision(self.output_linear, x).float()
         if (bound := self.config.max_log_odds) is not None:
             log_odds_B = logits_B2[:, ACCEPT] - logits_B2[:, REJECT]
             half_B = bound * torch.tanh(log_odds_B / bound) / 2
             logits_B2 = torch.stack((-half_B, half_B), dim=-1)
         return torch.log_softmax(logits_B2, dim=-1)
+
+
+def full_precision(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return ``layer(x)`` in the dtype of its weights, also where autocast asks for less.
+
+    The last layer's outputs are what decides, and differences between them are small.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(next(layer.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 def normalised_linear(states_BD: torch.Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> torch.Tensor:

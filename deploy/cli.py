@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -263,6 +263,31 @@ def bench_weights(
 
         with steady_output():
             measure(WeightsSizes(num_subscribers=subscribers), num_rounds, json_file, say)
+
+
+@bench_app.command("learner")
+def bench_learner(
+    json_file: JsonFile = None,
+    num_rounds: NumRounds = 3,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Of the LLM.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Transitions of a gradient step.")] = 1024,
+    capacity: Annotated[
+        int, typer.Option(min=256, help="Transitions in the replay; fewer where memory is short.")
+    ] = 1_000_000,
+    precision: Annotated[
+        str, typer.Option(help="float32 or bfloat16, as learner.sac.precision.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="As learner.device.")] = "auto",
+) -> None:
+    """A gradient step on a live log, against the authors' way and against the hardware's ceilings."""
+    with _reported_errors():
+        from mara.deploy.bench.learner import LearnerSizes
+        from mara.deploy.bench.learner import bench_learner as measure
+        from mara.deploy.console import say
+
+        sizes = LearnerSizes(hidden_size, batch_size, capacity=capacity, precision=precision, device=device)
+        with steady_output():
+            measure(sizes, num_rounds, json_file, say)
 
 
 @store_app.command("list")

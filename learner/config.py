@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
@@ -37,6 +38,9 @@ class SACConfig(Config):
     """Longest gradient of the critic and of the agent; longer ones are scaled down. Usual range 0.5–10."""
     critic_only_steps: int = Field(default=0, ge=0)
     """Gradient steps at the start in which only the critic learns. The paper: 0. Usual range 0–500."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products in the hidden layers. Weights, optimisers, the last layers, losses and targets
+    are float32 either way. bfloat16 is several times quicker on GPUs and on processors that multiply it."""
 
     @property
     def target_entropy(self) -> float:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from mara.common.agent import normalised_linear
+from mara.common.agent import full_precision, normalised_linear
 
 NUM_HEADS = 2
 NUM_ACTIONS = 2
@@ -44,8 +44,7 @@ class TwinCritic(nn.Module):
         x = torch.relu(normalised_linear(states_BD, self.ln, self.linear1))
         x_BHF = x.view(len(x), NUM_HEADS, -1)
         x_HBF = torch.relu(self.linear2(x_BHF.transpose(0, 1)))
-        q_HB2: torch.Tensor = self.output_linear(x_HBF)
-        return q_HB2.float()
+        return full_precision(self.output_linear, x_HBF).float()
 
 
 class _HeadsLinear(nn.Module):

@@ -6,6 +6,7 @@ Legend: B transitions, D hidden size of the LLM, H the two critic heads.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -53,8 +54,9 @@ class SACMetrics:
 class SAC:
     """The agent, its critic and target critic, the temperature, and how one batch changes them.
 
-    The paper's algorithm (Eq. 9–11). One process, one device, 32-bit arithmetic. The same seed and the
-    same batches give the same weights, bit for bit, on one machine's CPU at one number of threads.
+    The paper's algorithm (Eq. 9–11). One process, one device. Weights, optimisers, losses and the networks'
+    outputs are float32; the matrix products of the hidden layers are in ``config.precision``. The same seed
+    and the same batches give the same weights, bit for bit, on one machine's CPU at one number of threads.
     """
 
     def __init__(
@@ -105,10 +107,11 @@ class SAC:
         alpha = self.log_alpha.detach().exp()
         policy_learns = self.step >= self.config.critic_only_steps
 
-        targets_B = self._targets(batch, alpha)
-        q_HB2 = self.critic(states_BD)
-        with torch.set_grad_enabled(policy_learns):
-            logprobs_B2 = self.agent(states_BD)
+        with self._hidden_layers():
+            targets_B = self._targets(batch, alpha)
+            q_HB2 = self.critic(states_BD)
+            with torch.set_grad_enabled(policy_learns):
+                logprobs_B2 = self.agent(states_BD)
         critic_loss = losses.critic_loss(q_HB2, batch.actions_B, targets_B, batch.weights_B)
         policy_loss = losses.policy_loss(logprobs_B2, q_HB2, alpha, batch.forced_B)
         temperature_loss = losses.temperature_loss(
@@ -152,6 +155,11 @@ class SAC:
         if self.step % self.config.target_update_period == 0:
             losses.polyak_update(self.target.parameters(), self.critic.parameters(), self.config.polyak)
         return metrics
+
+    def _hidden_layers(self) -> AbstractContextManager[None]:
+        """In what precision the networks compute their hidden layers, forward and backward."""
+        is_low = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_low)
 
     @torch.no_grad()
     def _targets(self, batch: TransitionBatch, alpha: torch.Tensor) -> torch.Tensor:

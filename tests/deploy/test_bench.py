@@ -17,9 +17,12 @@ from mara.actors.decoding.policies import AgentPolicy
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
 from mara.deploy.bench.figures import in_turn
+from mara.deploy.bench.learner import LearnerSizes, bench_learner, floor_s
+from mara.deploy.bench.list_learner import ListLearner
 from mara.deploy.bench.paper_procedure import answer
 from mara.deploy.bench.replay import Sizes, WeightsSizes, bench_replay, bench_weights
 from mara.deploy.cli import app
+from mara.learner.config import SACConfig
 
 
 @pytest.mark.parametrize("every_candidate", [True, False])
@@ -172,3 +175,48 @@ def test_every_subscriber_gets_the_last_weights(tmp_path):
     assert 0 < latency["value"] <= latency["conditions"]["largest_s"]
     assert latency["conditions"]["overtaken"] <= 3, "somebody missed the last publication"
     assert look["value"] > 0
+
+
+def test_the_learner_is_measured_alone_and_on_a_log_that_grows(tmp_path):
+    sizes = LearnerSizes(
+        hidden_size=32, batch_size=16, widths=(16, 8), capacity=1024, peer_capacity=64, live_s=3, device="cpu"
+    )
+    bench_learner(sizes, 2, tmp_path / "learner.json", lambda line: None)
+    figures = {figure["figure"]: figure for figure in json.loads((tmp_path / "learner.json").read_text())}
+    assert list(figures) == [
+        "step_vs_list_feed",
+        "feed_vs_list_feed",
+        "memory_vs_list_feed",
+        "updates_per_s",
+        "step_vs_floor",
+        "live_feed_vs_static_batch",
+    ]
+    assert all(figure["value"] > 0 for figure in figures.values())
+    assert figures["step_vs_floor"]["ratio"] < 1, "faster than the hardware"
+    live = figures["live_feed_vs_static_batch"]["conditions"]
+    assert live["inserted_per_s"] > 500 and live["idle_ratio"] < 0.1
+    assert figures["memory_vs_list_feed"]["value"] == 2 * 32 + 22
+
+
+def test_the_least_time_of_a_step_counts_each_product_and_each_weight_once():
+    sizes = LearnerSizes(hidden_size=10, batch_size=3, widths=(4, 2))
+    agent = {"forward": 10 * 4 + 4 * 2 + 2 * 2, "backward": 10 * 4 + 2 * (4 * 2 + 2 * 2)}
+    # Agent at states and next states, critic and target with two heads each; one multiplication is two FLOPs.
+    flops = 2 * 3 * (2 * agent["forward"] + 4 * agent["forward"] + 3 * agent["backward"])
+    assert floor_s(sizes, flops_per_s=1.0, bytes_per_s=1e12) == pytest.approx(flops, rel=1e-6)
+    weights = 3 * agent["forward"]
+    target = 2 * agent["forward"]
+    adam, polyak = 4 * 7 * weights, 4 * 3 * target / 10
+    gradients = 2 * (2 * 3 * 10) + 4 * (weights + target) + 4 * weights
+    assert floor_s(sizes, flops_per_s=1e12, bytes_per_s=1.0) == pytest.approx(
+        gradients + adam + polyak, rel=1e-6
+    )
+
+
+def test_the_peer_of_the_learner_learns():
+    sac = SACConfig(critic_widths=(16, 8), critic_learning_rate=1e-2, target_update_period=100)
+    peer = ListLearner(12, (16, 8), sac, capacity=32, batch_size=32, device=torch.device("cpu"))
+    batch = peer.sample()
+    assert batch[0].shape == batch[3].shape == (32, 12)
+    losses = [peer.update(batch) for _ in range(60)]
+    assert losses[-1] < 0.2 * losses[0]

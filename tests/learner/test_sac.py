@@ -227,3 +227,19 @@ def test_the_weights_of_a_batch_count_in_the_critic_loss_and_its_errors_come_bac
     assert metrics.critic_loss == pytest.approx((weights_B * errors_HB.square()).mean().item())
     sac.update(make_batch())
     assert sac.errors_B is None
+
+
+def test_in_bfloat16_only_the_products_of_the_hidden_layers_are_rounded(make_batch: BatchMaker) -> None:
+    batch = make_batch(64)
+    exact, rounded = make_sac(), make_sac(precision="bfloat16")
+    seen: dict[str, torch.dtype] = {}
+    for name in ("linear2", "output_linear"):
+        layer = getattr(rounded.agent, name)
+        layer.register_forward_hook(lambda _l, _i, out, name=name: seen.__setitem__(name, out.dtype))
+    for _ in range(5):
+        expected, found = exact.update(batch), rounded.update(batch)
+    assert seen == {"linear2": torch.bfloat16, "output_linear": torch.float32}
+    assert all(p.dtype == torch.float32 for p in (*rounded.agent.parameters(), *rounded.critic.parameters()))
+    assert found.critic_loss == pytest.approx(expected.critic_loss, rel=0.02)
+    assert found.critic_gradient_norm == pytest.approx(expected.critic_gradient_norm, rel=0.05)
+    assert found != expected

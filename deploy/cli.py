@@ -275,7 +275,7 @@ def bench_learner(
         int, typer.Option(min=256, help="Transitions in the replay; fewer where memory is short.")
     ] = 1_000_000,
     precision: Annotated[
-        str, typer.Option(help="float32 or bfloat16, as learner.sac.precision.")
+        Literal["float32", "bfloat16"], typer.Option(help="As learner.sac.precision.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="As learner.device.")] = "auto",
 ) -> None:

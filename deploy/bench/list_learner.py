@@ -120,7 +120,7 @@ class ListLearner:
             losses.polyak_update(self._targets.parameters(), self._critics.parameters(), self._config.polyak)
         for loss in (policy_loss, alpha_loss):
             loss.item()  # the authors log them
-        return float(critic_loss)
+        return float(critic_loss.detach())
 
 
 def _mlp(hidden_size: int, widths: tuple[int, int]) -> nn.Sequential:

@@ -56,6 +56,8 @@ class RedisWeightChannel:
         self._outage = Outage(config or ReplayConfig())
         # Publications without a reply: they may have been stored all the same.
         self._unanswered: set[int] = set()
+        self.num_dropped = 0
+        """Publications so far that the store did not take."""
 
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Make ``tensors`` the latest weights; False if the store is away, and the same may be tried again.
@@ -65,9 +67,10 @@ class RedisWeightChannel:
             ReplayUnavailable: the store has been away for ``max_outage_s``.
             UserError: it has had no memory left for as long.
         """
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         if self._outage.pause_s > 0:
+            self.num_dropped += 1
             return False
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         try:
             current = self._client.eval(
                 _PUBLISH,
@@ -78,6 +81,7 @@ class RedisWeightChannel:
         except redis.RedisError as error:
             self._unanswered.add(version)
             self._outage.failed(error)
+            self.num_dropped += 1
             return False
         self._outage.ended()
         is_our_own = current is not None and int(current) == version and version in self._unanswered

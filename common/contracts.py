@@ -135,6 +135,11 @@ class WeightSink(Protocol):
         """
         ...
 
+    @property
+    def num_dropped(self) -> int:
+        """Publications so far that were not stored."""
+        ...
+
 
 class WeightSource(Protocol):
     """Where a rollout actor looks for newer weights between two decoding steps."""

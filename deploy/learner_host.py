@@ -13,6 +13,7 @@ from typing import Any
 
 from mara.buffer.background import BackgroundReader
 from mara.buffer.memory import MemoryWeightChannel
+from mara.buffer.publisher import BackgroundWeights
 from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
@@ -61,7 +62,7 @@ class LearnerHost:
         digest = agent_digest(self._spec.hidden_size, config.agent)
         # Of a finished run the log is only read; nobody waits for weights.
         is_finished = config.replay.from_run is not None
-        weights = (
+        channel = (
             MemoryWeightChannel(digest)
             if is_finished
             else RedisWeightChannel(clients[0], run_id, config.replay, digest)
@@ -71,7 +72,10 @@ class LearnerHost:
         goes_on = checkpoint is not None and not open_reader(clients, run_id, config.replay).at_end()
         cursor = read_checkpoint(checkpoint)["cursor"] if checkpoint is not None and goes_on else ""
         reader = open_reader(clients, run_id, config.replay, cursor)
-        with BackgroundReader(reader, log_is_finished=is_finished) as source:
+        with (
+            BackgroundReader(reader, log_is_finished=is_finished) as source,
+            BackgroundWeights(channel) as weights,
+        ):
             self._learner = Learner(
                 config.learner,
                 config.agent,

@@ -138,7 +138,6 @@ class Learner:
         self._num_sampled = 0
         self._waiting_since: float | None = None
         self._published_version: int | None = None
-        self._num_publications_dropped = 0
         self._published_at = self._saved_at = self._looked_for_publication_at = 0.0
         self._window = Window()
         self._lost_before = dict.fromkeys(_LOST, 0)
@@ -368,11 +367,8 @@ class Learner:
         """Publish the agent unless this version is out already. What the store did not take stays due."""
         if self._published_version == self.sac.step and not self._is_publication_lost():
             return
-        tensors = {name: t.detach().cpu() for name, t in self.sac.agent.state_dict().items()}
-        if self._weights.publish(self.sac.step, tensors):
+        if self._weights.publish(self.sac.step, self.sac.agent.state_dict()):
             self._published_version = self.sac.step
-        else:
-            self._num_publications_dropped += 1
         self._published_at = time.monotonic()
 
     def _is_publication_lost(self) -> bool:
@@ -439,7 +435,7 @@ class Learner:
             "learner/steps_owed": self._limiter.owed,
             "learner/steps_dropped": self._limiter.num_dropped,
             "learner/steps_skipped": self._num_skipped,
-            "weights/dropped": self._num_publications_dropped,
+            "weights/dropped": self._weights.num_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
         }

@@ -23,10 +23,12 @@ from mara.buffer.background import BackgroundReader
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.connection import connect
 from mara.buffer.log import RedisEpisodeLog, RedisEpisodeReader
+from mara.buffer.publisher import BackgroundWeights
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
 from mara.common.config import AgentConfig
+from mara.common.contracts import LogReader, WeightSink
 from mara.common.errors import UserError
 from mara.deploy.bench.figures import Figure, Rounds, check_json_path, in_turn, machine, report
 from mara.deploy.bench.list_learner import ListLearner
@@ -81,11 +83,13 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
     check_json_path(json_file)
     sizes = replace(sizes, capacity=_affordable(sizes))
     store = ReplayConfig(log_max_bytes=_LOG_BYTES)
+    digest = agent_digest(sizes.hidden_size, sizes.agent)
     with (
         EmbeddedServer(store.store_max_bytes(2)) as server,
         BackgroundReader(RedisEpisodeReader(connect(server.url), _RUN, store)) as source,
+        BackgroundWeights(RedisWeightChannel(connect(server.url), _RUN, store, digest)) as weights,
     ):
-        learner, rows = _make_learner(sizes, server.url, source)
+        learner, rows = _make_learner(sizes, source, weights)
         figures = _alone(sizes, learner, num_rounds, say)
         figures.append(_live(sizes, learner, rows, server.url, say))
     report(figures, json_file)
@@ -106,7 +110,7 @@ def _affordable(sizes: LearnerSizes) -> int:
 
 
 def _make_learner(
-    sizes: LearnerSizes, url: str, source: BackgroundReader
+    sizes: LearnerSizes, source: LogReader, weights: WeightSink
 ) -> tuple[Learner, list[tuple[float, dict[str, float]]]]:
     """A learner that never has to wait, with a full ring, and the list of its rows, each with its time."""
     rows: list[tuple[float, dict[str, float]]] = []
@@ -127,7 +131,7 @@ def _make_learner(
         ShapingConfig(score_weights={"helpful": 1.0}),
         hidden_size=sizes.hidden_size,
         source=source,
-        weights=RedisWeightChannel(connect(url), _RUN, None, agent_digest(sizes.hidden_size, sizes.agent)),
+        weights=weights,
         on_metrics=lambda row: rows.append((time.monotonic(), row)),
     )
     episodes = synthetic_episodes(_DISTINCT_EPISODES, sizes.hidden_size)

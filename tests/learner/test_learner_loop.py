@@ -151,6 +151,7 @@ class RefusingChannel(MemoryWeightChannel):
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
         if self.num_refused > 0:
             self.num_refused -= 1
+            self.num_dropped += 1
             return False
         return super().publish(version, tensors)
 

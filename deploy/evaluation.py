@@ -22,7 +22,7 @@ from mara.deploy.console import say, warn
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
 from mara.deploy.preflight import check_head, warn_of_another_llm, warn_of_head
-from mara.learner.loop import AGENT_FOLDER
+from mara.learner.saving import AGENT_FOLDER
 
 REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}

@@ -22,7 +22,8 @@ from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.learner.checkpoint import load_checkpoint, read_checkpoint, set_newer_aside
-from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, Learner, LearnerSummary
+from mara.learner.loop import Learner, LearnerSummary
+from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from mara.deploy.config_file import dump_config
 from mara.deploy.run_folder import CONFIG_FILE, LOGS, load_run, read_log_record
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
 from mara.learner.checkpoint import find_checkpoint
-from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
+from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 RUN_RECORD = "run.json"
 MAY_CHANGE = (

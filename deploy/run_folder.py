@@ -12,7 +12,7 @@ from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
-from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER
+from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOGS = "logs"

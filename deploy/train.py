@@ -43,7 +43,8 @@ from mara.deploy.signals import StopSignal
 from mara.deploy.store import Store, check_unused, open_store, take_up_log, with_addresses
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner import health
-from mara.learner.loop import AGENT_FOLDER, CHECKPOINT_FOLDER, LearnerSummary
+from mara.learner.loop import LearnerSummary
+from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 if TYPE_CHECKING:
     from mara.deploy.topology import Cluster

@@ -21,18 +21,17 @@ import torch
 
 from mara.buffer.config import NORMALISE_FROM_EPISODES, ReplayConfig, ShapingConfig
 from mara.buffer.mirror import Mirror
-from mara.common.agent import save_agent
 from mara.common.config import AgentConfig
 from mara.common.contracts import LogReader, TransitionBatch, WeightSink
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.common.seeding import generator
 from mara.learner import health
-from mara.learner.checkpoint import save_checkpoint
 from mara.learner.config import LearnerConfig
 from mara.learner.limiter import RateLimiter
 from mara.learner.meters import Clock, Window
 from mara.learner.sac import SAC
+from mara.learner.saving import Saver
 from mara.learner.statistics import episode_statistics
 
 READ_EPISODES = 64
@@ -44,9 +43,6 @@ LOOK_S = 1.0
 
 _LOST = ("num_malformed", "num_quarantined", "num_trimmed_unread")
 """What the source counts since it began to read."""
-
-CHECKPOINT_FOLDER = "checkpoints"
-AGENT_FOLDER = "agent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +111,7 @@ class Learner:
         self._weights = weights
         self._on_metrics = on_metrics
         self._run_folder = run_folder
+        self._saver = None if run_folder is None else Saver(run_folder, config.num_checkpoints)
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
         self._log_is_finished = log_is_finished
@@ -186,7 +183,7 @@ class Learner:
             raise
         stopped = self._stop.is_set()
         # Saved first: the store may be away by now, and nobody needs the last publication as much.
-        self._save()
+        self._save(wait=True)
         self._publish()
         self._report()
         if not stopped and self.mirror.total_transitions < self.config.start_transitions:
@@ -358,8 +355,10 @@ class Learner:
         now = time.monotonic()
         if now - self._published_at >= self.config.publish_period_s:
             self._publish()
+        if self._saver is not None:
+            self._saver.check()
         if now - self._saved_at >= self.config.checkpoint_period_s:
-            self._save()
+            self._save(wait=False)
         if self._clock.seconds >= self.config.log_period_s:
             self._report()
 
@@ -387,13 +386,14 @@ class Learner:
         if self.sac.step == 0:
             return
         try:
-            self._save()
+            self._save(wait=True)
         except Exception as other:
             error.add_note(f"the agent could not be saved either: {other}")
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
+        """Save agent and checkpoint, in another thread unless their end is waited for."""
         self._saved_at = time.monotonic()
-        if self._run_folder is None:
+        if self._saver is None:
             return
         if bad := self.sac.not_finite():
             raise FloatingPointError(
@@ -406,10 +406,10 @@ class Learner:
             "episodes": self._num_episodes,
             "complete": self._has_ended,
         }
-        save_agent(self.sac.agent, self._run_folder / AGENT_FOLDER, {**self._agent_card, "training": trained})
         # While the ring is being filled again it knows only some of its rewards: the last checkpoint stands.
-        if not self._refilling:
-            save_checkpoint(self._run_folder / CHECKPOINT_FOLDER, self, self.config.num_checkpoints)
+        learner = None if self._refilling else self
+        save = self._saver.save if wait else self._saver.begin
+        save(self.sac.agent, {**self._agent_card, "training": trained}, learner)
 
     def _report(self) -> None:
         """Hand over one row: means since the last one, rates over that time, and totals."""

@@ -16,7 +16,7 @@ from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import check_used
 from mara.deploy.run_folder import check_agent, load_run
-from mara.learner.loop import AGENT_FOLDER
+from mara.learner.saving import AGENT_FOLDER
 
 BENCH_USES = ("llm", "decoding", "rollout.rows", "rollout.max_prompt_tokens", "prompts.evaluation")
 NEW_TOKENS = "decoding.max_new_tokens=64"

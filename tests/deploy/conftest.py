@@ -16,7 +16,7 @@ from mara.common.config import AgentConfig
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
 from mara.deploy.run_folder import CONFIG_FILE
-from mara.learner.loop import AGENT_FOLDER
+from mara.learner.saving import AGENT_FOLDER
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
-from mara.learner.loop import AGENT_FOLDER
+from mara.learner.saving import AGENT_FOLDER
 
 
 def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 
 from mara.buffer.config import ReplayConfig
-from mara.buffer.weights import not_finite
+from mara.common.agent import not_finite
 from mara.common.contracts import VersionedWeights
 from mara.common.episode import Episode
 from mara.common.errors import DamagedWeights

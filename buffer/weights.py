@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from mara.buffer.config import ReplayConfig
 from mara.buffer.keys import keys_of
 from mara.buffer.outage import Outage
+from mara.common.agent import not_finite
 from mara.common.contracts import VersionedWeights
 from mara.common.errors import DamagedWeights
 
@@ -162,16 +163,6 @@ class RedisWeightChannel:
             return None
         self._outage.ended()
         return stored
-
-
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of those that are not finite throughout."""
-    # The extremes carry a NaN, and take one pass without memory of its own.
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
-    ]
 
 
 def _version(text: bytes | None) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def agent_digest(hidden_size: int, config: AgentConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those that are not finite throughout."""
+    # The extremes carry a NaN, and take one pass without memory of its own.
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
+    ]
+
+
 def why_unfit(agent: Agent, weights: VersionedWeights) -> str | None:
     """Why ``weights`` are those of another agent than ``agent``, in a few words; None if they are not.
 
@@ -150,7 +161,6 @@ def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dic
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"agent: {folder} cannot be read ({reason}); save it again") from error
-    for name, tensor in agent.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"agent: {folder / WEIGHTS_FILE}: {name} is not finite; train it again")
+    if bad := not_finite(agent.state_dict()):
+        raise UserError(f"agent: {folder / WEIGHTS_FILE}: {bad[0]} is not finite; train it again")
     return agent.eval(), card

@@ -281,8 +281,8 @@ def bench_learner(
 ) -> None:
     """A gradient step on a live log, against the authors' way and against the hardware's ceilings."""
     with _reported_errors():
-        from mara.deploy.bench.learner import LearnerSizes
         from mara.deploy.bench.learner import bench_learner as measure
+        from mara.deploy.bench.learner_step import LearnerSizes
         from mara.deploy.console import say
 
         sizes = LearnerSizes(hidden_size, batch_size, capacity=capacity, precision=precision, device=device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from mara.buffer.weights import not_finite
+from mara.common.agent import not_finite
 from mara.common.contracts import TransitionBatch
 
 BATCH_FILE = "not-finite-batch.safetensors"

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mara.buffer.weights import not_finite
-from mara.common.agent import ACCEPT, REJECT, Agent
+from mara.common.agent import ACCEPT, REJECT, Agent, not_finite
 from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
 from mara.common.seeding import derive_seed

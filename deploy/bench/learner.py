@@ -1,7 +1,6 @@
-"""The benchmark of the learner: a gradient step on a live log against one on a static batch, against the
-authors' way of feeding it, and against what the hardware could do.
+"""The benchmark of the learner: the whole loop on a log that grows, against a step on one static batch.
 
-Legend: B transitions of a batch, D hidden size of the LLM.
+The step by itself is measured in :mod:`mara.deploy.bench.learner_step`.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, Literal
 
 import psutil
 import torch
@@ -27,51 +24,24 @@ from mara.buffer.publisher import BackgroundWeights
 from mara.buffer.server import EmbeddedServer
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
-from mara.common.config import AgentConfig
 from mara.common.contracts import LogReader, WeightSink
 from mara.common.errors import UserError
-from mara.deploy.bench.figures import Figure, Rounds, check_json_path, in_turn, machine, report
-from mara.deploy.bench.list_learner import ListLearner
-from mara.deploy.bench.replay import NUM_DECISIONS, synthetic_episodes
-from mara.learner.config import LearnerConfig, SACConfig
+from mara.deploy.bench.figures import Figure, check_json_path, report
+from mara.deploy.bench.learner_step import (
+    DISTINCT_EPISODES,
+    LearnerSizes,
+    Say,
+    conditions,
+    fill,
+    per_second,
+    step_figures,
+)
+from mara.deploy.bench.synthetic import NUM_DECISIONS, synthetic_episodes
+from mara.learner.config import LearnerConfig
 from mara.learner.loop import Learner
 
-Say = Callable[[str], None]
-Precision = Literal["float32", "bfloat16"]
-
 _RUN = "bench"
-_DISTINCT_EPISODES = 32
 _LOG_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerSizes:
-    """What is measured with; the defaults are the paper's."""
-
-    hidden_size: int = 4096
-    batch_size: int = 1024
-    widths: tuple[int, int] = (1024, 256)
-    """Of the agent and of each critic head."""
-    capacity: int = 1_000_000
-    """Transitions in the ring, which is full. Fewer where they would take more than half of the memory."""
-    peer_capacity: int = 2048
-    """Transitions in the peer's lists."""
-    inserted_per_s: float = 5000.0
-    """Transitions that another process appends to the log: about what one GPU writes with an 8 B LLM."""
-    live_s: float = 20.0
-    """How long the learner trains on the log that grows."""
-    precision: Precision = "float32"
-    device: str = "auto"
-    num_threads: int = 1
-    """Of torch, in the learner and in the peer."""
-
-    @property
-    def agent(self) -> AgentConfig:
-        return AgentConfig(widths=self.widths)
-
-    @property
-    def sac(self) -> SACConfig:
-        return SACConfig(critic_widths=self.widths, precision=self.precision)
 
 
 def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, say: Say) -> None:
@@ -90,7 +60,7 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
         BackgroundWeights(RedisWeightChannel(connect(server.url), _RUN, store, digest)) as weights,
     ):
         learner, rows = _make_learner(sizes, source, weights)
-        figures = _alone(sizes, learner, num_rounds, say)
+        figures = step_figures(sizes, learner.sac, learner.mirror, num_rounds, say)
         figures.append(_live(sizes, learner, rows, server.url, say))
     report(figures, json_file)
 
@@ -134,62 +104,8 @@ def _make_learner(
         weights=weights,
         on_metrics=lambda row: rows.append((time.monotonic(), row)),
     )
-    episodes = synthetic_episodes(_DISTINCT_EPISODES, sizes.hidden_size)
-    while learner.mirror.num_transitions < sizes.capacity:
-        learner.mirror.add(episodes)
+    fill(learner.mirror, sizes)
     return learner, rows
-
-
-def _alone(sizes: LearnerSizes, learner: Learner, num_rounds: int, say: Say) -> list[Figure]:
-    """The learner's feed and step against the authors' way and the hardware, with nothing else going on."""
-    torch.set_num_threads(sizes.num_threads)
-    device, B = learner.sac.device, sizes.batch_size
-    say(f"the authors' way: {sizes.peer_capacity} transitions as lists")
-    peer = ListLearner(sizes.hidden_size, sizes.widths, sizes.sac, sizes.peer_capacity, B, device)
-    draws = torch.Generator().manual_seed(1)
-    batch = learner.mirror.sample(B, draws)
-    feed = _per_second(lambda: learner.mirror.sample(B, draws), 20, device)
-    step = _per_second(lambda: learner.sac.update(batch), 5, device)
-    whole = _per_second(lambda: learner.sac.update(learner.mirror.sample(B, draws)), 5, device)
-    their_feed = _per_second(peer.sample, 2, device)
-    their_whole = _per_second(lambda: peer.update(peer.sample()), 2, device)
-    for measure in (feed, whole, their_whole):
-        measure(0)  # warm
-    say(f"feed and step: {num_rounds} rounds")
-    feeds = in_turn(feed, their_feed, num_rounds)
-    wholes = in_turn(whole, their_whole, num_rounds)
-    say(f"the hardware: {num_rounds} rounds")
-    ceilings: list[dict[str, float]] = []
-
-    def floor(_round: int) -> float:
-        ceilings.append(_ceilings(device, sizes.precision))
-        return 1 / floor_s(sizes, **ceilings[-1])
-
-    floors = in_turn(step, floor, num_rounds)
-    measured = {name: statistics.median(c[name] for c in ceilings) for name in ceilings[0]}
-    bytes_each = learner.mirror.nbytes / learner.mirror.num_transitions
-    way = "lists of Python floats, unshared passes"
-    return [
-        _figure("step_vs_list_feed", sizes, wholes, "updates/s", way),
-        _figure("feed_vs_list_feed", sizes, feeds, "batches/s", "random.sample, tensors of lists"),
-        Figure(
-            figure="memory_vs_list_feed",
-            value=bytes_each,
-            unit="bytes",
-            peer=way,
-            ratio=peer.bytes_per_transition / bytes_each,
-            conditions=_conditions(sizes) | {"peer_value": peer.bytes_per_transition},
-        ),
-        Figure(
-            figure="updates_per_s",
-            value=statistics.median(wholes.ours),
-            unit="updates/s",
-            conditions=_conditions(sizes),
-        ),
-        _figure(
-            "step_vs_floor", sizes, floors, "updates/s", "FLOPs and bytes over measured ceilings", **measured
-        ),
-    ]
 
 
 def _live(
@@ -200,9 +116,9 @@ def _live(
     kept = learner.mirror.sample(sizes.batch_size)
     batch = replace(kept, states_BD=kept.states_BD.clone(), next_states_BD=kept.next_states_BD.clone())
     num_steps = max(
-        3, round(sizes.live_s / 4 * _per_second(lambda: learner.sac.update(batch), 3, learner.sac.device)(0))
+        3, round(sizes.live_s / 4 * per_second(lambda: learner.sac.update(batch), 3, learner.sac.device)(0))
     )
-    static = _per_second(lambda: learner.sac.update(batch), num_steps, learner.sac.device)
+    static = per_second(lambda: learner.sac.update(batch), num_steps, learner.sac.device)
     before = static(0)
     context = multiprocessing.get_context("spawn")
     is_writing, ended = context.Event(), context.Event()
@@ -231,7 +147,7 @@ def _live(
         unit="updates/s",
         peer="SAC.update on one batch, nothing else running",
         ratio=2 * live / (before + after),
-        conditions=_conditions(sizes)
+        conditions=conditions(sizes)
         | {
             "peer_value": (before + after) / 2,
             "static_before": before,
@@ -248,82 +164,9 @@ def _write(url: str, hidden_size: int, per_s: float, is_writing: Event, ended: E
     """What rollout actors do to the log: append episodes at an even pace."""
     torch.set_num_threads(1)
     log = RedisEpisodeLog(connect(url), _RUN, ReplayConfig(log_max_bytes=_LOG_BYTES))
-    episodes = synthetic_episodes(_DISTINCT_EPISODES, hidden_size, seed=1)
+    episodes = synthetic_episodes(DISTINCT_EPISODES, hidden_size, seed=1)
     period_s, number, began = NUM_DECISIONS / per_s, 0, time.monotonic()
     while not ended.wait(max(0.0, began + number * period_s - time.monotonic())):
         log.append([replace(episodes[number % len(episodes)], uid=f"live-{number}")])
         number += 1
         is_writing.set()
-
-
-def floor_s(sizes: LearnerSizes, flops_per_s: float, bytes_per_s: float) -> float:
-    """The least seconds that a gradient step can take, by the products and the memory traffic it needs.
-
-    The gradients take at least their products and at least the reading of states and weights; the optimisers
-    need all of them for their norm, so they come after, and go through weights, gradients and two moments.
-    Counted are the agent twice forward (states, next states), critic and target critic once, and agent and
-    critic backward, where the first layer needs no gradient of its input.
-    """
-    D, (first, second), B = sizes.hidden_size, sizes.widths, sizes.batch_size
-    outer, inner = D * first, first * second + 2 * second
-    agent, critic = outer + inner, 2 * (outer + inner)  # weights; the critic has two heads
-    forward = 2 * agent + 2 * critic
-    backward = (outer + 2 * inner) + 2 * (outer + 2 * inner)
-    flops = 2 * B * (forward + backward)
-    gradient_bytes = 2 * B * D * 2 + 4 * (agent + 2 * critic) + 4 * (agent + critic)
-    optimiser_bytes = 4 * 7 * (agent + critic) + 4 * 3 * critic / sizes.sac.target_update_period
-    return max(flops / flops_per_s, gradient_bytes / bytes_per_s) + optimiser_bytes / bytes_per_s
-
-
-def _ceilings(device: torch.device, precision: Precision) -> dict[str, float]:
-    """The best rate of products of square matrices, and of copies larger than any cache, of five each."""
-    size = 4096 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
-    long = torch.zeros(64 << 20, device=device)
-    other = torch.empty_like(long)
-    products = max(_per_second(lambda: a @ a, 1, device)(0) for _ in range(5))
-    copies = max(_per_second(lambda: other.copy_(long), 1, device)(0) for _ in range(5))
-    return {"flops_per_s": 2 * size**3 * products, "bytes_per_s": 2 * long.nbytes * copies}
-
-
-def _per_second(work: Callable[[], object], times: int, device: torch.device) -> Callable[[int], float]:
-    """Measures how often a second ``work`` is done, over ``times`` of it, to the end of its work on a GPU."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def measure(_round: int) -> float:
-        wait()
-        began = time.perf_counter()
-        for _ in range(times):
-            work()
-        wait()
-        return times / (time.perf_counter() - began)
-
-    return measure
-
-
-def _figure(
-    name: str, sizes: LearnerSizes, rounds: Rounds, unit: str, peer: str, **conditions: Any
-) -> Figure:
-    return Figure(
-        figure=name,
-        value=statistics.median(rounds.ours),
-        unit=unit,
-        peer=peer,
-        ratio=rounds.ratio,
-        conditions=_conditions(sizes)
-        | {"rounds": len(rounds.ours), "peer_value": statistics.median(rounds.peers), **conditions},
-    )
-
-
-def _conditions(sizes: LearnerSizes) -> dict[str, Any]:
-    return machine() | {
-        "hidden_size": sizes.hidden_size,
-        "batch_size": sizes.batch_size,
-        "widths": list(sizes.widths),
-        "capacity": sizes.capacity,
-        "precision": sizes.precision,
-        "device": sizes.device,
-    }

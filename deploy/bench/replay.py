@@ -32,9 +32,8 @@ from mara.common.agent import Agent, agent_digest, why_unfit
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
 from mara.deploy.bench.figures import Figure, Rounds, check_json_path, in_turn, machine, report
+from mara.deploy.bench.synthetic import NUM_DECISIONS, synthetic_episodes
 
-NUM_DECISIONS = 128
-"""Of each episode."""
 LOG_BYTES = 256 << 20
 """Bound of the log that is written to: in every round after the first the oldest episodes make room."""
 RING_BYTES = 512 << 20
@@ -72,38 +71,6 @@ def bench_replay(sizes: Sizes, num_rounds: int, json_file: Path | None, say: Say
     check_json_path(json_file)
     torch.set_num_threads(sizes.num_threads)
     report([*_sampling(sizes, num_rounds, say), *_writing(sizes, num_rounds, say)], json_file)
-
-
-def synthetic_episodes(count: int, hidden_size: int, seed: int = 0) -> list[Episode]:
-    """Answers of :data:`NUM_DECISIONS` decisions that accept the first candidate, with random states."""
-    generator = torch.Generator().manual_seed(seed)
-    T = NUM_DECISIONS
-    logprobs_T = np.full(T, np.log(0.5), np.float32)
-    return [
-        Episode(
-            uid=f"bench-{seed}-{number}",
-            prompt_id="bench",
-            actor_id="bench",
-            prompt_ids_P=np.zeros(64, np.int32),
-            response_ids_N=np.zeros(T, np.int32),
-            states_TD=torch.randn(T, hidden_size, generator=generator).to(torch.float16),
-            actions_T=np.ones(T, np.uint8),
-            ranks_T=np.zeros(T, np.int16),
-            num_candidates_T=np.full(T, 40, np.int16),
-            positions_T=np.arange(T, dtype=np.int32),
-            forced_T=np.zeros(T, np.bool_),
-            reference_logprobs_T=logprobs_T,
-            accept_logprobs_T=logprobs_T,
-            reject_logprobs_T=logprobs_T,
-            policy_versions_T=np.zeros(T, np.int64),
-            finish_reason="length",
-            started_at_s=0.0,
-            finished_at_s=1.0,
-            scores={"helpful": 0.5},
-            prefix_scores={},
-        )
-        for number in range(count)
-    ]
 
 
 def _sampling(sizes: Sizes, num_rounds: int, say: Say) -> list[Figure]:

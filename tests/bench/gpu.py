@@ -1,5 +1,6 @@
 """The decoding engine on a GPU, on random weights: speed against ``generate`` and the paper's procedure,
-memory, and whether lazy, wide and compiled passes still give the same answers.
+memory, and whether lazy, wide and compiled passes still give the same answers. And the learner's gradient
+step, in both precisions.
 
 The agent is random too, with a bias at which it accepts about 70 % of the first candidates, as the paper's
 do.
@@ -22,8 +23,12 @@ from mara.actors.decoding.generation import Request
 from mara.actors.decoding.policies import AgentPolicy
 from mara.common.agent import ACCEPT, REJECT, Agent
 from mara.common.config import AgentConfig
+from mara.common.contracts import TransitionBatch
 from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
 from mara.deploy.bench.figures import Figure, machine, report
+from mara.deploy.bench.learner_step import LearnerSizes, Precision, fill, make_mirror, step_figures
+from mara.learner.config import SACConfig
+from mara.learner.sac import SAC
 
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {
@@ -63,7 +68,7 @@ def main() -> None:
     end_s = time.monotonic() + options.limit_s
     subject = make_subject(options.shape, device)
     figures: list[Figure] = []
-    for title, measure in measurements(subject, options.rounds):
+    for title, measure in measurements(subject, options.shape, device, options.rounds):
         if time.monotonic() > end_s:
             print(f"no time left for {title}")
             continue
@@ -75,12 +80,37 @@ def main() -> None:
             figures.append(
                 Figure(figure=f"failed: {title}", value=0, unit="", conditions={"error": repr(error)})
             )
-        path = options.out / f"decoding-{options.shape}.json"
+        path = options.out / f"figures-{options.shape}.json"
         path.write_text(json.dumps([figure.model_dump(mode="json") for figure in figures], indent=2) + "\n")
     report(figures, None)
 
 
-def measurements(subject: Subject, num_rounds: int) -> list[tuple[str, Any]]:
+def learner(shape: str, device: torch.device, precision: Precision, num_rounds: int) -> list[Figure]:
+    """The gradient step at the paper's widths, and whether it sees the same loss as float32 on the CPU."""
+    D = SHAPES[shape]["hidden_size"]
+    capacity = 65_536 if device.type == "cuda" else 2048
+    sizes = LearnerSizes(hidden_size=D, capacity=capacity, precision=precision, device=device.type)
+    sac, mirror = SAC(D, sizes.agent, sizes.sac, device), make_mirror(sizes, device)
+    fill(mirror, sizes)
+    batch = mirror.sample(sizes.batch_size, torch.Generator().manual_seed(0))
+    on_cpu = TransitionBatch(
+        **{
+            name: None if (c := getattr(batch, name)) is None else c.cpu()
+            for name in TransitionBatch.__slots__
+        }
+    )
+    plain = SAC(D, sizes.agent, SACConfig(critic_widths=sizes.widths), "cpu")
+    difference = sac.update(batch).critic_loss / plain.update(on_cpu).critic_loss - 1
+    figures = step_figures(sizes, sac, mirror, num_rounds, print)
+    same = Figure(
+        figure="critic_loss_vs_cpu", value=difference, unit="relative", conditions={"precision": precision}
+    )
+    return [*figures, same]
+
+
+def measurements(
+    subject: Subject, shape: str, device: torch.device, num_rounds: int
+) -> list[tuple[str, Any]]:
     """Titles and what to call for their figures, the most important first."""
 
     def decode(batch: int, **changes: Any) -> Any:
@@ -92,6 +122,8 @@ def measurements(subject: Subject, num_rounds: int) -> list[tuple[str, Any]]:
 
     return [
         ("the same answers in every mode", lambda: same_answers(subject)),
+        ("learner, float32", lambda: learner(shape, device, "float32", num_rounds)),
+        ("learner, bfloat16", lambda: learner(shape, device, "bfloat16", num_rounds)),
         *[(f"decode, batch {batch}, compiled", decode(batch, compile=True)) for batch in (1, 16, 64)],
         ("rollout, 64 rows, compiled", rollout(compile=True)),
         *[(f"decode, batch {batch}", decode(batch)) for batch in (1, 16, 64)],

@@ -17,7 +17,8 @@ from mara.actors.decoding.policies import AgentPolicy
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
 from mara.deploy.bench.figures import in_turn
-from mara.deploy.bench.learner import LearnerSizes, bench_learner, floor_s
+from mara.deploy.bench.learner import bench_learner
+from mara.deploy.bench.learner_step import LearnerSizes, floor_s
 from mara.deploy.bench.list_learner import ListLearner
 from mara.deploy.bench.paper_procedure import answer
 from mara.deploy.bench.replay import Sizes, WeightsSizes, bench_replay, bench_weights

@@ -1,4 +1,4 @@
-"""``mara export`` and ``mara import``: an agent as a folder of its own, from a run or from the authors' file."""
+"""``mara export`` and ``mara import``: an agent as a folder of its own, from a run or the authors' file."""
 
 from __future__ import annotations
 

@@ -186,6 +186,6 @@ def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str)
     """
     if recorded is not None and not is_same_llm(recorded, model):
         warn(
-            f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit: use that LLM, or look "
-            "at its figures again"
+            f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit: use that "
+            "LLM, or look at its figures again"
         )

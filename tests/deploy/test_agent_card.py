@@ -10,8 +10,8 @@ from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, head_digests, save_head
 from mara.common.agent import Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
-from mara.deploy.config_file import find_config, load_config
 from mara.deploy.agent_card import agent_card
+from mara.deploy.config_file import find_config, load_config
 from mara.deploy.preflight import preflight
 
 

@@ -28,6 +28,9 @@ from mara.common.errors import UserError
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
+FINAL_NORM = "applied"
+"""Whether hidden states have gone through the model's final norm, in training, in heads and in decoding: they
+are what the output embedding reads. Kept beside each agent, which means nothing on other states."""
 CASTS = "MatMul8bitLt: inputs will be cast"
 """How bitsandbytes begins a warning that it gives in each layer at each pass, unless the model is in float16.
 The cast is part of its method and loses nothing that 8 bits would keep."""

@@ -25,6 +25,8 @@ REJECT = 0
 
 WEIGHTS_FILE = "agent.safetensors"
 CARD_FILE = "agent.json"
+WEIGHTS_DIGEST = "weights_sha256"
+"""Name in the card of the weights' SHA-256, which an agent that was handed on has."""
 
 
 class Agent(nn.Module):
@@ -133,9 +135,28 @@ def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
     save_file(tensors, partial := folder / (WEIGHTS_FILE + ".partial"))
     partial.replace(folder / WEIGHTS_FILE)
     content = {"hidden_size": agent.hidden_size, "agent": agent.config.model_dump(mode="json"), **card}
+    _write_card(folder, content)
+
+
+def seal_agent(folder: Path) -> None:
+    """Add the SHA-256 of the weights to the card of the agent saved in ``folder``: from then on
+    :func:`load_agent` takes no others.
+
+    Not part of saving: a run replaces the two files one after the other.
+    """
+    card = json.loads((folder / CARD_FILE).read_text())
+    _write_card(folder, {**card, WEIGHTS_DIGEST: _file_digest(folder / WEIGHTS_FILE)})
+
+
+def _write_card(folder: Path, content: dict[str, Any]) -> None:
     partial = folder / (CARD_FILE + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(folder / CARD_FILE)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dict[str, Any]]:
@@ -155,6 +176,11 @@ def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dic
             raise UserError(
                 f"agent: {folder} was trained for hidden size {card['hidden_size']}, the LLM has "
                 f"{hidden_size}; use the LLM it was trained for ({card.get('llm', 'not recorded')})"
+            )
+        if card.get(WEIGHTS_DIGEST, found := _file_digest(folder / WEIGHTS_FILE)) != found:
+            raise UserError(
+                f"agent: {folder / WEIGHTS_FILE} has SHA-256 {found[:12]}…, its card says "
+                f"{str(card[WEIGHTS_DIGEST])[:12]}…; fetch both files again"
             )
         agent = Agent(card["hidden_size"], config)
         agent.load_state_dict(load_file(folder / WEIGHTS_FILE))

@@ -67,6 +67,7 @@ BenchOverrides = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", metavar="FILE")]
 NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="Address of the server, as replay.redis_url.")]
+AgentOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the agent.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
 
@@ -142,11 +143,11 @@ def train(
 
 @app.command("eval")
 def evaluate(run: RunFolder, overrides: EvalOverrides = None) -> None:
-    """Compare the agent of a run with the LLM alone, on held-out prompts."""
+    """Compare the agent of a run, or an exported one, with the LLM alone, on held-out prompts."""
     with _reported_errors():
-        from mara.deploy.run_folder import check_agent, load_run
+        from mara.deploy.run_folder import check_agent, load_use
 
-        settings = load_run(run, overrides or [])
+        settings = load_use(run, overrides or [])
         check_agent(run)
         from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
 
@@ -161,11 +162,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
     overrides: GenerateOverrides = None,
 ) -> None:
-    """Answer a prompt with the LLM alone and with the agent of a run."""
+    """Answer a prompt with the LLM alone and with the agent of a run, or an exported one."""
     with _reported_errors():
-        from mara.deploy.run_folder import check_agent, load_run
+        from mara.deploy.run_folder import check_agent, load_use
 
-        settings = load_run(run, overrides or [])
+        settings = load_use(run, overrides or [])
         check_agent(run)
         from mara.deploy.evaluation import GENERATION_USES, check_used
         from mara.deploy.evaluation import generate as answer
@@ -173,6 +174,35 @@ def generate(
         check_used(overrides or [], GENERATION_USES)
         with steady_output():
             answer(run, settings, prompt)
+
+
+@app.command("export")
+def export(run: RunFolder, out: AgentOut) -> None:
+    """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""
+    with _reported_errors():
+        from mara.deploy.run_folder import check_agent, load_run
+
+        settings = load_run(run)
+        check_agent(run)
+        from mara.deploy.exchange import export_agent
+
+        export_agent(run, settings, out)
+
+
+@app.command("import")
+def import_released(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="State dict that the authors released.")],
+    out: AgentOut,
+    llm: Annotated[str, typer.Option(help="The LLM that the agent was trained for.", metavar="MODEL")],
+    overrides: GenerateOverrides = None,
+) -> None:
+    """Convert an agent that the paper's authors released into a folder as export writes it."""
+    with _reported_errors():
+        from mara.deploy.evaluation import GENERATION_USES, check_used
+        from mara.deploy.exchange import import_agent, import_settings
+
+        check_used(overrides or [], GENERATION_USES)
+        import_agent(file, import_settings(llm, overrides or []), out)
 
 
 @reward_app.command("fit")

@@ -54,13 +54,18 @@ DataPath = Annotated[Path, BeforeValidator(_resolve), DATA_PATH]
 folder when given on the command line. ``mara:data/NAME`` and ``mara:heads/NAME`` are shipped."""
 
 
-class PromptsConfig(Config):
+class HeldOutConfig(Config):
     """Prompt files: JSON lines with ``prompt``, ``id`` and ``category`` if wanted; or text, one a line."""
+
+    evaluation: DataPath | None = None
+    """Other prompts, for the comparison with the base LLM after training. None: no evaluation."""
+
+
+class PromptsConfig(HeldOutConfig):
+    """Prompts to train on, and others to compare with."""
 
     train: DataPath
     """Prompts the agent is trained on; taken again from the start when all were used."""
-    evaluation: DataPath | None = None
-    """Other prompts, for the comparison with the base LLM after training. None: no evaluation."""
 
 
 class RewardHeadConfig(Config):
@@ -122,36 +127,51 @@ class RunFolderConfig(Config):
     """Longest wait for the learner to save when the run is stopped, seconds."""
 
 
-class RunConfig(Config):
-    """Everything ``mara train`` needs to know."""
+class AgentUse(Config):
+    """What it takes to answer with a trained agent, and to compare it with the LLM alone."""
 
     llm: LLMConfig
     """The frozen LLM."""
-    prompts: PromptsConfig
+    prompts: HeldOutConfig = HeldOutConfig()
     """What it is asked."""
-    rewards: dict[str, RewardHeadConfig]
+    rewards: dict[str, RewardHeadConfig] = Field(default={})
     """Reward models by name. The evaluation calls a positive weight better when higher, a negative one
     better when lower."""
     decoding: DecodingConfig = DecodingConfig()
     """How answers are generated, in training and in evaluation."""
-    agent: AgentConfig = AgentConfig()
-    """The accept-reject network."""
     rollout: RolloutConfig = RolloutConfig()
     """The rollout actors."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The comparison with the base LLM."""
+    run: RunFolderConfig = RunFolderConfig()
+    """Folder, name and seed."""
+
+    @property
+    def score_weights(self) -> dict[str, float]:
+        """Weight of each reward model by name."""
+        return {name: head.weight for name, head in self.rewards.items()}
+
+
+class RunConfig(AgentUse):
+    """Everything ``mara train`` needs to know."""
+
+    prompts: PromptsConfig
+    """What the LLM is asked."""
+    rewards: dict[str, RewardHeadConfig]
+    """Reward models by name. The evaluation calls a positive weight better when higher, a negative one
+    better when lower."""
+    agent: AgentConfig = AgentConfig()
+    """The accept-reject network."""
     shaping: ShapingConfig = ShapingConfig()
     """How scores and penalties become rewards."""
     replay: ReplayConfig = ReplayConfig()
     """The replay log and its mirror in the learner."""
     learner: LearnerConfig = LearnerConfig()
     """The learner and its algorithm."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    """The comparison with the base LLM."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     ray: RayConfig = RayConfig()
     """Processes and supervision."""
-    run: RunFolderConfig = RunFolderConfig()
-    """Folder, name and seed."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -179,11 +199,6 @@ class RunConfig(Config):
                 f"ray.address={self.ray.address} needs a server that all nodes reach; set replay.redis_url"
             )
         return self
-
-    @property
-    def score_weights(self) -> dict[str, float]:
-        """Weight of each reward model by name."""
-        return {name: head.weight for name, head in self.rewards.items()}
 
     @property
     def weighted_shaping(self) -> ShapingConfig:

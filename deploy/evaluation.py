@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
 from mara.common.errors import UserError
-from mara.deploy.config import RunConfig
-from mara.deploy.console import say, warn
+from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
+from mara.deploy.config import AgentUse
+from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
-from mara.deploy.preflight import check_head, warn_of_another_llm, warn_of_head
-from mara.learner.saving import AGENT_FOLDER
+from mara.deploy.preflight import check_head, warn_of_head
+from mara.deploy.run_folder import agent_folder
 
 REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
@@ -47,7 +48,7 @@ EVALUATION_USES = (
 GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
-def run_evaluation(folder: Path, config: RunConfig, *, after_training: bool = False) -> dict[str, float]:
+def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = False) -> dict[str, float]:
     """Compare the agent in ``folder`` with the LLM alone on the held-out prompts; print and save the report.
 
     Returns the headline figures by metric name. With ``after_training`` heads of another LLM and an
@@ -59,6 +60,11 @@ def run_evaluation(folder: Path, config: RunConfig, *, after_training: bool = Fa
     """
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of held-out prompts to compare on")
+    if not config.rewards:
+        raise UserError(
+            "rewards is empty, there is nothing to compare by; give rewards.NAME.path=FOLDER and "
+            "rewards.NAME.weight=NUMBER"
+        )
     prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(
         f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
@@ -102,7 +108,7 @@ def _keep_earlier(path: Path) -> Path | None:
     return path.rename(path.with_name(f"{path.stem}-{made}{path.suffix}"))
 
 
-def generate(folder: Path, config: RunConfig, prompt: str) -> None:
+def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     """Print the LLM's own answer to ``prompt`` and the one with the agent of the run in ``folder``."""
     if not prompt.strip():
         raise UserError("PROMPT is empty; ask something")
@@ -122,20 +128,6 @@ def generate(folder: Path, config: RunConfig, prompt: str) -> None:
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
 
 
-def warn_of_untrained(card: Mapping[str, Any]) -> None:
-    """Say in one line that the agent with this card is as it was before its training.
-
-    An older card does not tell.
-    """
-    training = card.get("training")
-    if isinstance(training, dict) and training.get("policy_steps") == 0:
-        num_steps = training.get("gradient_steps", 0)
-        warn(
-            f"the agent is untrained: of the {num_steps} gradient steps of its run none was the policy's; "
-            "train with more learner.num_episodes, or fewer learner.sac.critic_only_steps"
-        )
-
-
 def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
     """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
 
@@ -150,7 +142,7 @@ def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
         )
 
 
-def used_settings(config: RunConfig) -> dict[str, Any]:
+def used_settings(config: AgentUse) -> dict[str, Any]:
     """The settings that an evaluation depends on, nested as in the configuration."""
     content = config.model_dump(mode="json")
     kept: dict[str, Any] = {}
@@ -244,17 +236,14 @@ def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
     return [*places, f"later: {rest:.0%}"] if top_k > len(shares) else places
 
 
-def _read_agent(folder: Path, config: RunConfig, hidden_size: int) -> tuple[Agent, dict[str, Any]]:
-    """The agent of a run, on the CPU, and its card. Read before the LLM: what is wrong shows at once."""
-    agent, card = load_agent(folder / AGENT_FOLDER, hidden_size)
-    trained_for = card.get("llm")
-    recorded = trained_for.get("model") if isinstance(trained_for, dict) else trained_for
-    if isinstance(recorded, str):
-        warn_of_another_llm("the agent", "trained", recorded, config.llm.model)
+def _read_agent(folder: Path, config: AgentUse, hidden_size: int) -> tuple[Agent, dict[str, Any]]:
+    """The agent in ``folder``, on the CPU, and its card. Read before the LLM: what is wrong shows at once."""
+    agent, card = load_agent(agent_folder(folder), hidden_size)
+    warn_of_other_use(card, config)
     return agent.requires_grad_(False), card
 
 
-def _load(config: RunConfig, tell: Callable[[str], None]) -> LLM:
+def _load(config: AgentUse, tell: Callable[[str], None]) -> LLM:
     resolve_device(config.llm.device)
     tell("loading the LLM")
     return load_llm(config.llm, pack=not config.decoding.compile)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from mara.buffer.shards import open_reader
 from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
 from mara.common.errors import UserError
-from mara.deploy.config import RunConfig, portable_name
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.learner.checkpoint import load_checkpoint, read_checkpoint, set_newer_aside
@@ -130,21 +128,3 @@ class LearnerHost:
         """Name and content of each file of the saved agent, for a driver on another machine."""
         folder = self._spec.folder / AGENT_FOLDER
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def agent_card(config: RunConfig, head_digests: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What is kept beside an agent: what it was trained with and belongs to, as another machine can tell it.
-
-    Of each reward head the weight, the name, and the SHA-256 of its files, ``head_digests``: not its folder,
-    which is this machine's affair.
-    """
-    rewards = {
-        name: {
-            "head": portable_name(head.path),
-            "weight": head.weight,
-            "sha256": dict(head_digests[name]),
-        }
-        for name, head in config.rewards.items()
-    }
-    content = config.model_dump(mode="json", include={"llm", "decoding"})
-    return {**content, "rewards": rewards, "seed": config.run.seed}

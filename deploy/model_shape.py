@@ -1,7 +1,9 @@
-"""The hidden size of an LLM, found without loading it, and whether two names mean one LLM."""
+"""Hidden size and chat template of an LLM, found without loading it, and whether two names mean one LLM."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +43,34 @@ def find_hidden_size(config: LLMConfig) -> int:
         raise UserError(
             f"llm.model: config.json of {config.model!r} cannot be used: {_first_line(error)}"
         ) from error
+
+
+def find_template_digest(config: LLMConfig) -> str | None:
+    """SHA-256, in hex, of the chat template in the LLM's tokenizer or GGUF file; None: it has none.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be read.
+    """
+    name, gguf_file = locate_model(config)
+    if gguf_file is not None:
+        folder = Path(name) if Path(name).is_dir() else _from_hub(config, gguf_file).parent
+        template = read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            options = {} if config.revision is None else {"revision": config.revision}
+            template = AutoTokenizer.from_pretrained(name, **options).chat_template
+        except Exception as error:
+            # As of the description: each library fails in ways of its own.
+            raise UserError(
+                f"llm.model: the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}"
+            ) from error
+    if template is None:
+        return None
+    # A tokenizer with several templates has them by name.
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_weights(folder: Path) -> None:
@@ -102,10 +132,23 @@ def _from_hub(config: LLMConfig, filename: str) -> Path:
 _GGUF_ARRAY, _GGUF_TEXT = 9, 8
 _GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_HIDDEN_SIZE = ".embedding_length"
+_GGUF_TEMPLATE = "tokenizer.chat_template"
 
 
 def read_gguf_hidden_size(path: Path) -> int:
     """The value of ``ARCHITECTURE.embedding_length`` in the header of a GGUF file (version 2 or 3).
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    value = read_gguf_value(path, _GGUF_HIDDEN_SIZE)
+    if not isinstance(value, int):
+        raise _not_gguf(path, "it names no embedding_length")
+    return value
+
+
+def read_gguf_value(path: Path, ending: str) -> object:
+    """The first value in the header of a GGUF file whose name has this ``ending``; None: there is none.
 
     Raises:
         UserError: it is not such a file.
@@ -118,13 +161,15 @@ def read_gguf_hidden_size(path: Path) -> int:
             for _ in range(num_values):
                 name = _read_text(file)
                 value = _read_value(file, *struct.unpack("<I", file.read(4)))
-                if name.endswith(_GGUF_HIDDEN_SIZE) and isinstance(value, int):
+                if name.endswith(ending):
                     return value
-            raise ValueError("it names no embedding_length")
     except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(
-            f"llm.gguf_file: {path} is not a readable GGUF file ({_first_line(error)}); fetch it again"
-        ) from error
+        raise _not_gguf(path, _first_line(error)) from error
+    return None
+
+
+def _not_gguf(path: Path, reason: str) -> UserError:
+    return UserError(f"llm.gguf_file: {path} is not a readable GGUF file ({reason}); fetch it again")
 
 
 def _read_text(file: BinaryIO) -> str:

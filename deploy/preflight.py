@@ -17,7 +17,7 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import warn
 from mara.deploy.finished_run import FinishedLog, find_log
-from mara.deploy.model_shape import find_hidden_size, is_same_llm
+from mara.deploy.model_shape import find_hidden_size, find_template_digest, is_same_llm
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
 
@@ -33,6 +33,8 @@ class Checked:
     """Prompts to train on."""
     hidden_size: int
     """Of the LLM."""
+    template_digest: str | None
+    """SHA-256 of the LLM's chat template; None where it has none."""
     head_digests: dict[str, dict[str, str]]
     """Reward head → file → SHA-256."""
     base_scores: dict[str, dict[str, float]]
@@ -72,6 +74,7 @@ def preflight(
         check_stores(config.replay, config.rollout.num_actors, run_id)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
+    template_digest = find_template_digest(config.llm)
     digests, base_scores = {}, {}
     for name, head in config.rewards.items():
         check_head(name, head.path, hidden_size)
@@ -89,7 +92,7 @@ def preflight(
                     f"rewards.{name}.path is another head than the one that scored the episodes of "
                     f"{log.run_folder}; training goes by their scores, the evaluation by this head"
                 )
-    return Checked(tuple(prompts), hidden_size, digests, base_scores, unpacks_llm, log)
+    return Checked(tuple(prompts), hidden_size, template_digest, digests, base_scores, unpacks_llm, log)
 
 
 def check_cache(config: RunConfig) -> bool:
@@ -182,4 +185,7 @@ def warn_of_another_llm(field: str, made: str, recorded: str | None, model: str)
     To go from a model to a fine-tuned one may be meant.
     """
     if recorded is not None and not is_same_llm(recorded, model):
-        warn(f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit")
+        warn(
+            f"{field} was {made} for the LLM {recorded}, this one is {model}; it may not fit: use that "
+            "LLM, or look at its figures again"
+        )

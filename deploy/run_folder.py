@@ -6,12 +6,12 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
-from mara.deploy.config import RunConfig
-from mara.deploy.config_file import dump_config, load_config
+from mara.deploy.config import AgentUse, RunConfig
+from mara.deploy.config_file import dump_config, load_config, make_settings
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
@@ -107,13 +107,22 @@ def what_is_saved(folder: Path) -> str:
     return "it had not saved a checkpoint here"
 
 
+def agent_folder(folder: Path) -> Path:
+    """Where the agent is: in a run, or in ``folder`` itself if that is an exported agent."""
+    return folder if _is_exported(folder) else folder / AGENT_FOLDER
+
+
+def _is_exported(folder: Path) -> bool:
+    return (folder / CARD_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
 def check_agent(folder: Path) -> None:
-    """The run in ``folder`` has saved an agent.
+    """The run in ``folder`` has saved an agent, or it is one.
 
     Raises:
         UserError: it has not: it goes on still, or ended before.
     """
-    if not (folder / AGENT_FOLDER).is_dir():
+    if not agent_folder(folder).is_dir():
         raise UserError(
             f"{folder.resolve()} has no agent: its run has not saved one yet, or ended before it could; "
             "give the folder of another run"
@@ -134,3 +143,32 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     return load_config(folder / CONFIG_FILE, overrides)
+
+
+def load_use(folder: Path, overrides: Sequence[str] = ()) -> AgentUse:
+    """How to use the agent in ``folder``: the settings of its run, or what the card of an exported one says.
+
+    Raises:
+        UserError: it is neither, or an override or the card is wrong: one line for each mistake.
+    """
+    if not _is_exported(folder):
+        return load_run(folder, overrides)
+    path = folder / CARD_FILE
+    try:
+        content = _use_on_card(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"agent: {path} cannot be read ({error}); fetch it again") from error
+    return make_settings(AgentUse, content, overrides, folder)
+
+
+def _use_on_card(card: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a card has. The device is of another machine; heads are looked for in the folder."""
+    return {
+        "llm": {name: value for name, value in card["llm"].items() if name != "device"},
+        "decoding": card["decoding"],
+        "rollout": card["rollout"],
+        "rewards": {
+            name: {"path": head["head"], "weight": head["weight"]} for name, head in card["rewards"].items()
+        },
+        "run": {"seed": card.get("seed", 0)},
+    }

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara.actors.llm import cache_folder
+from mara.deploy.agent_card import agent_card
 from mara.deploy.config import RunConfig
 from mara.deploy.console import View, open_display, say, warn
 from mara.deploy.exit import RunFailed
-from mara.deploy.learner_host import LearnerSpec, agent_card
+from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
@@ -223,11 +224,10 @@ class _Training:
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = self._run_id
-        card = agent_card(config, self._checked.head_digests)
+        checked = self._checked
+        card = agent_card(config, checked.head_digests, checked.template_digest, len(checked.prompts))
         checkpoint = self._start.checkpoint_name
-        learner = LearnerSpec(
-            LEARNER, config, run_id, self._folder, self._checked.hidden_size, card, checkpoint
-        )
+        learner = LearnerSpec(LEARNER, config, run_id, self._folder, checked.hidden_size, card, checkpoint)
         rollouts = [
             RolloutSpec(name, config, run_id, self._folder, self._checked.prompts, number)
             for number, name in enumerate(self._start.actor_names(config.rollout.num_actors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,24 @@ import torch
 from safetensors.torch import save_file
 
 from mara.actors.head_config import HeadShape
-from mara.actors.heads import RewardHead, save_head
+from mara.actors.heads import RewardHead, head_digests, save_head
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
+from mara.deploy.agent_card import agent_card
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
+from mara.deploy.model_shape import find_template_digest
 from mara.deploy.run_folder import CONFIG_FILE
 from mara.learner.saving import AGENT_FOLDER
 
 
 @pytest.fixture
-def config_path(tmp_path: Path) -> Path:
+def config_path(tmp_path: Path, llm_folder: Path) -> Path:
     """A configuration of a model that is described but has no usable weights."""
     llm = tmp_path / "llm"
     llm.mkdir()
+    for part in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(llm_folder / part, llm / part)
     (llm / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
     save_file({}, llm / "model.safetensors")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "why?"}\n{"prompt": "how?"}\n')
@@ -66,7 +71,10 @@ def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
     torch.manual_seed(0)
     agent = Agent(32, AgentConfig(widths=(16, 8)))
     torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
-    save_agent(agent, folder / AGENT_FOLDER, {})
     config = load_config(tmp_path / "tiny.yaml")
+    digests = {name: head_digests(head.path) for name, head in config.rewards.items()}
+    card = agent_card(config, digests, find_template_digest(config.llm), num_prompts=1)
+    training = {"gradient_steps": 40, "policy_steps": 30, "episodes": 20, "complete": True}
+    save_agent(agent, folder / AGENT_FOLDER, {**card, "training": training})
     (folder / CONFIG_FILE).write_text(dump_config(config))
     return folder, config

@@ -1,0 +1,158 @@
+"""The card beside an agent: what it was trained with and belongs to, and whether it is used like that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from mara.actors.llm import FINAL_NORM
+from mara.deploy.config import AgentUse, RunConfig, portable_name
+from mara.deploy.console import warn
+from mara.deploy.model_shape import find_template_digest, is_same_llm
+from mara.deploy.preflight import warn_of_another_llm
+
+OF_THE_LLM = ("llm.revision", "llm.gguf_file")
+"""Settings that mean something only beside the name of their LLM."""
+LIKE_IN_TRAINING = (
+    "llm.quantization",
+    "llm.system_prompt",
+    "decoding.truncation.top_k",
+    "decoding.truncation.top_p",
+    "decoding.truncation.temperature",
+)
+"""Settings on which the agent's states and candidates depend."""
+SHOWN = 60
+"""Characters of a value in a message."""
+
+
+def use_card(config: AgentUse, template_digest: str | None) -> dict[str, Any]:
+    """What it takes to use an agent as it was trained: LLM, decoding, what a state is; and who wrote this.
+
+    ``template_digest`` is the SHA-256 of the LLM's chat template, None where it has none.
+    """
+    kept = {"llm": True, "decoding": True, "rollout": {"max_prompt_tokens"}}
+    prompt = config.llm.system_prompt
+    return config.model_dump(mode="json", include=kept) | {
+        "states": {"layer": "last", "final_norm": FINAL_NORM},
+        "chat_template_sha256": template_digest,
+        "system_prompt_sha256": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
+        "versions": {
+            "mara": version("mara-rl"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def agent_card(
+    config: RunConfig,
+    head_digests: Mapping[str, Mapping[str, str]],
+    template_digest: str | None,
+    num_prompts: int,
+) -> dict[str, Any]:
+    """What is kept beside an agent: what it was trained with and belongs to, as another machine can tell it.
+
+    Of each reward head the weight, the name, and the SHA-256 of its files, ``head_digests``: not its folder,
+    which is this machine's affair. Of the prompts the name, SHA-256 and number; of a run that trained on the
+    episodes of another one, that run's name instead.
+    """
+    rewards = {
+        name: {
+            "head": portable_name(head.path),
+            "weight": head.weight,
+            "sha256": dict(head_digests[name]),
+        }
+        for name, head in config.rewards.items()
+    }
+    data: dict[str, Any]
+    if config.replay.from_run is not None:
+        data = {"episodes_of": config.replay.from_run.name}
+    else:
+        path = config.prompts.train
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        data = {"prompts": portable_name(path), "sha256": digest, "num_prompts": num_prompts}
+    return use_card(config, template_digest) | {
+        "rewards": rewards,
+        "training_data": data,
+        "seed": config.run.seed,
+    }
+
+
+def warn_of_untrained(card: Mapping[str, Any]) -> None:
+    """Say in one line that the agent with this card is as it was before its training.
+
+    An older card does not tell.
+    """
+    training = card.get("training")
+    if isinstance(training, dict) and training.get("policy_steps") == 0:
+        num_steps = training.get("gradient_steps", 0)
+        warn(
+            f"the agent is untrained: of the {num_steps} gradient steps of its run none was the policy's; "
+            "train with more learner.num_episodes, or fewer learner.sac.critic_only_steps"
+        )
+
+
+def warn_of_other_use(card: Mapping[str, Any], config: AgentUse) -> None:
+    """Say in one line each what differs between the training of the agent with this card and ``config``.
+
+    What the card does not tell is not compared. Another hidden size is an error elsewhere.
+
+    Raises:
+        UserError: the LLM's tokenizer cannot be read.
+    """
+    trained_for = card.get("llm")
+    recorded = trained_for.get("model") if isinstance(trained_for, dict) else trained_for
+    is_same = not isinstance(recorded, str) or is_same_llm(recorded, config.llm.model)
+    if isinstance(recorded, str):
+        warn_of_another_llm("the agent", "trained", recorded, config.llm.model)
+    for difference in _differences(card, config, is_same):
+        warn(difference)
+
+
+def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool) -> Iterator[str]:
+    settings = config.model_dump(mode="json")
+    for name in (*(OF_THE_LLM if is_same_model else ()), *LIKE_IN_TRAINING):
+        for theirs in _at(card, name):
+            for ours in _at(settings, name):
+                if theirs != ours:
+                    yield (
+                        f"{name}={_shown(ours)}, the agent was trained with {_shown(theirs)}; give "
+                        f"{name}={_shown(theirs)}, or look at `mara eval` before you rely on its answers"
+                    )
+    for norm in _at(card, "states.final_norm"):
+        if norm != FINAL_NORM:
+            yield (
+                f"the agent was trained on hidden states with the LLM's final norm {_shown(norm)}, here it "
+                f"is {FINAL_NORM}; train an agent on these, its answers mean little"
+            )
+    for theirs in _at(card, "chat_template_sha256"):
+        ours = find_template_digest(config.llm)
+        if theirs != ours:
+            yield (
+                f"the LLM's chat template is {_digest(ours)}, the agent was trained with {_digest(theirs)}; "
+                "use the LLM's files of then, or look at `mara eval` before you rely on its answers"
+            )
+
+
+def _at(content: Mapping[str, Any], name: str) -> list[Any]:
+    """The value at a dotted name; empty where there is none."""
+    value: Any = content
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return []
+        value = value[part]
+    return [value]
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _digest(value: object) -> str:
+    return "none" if value is None else f"SHA-256 {str(value)[:12]}…"

@@ -1,0 +1,105 @@
+"""``mara export`` and ``mara import``: an agent as a folder of its own, from a run or the authors' file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mara.actors.llm import PACKAGE_PREFIX
+from mara.common.agent import CARD_FILE, WEIGHTS_FILE, Agent, load_agent, save_agent, seal_agent
+from mara.common.errors import UserError
+from mara.common.released import read_released_agent
+from mara.deploy.agent_card import use_card, warn_of_untrained
+from mara.deploy.config import AgentUse, RunConfig
+from mara.deploy.config_file import make_settings
+from mara.deploy.console import say, warn
+from mara.deploy.model_shape import find_hidden_size, find_template_digest
+from mara.deploy.preflight import check_writable
+from mara.deploy.run_folder import agent_folder
+from mara.deploy.run_lock import who_runs
+
+
+def export_agent(run: Path, config: RunConfig, out: Path) -> None:
+    """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``.
+
+    Its card is that of the run's agent, with how it was trained (shaping and learner) and the SHA-256 of the
+    weights.
+
+    Raises:
+        UserError: the run goes on, its agent cannot be read, or ``out`` has something in it or cannot be
+            written.
+    """
+    check_out(out)
+    if (process := who_runs(run)) is not None:
+        raise UserError(f"{run} is in use: its run goes on ({process}); wait for its end")
+    agent, card = load_agent(agent_folder(run))
+    warn_of_untrained(card)
+    _warn_of_local_llm(config.llm.model)
+    settings = config.model_dump(mode="json", include={"shaping", "learner"})
+    _write(agent, {**card, "run": run.resolve().name, **settings}, out)
+
+
+def import_settings(llm: str, overrides: Sequence[str]) -> AgentUse:
+    """How an agent of the authors is to be used: with ``llm``, and otherwise as the paper says.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    return make_settings(AgentUse, {"llm": {"model": llm}}, overrides, folder=Path.cwd())
+
+
+def import_agent(file: Path, config: AgentUse, out: Path) -> None:
+    """Write the agent in the authors' ``file`` into the new folder ``out``, with a card that says ``config``.
+
+    Raises:
+        UserError: the file or the LLM's description cannot be read, they do not fit, or ``out`` has something
+            in it or cannot be written.
+    """
+    check_out(out)
+    agent = read_released_agent(file)
+    hidden_size = find_hidden_size(config.llm)
+    if agent.hidden_size != hidden_size:
+        raise UserError(
+            f"import: {file} was trained for hidden size {agent.hidden_size}, {config.llm.model} has "
+            f"{hidden_size}; name the LLM it was trained for with --llm"
+        )
+    _warn_of_local_llm(config.llm.model)
+    source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    card = use_card(config, find_template_digest(config.llm)) | {"rewards": {}, "imported_from": source}
+    _write(agent, card, out)
+
+
+def check_out(out: Path) -> None:
+    """``out`` can be made, or is an empty folder.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out={out} is not empty; give a new folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is not a folder; give a new one")
+    check_writable("--out", out.resolve().parent)
+
+
+def _warn_of_local_llm(model: str) -> None:
+    if not model.startswith(PACKAGE_PREFIX) and Path(model).expanduser().is_dir():
+        warn(f"llm.model={model} is a folder of this machine; on others give llm.model with the agent")
+
+
+def _write(agent: Agent, card: dict[str, Any], out: Path) -> None:
+    """Make ``out``, which appears whole or not at all."""
+    final = out.resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        save_agent(agent, partial, card)
+        seal_agent(partial)
+        partial.rename(final)  # fails where somebody else has put something there
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"agent: {out / WEIGHTS_FILE}, its card: {out / CARD_FILE}")

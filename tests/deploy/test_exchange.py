@@ -1,0 +1,235 @@
+"""``mara export`` and ``mara import``, and what is told where an agent is used otherwise than in training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mara.common.agent import Agent, load_agent, save_agent
+from mara.common.config import AgentConfig
+from mara.deploy.cli import app
+from mara.deploy.config import RunConfig
+from mara.deploy.run_lock import hold_run
+from mara.learner.loop import AGENT_FOLDER
+
+Run = tuple[Path, RunConfig]
+
+
+def mara(*words: object, status: int = 0) -> tuple[str, list[str]]:
+    """What the command prints, and the lines of its standard error but for what it is doing."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return result.stdout, [line for line in result.stderr.splitlines() if line.startswith("mara: ")]
+
+
+def warnings(lines: list[str]) -> list[str]:
+    return [line for line in lines if "warning" in line]
+
+
+@pytest.fixture
+def exported(tiny_run: Run, tmp_path: Path) -> Path:
+    out = tmp_path / "handed" / "on"
+    mara("export", tiny_run[0], "--out", out)
+    return out
+
+
+def test_an_exported_agent_is_the_runs_own_and_its_card_tells_what_it_was_trained_with(
+    tiny_run: Run, exported: Path, tmp_path: Path
+) -> None:
+    folder, config = tiny_run
+    assert sorted(path.name for path in exported.iterdir()) == ["agent.json", "agent.safetensors"]
+    assert [path.name for path in exported.parent.iterdir()] == ["on"]
+    content = (exported / "agent.safetensors").read_bytes()
+    assert content == (folder / AGENT_FOLDER / "agent.safetensors").read_bytes()
+    card = json.loads((exported / "agent.json").read_text())
+    assert card["weights_sha256"] == hashlib.sha256(content).hexdigest()
+    assert (card["hidden_size"], card["agent"]["widths"]) == (32, [16, 8])
+    assert (card["llm"]["model"], card["llm"]["revision"]) == (config.llm.model, None)
+    assert card["states"] == {"layer": "last", "final_norm": "applied"}
+    template = (Path(config.llm.model) / "chat_template.jinja").read_text()
+    assert card["chat_template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
+    assert card["decoding"]["truncation"] == {"top_k": 4, "top_p": 0.95, "temperature": 0.8}
+    assert (card["decoding"]["fallback"], card["decoding"]["threshold"]) == ("last", 0.5)
+    prompts = hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()
+    assert card["training_data"] == {"prompts": "train.jsonl", "sha256": prompts, "num_prompts": 1}
+    assert card["rewards"]["cost"]["weight"] == -0.5 and len(card["rewards"]["cost"]["sha256"]) == 2
+    assert card["training"]["gradient_steps"] == 40 and card["training"]["episodes"] == 20
+    assert card["versions"]["torch"] == torch.__version__
+    assert card["versions"].keys() == {"mara", "torch", "transformers"}
+    assert card["shaping"]["score_weights"] == {} and card["learner"]["batch_size"] == 1024
+
+
+def test_an_exported_agent_answers_as_its_run_does_also_where_the_run_is_gone(
+    tiny_run: Run, exported: Path
+) -> None:
+    folder, _ = tiny_run
+    of_run, lines = mara("generate", folder, "why")
+    assert "with the agent" in of_run and not lines
+    shutil.rmtree(folder)
+    assert mara("generate", exported, "why") == (of_run, [])
+    _, lines = mara("generate", exported, "why", "learner.num_episodes=5", status=2)
+    assert "learner is not a setting" in lines[0]
+
+
+def test_an_exported_agent_is_compared_with_prompts_and_heads_that_are_given(
+    tiny_run: Run, exported: Path, tmp_path: Path
+) -> None:
+    given = [f"rewards.{name}.path={tmp_path / name}" for name in ("helpful", "cost")]
+    _, lines = mara("eval", exported, *given, status=2)
+    assert "prompts.evaluation is not set" in lines[0]
+    held_out = f"prompts.evaluation={tmp_path / 'held_out.jsonl'}"
+    _, lines = mara("eval", exported, held_out, status=2)
+    assert "rewards.helpful.path" in lines[0] and "is missing" in lines[0]
+    _, lines = mara("eval", exported, held_out, "evaluation.num_prompts=3", *given)
+    assert not lines
+    mara("eval", tiny_run[0])
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (exported, tiny_run[0])]
+    assert reports[0]["pairs"] == reports[1]["pairs"]
+
+
+def test_what_is_there_already_is_not_overwritten_and_nothing_is_left_half_done(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = tiny_run
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("kept")
+    _, lines = mara("export", folder, "--out", full, status=2)
+    assert f"--out={full} is not empty" in lines[0]
+    assert [path.name for path in full.iterdir()] == ["mine"]
+    _, lines = mara("export", folder, "--out", full / "mine", status=2)
+    assert "is not a folder" in lines[0]
+    (tmp_path / "empty").mkdir()
+    mara("export", folder, "--out", tmp_path / "empty")
+    load_agent(tmp_path / "empty", hidden_size=32)
+
+    def fail(*_paths: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr("mara.deploy.exchange.seal_agent", fail)
+    _, lines = mara("export", folder, "--out", tmp_path / "new", status=1)
+    assert "No space left" in lines[-1]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_run_that_goes_on_or_has_no_agent_is_not_exported(tiny_run: Run, tmp_path: Path) -> None:
+    folder, _ = tiny_run
+    with hold_run(folder):
+        _, lines = mara("export", folder, "--out", tmp_path / "out", status=2)
+    assert "its run goes on" in lines[0]
+    shutil.rmtree(folder / AGENT_FOLDER)
+    _, lines = mara("export", folder, "--out", tmp_path / "out", status=2)
+    assert "has no agent" in lines[0]
+    _, lines = mara("export", tmp_path, "--out", tmp_path / "out", status=2)
+    assert "is not a run folder" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> None:
+    other, card = load_agent(exported)
+    with torch.no_grad():
+        other.output_linear.bias.add_(1.0)
+    save_agent(other, exported, card)
+    _, lines = mara("generate", exported, "why", status=2)
+    assert len(lines) == 1 and "its card says" in lines[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"llm": "tiny"}', '{"llm": {}}'])
+def test_a_card_that_cannot_be_used_is_one_line(exported: Path, content: str) -> None:
+    (exported / "agent.json").write_text(content)
+    _, lines = mara("generate", exported, "why", status=2)
+    assert len(lines) == 1 and "agent.json cannot be read" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["run", "exported"])
+def test_what_differs_from_the_training_is_a_line_each_with_both_values_and_what_to_do(
+    tiny_run: Run, exported: Path, make_llm_folder: Callable[..., Path], command: str
+) -> None:
+    folder, config = tiny_run
+    place = folder if command == "run" else exported
+    _, lines = mara("generate", place, "why", "decoding.truncation.top_k=6", "llm.system_prompt=be kind")
+    assert len(lines) == 2
+    assert "warning: llm.system_prompt=be kind, the agent was trained with null; give" in lines[0]
+    assert (
+        "decoding.truncation.top_k=6, the agent was trained with 4; give decoding.truncation.top_k=4"
+        in (lines[1])
+    )
+    _, (line,) = mara("generate", place, "why", "llm.revision=v2")
+    assert "llm.revision=v2, the agent was trained with null" in line
+
+    other = make_llm_folder(seed=3)
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}?")
+    _, lines = mara("generate", place, "why", f"llm.model={other}")
+    assert len(lines) == 2
+    assert f"trained for the LLM {config.llm.model}, this one is {other}" in lines[0]
+    digest = hashlib.sha256(b"{{ messages[0]['content'] }}?").hexdigest()
+    assert f"chat template is SHA-256 {digest[:12]}…, the agent was trained with SHA-256" in lines[1]
+    wide = make_llm_folder(hidden_size=64)
+    _, (line,) = mara("generate", place, "why", f"llm.model={wide}", status=2)
+    assert "hidden size 32, the LLM has 64" in line
+
+
+def test_an_agent_of_other_hidden_states_is_told_of(exported: Path) -> None:
+    card = json.loads((exported / "agent.json").read_text())
+    card["states"]["final_norm"] = "not applied"
+    (exported / "agent.json").write_text(json.dumps(card))
+    _, (line,) = mara("generate", exported, "why")
+    assert "final norm not applied, here it is applied" in line
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    """A file as the authors', in half precision, for the tiny LLM."""
+    torch.manual_seed(0)
+    agent = Agent(32, AgentConfig(widths=(16, 8)))
+    torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
+    torch.save(agent.half().state_dict(), tmp_path / "theirs.pth")
+    return tmp_path / "theirs.pth"
+
+
+def test_an_imported_agent_answers_and_its_card_says_where_it_comes_from(
+    pth: Path, llm_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "imported"
+    settings = ["llm.dtype=float32", "decoding.max_new_tokens=4", "decoding.truncation.top_k=4"]
+    mara("import", pth, "--out", out, "--llm", llm_folder, *settings)
+    agent, card = load_agent(out, hidden_size=32)
+    source = torch.load(pth, weights_only=True)
+    torch.testing.assert_close(agent.linear1.weight, source["linear1.weight"].float(), rtol=0, atol=0)
+    assert card["imported_from"] == {
+        "file": "theirs.pth",
+        "sha256": hashlib.sha256(pth.read_bytes()).hexdigest(),
+    }
+    assert (card["llm"]["model"], card["decoding"]["truncation"]["top_k"]) == (str(llm_folder), 4)
+    shown, lines = mara("generate", out, "why")
+    assert "with the agent" in shown and not lines
+    _, (line,) = mara("generate", out, "why", "decoding.truncation.top_p=0.5")
+    assert "decoding.truncation.top_p=0.5, the agent was trained with 0.95" in line
+    (tmp_path / "some.txt").write_text("why")
+    _, (line,) = mara("eval", out, f"prompts.evaluation={tmp_path / 'some.txt'}", status=2)
+    assert "rewards is empty" in line and "rewards.NAME.path" in line
+
+
+def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
+    pth: Path, make_llm_folder: Callable[..., Path], llm_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "imported"
+    wide = make_llm_folder(hidden_size=64)
+    _, (line,) = mara("import", pth, "--out", out, "--llm", wide, status=2)
+    assert "hidden size 32" in line and "has 64" in line
+    _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, "run.seed=3", status=2)
+    assert "run.seed changes nothing here" in line
+    pth.write_bytes(b"not torch at all")
+    _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, status=2)
+    assert "fetch it again" in line
+    assert not out.exists() and not list(tmp_path.glob(".*"))

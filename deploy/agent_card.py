@@ -35,7 +35,7 @@ def use_card(config: AgentUse, template_digest: str | None) -> dict[str, Any]:
 
     ``template_digest`` is the SHA-256 of the LLM's chat template, None where it has none.
     """
-    kept = {"llm": True, "decoding": True, "rollout": {"max_prompt_tokens"}}
+    kept: dict[str, Any] = {"llm": True, "decoding": True, "rollout": {"max_prompt_tokens"}}
     prompt = config.llm.system_prompt
     return config.model_dump(mode="json", include=kept) | {
         "states": {"layer": "last", "final_norm": FINAL_NORM},

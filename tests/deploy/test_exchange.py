@@ -18,7 +18,7 @@ from mara.common.config import AgentConfig
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.run_lock import hold_run
-from mara.learner.loop import AGENT_FOLDER
+from mara.learner.saving import AGENT_FOLDER
 
 Run = tuple[Path, RunConfig]
 

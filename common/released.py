@@ -7,7 +7,6 @@ those of :class:`~mara.common.agent.Agent` as they stand.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,20 +63,15 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _refusal(path, f"cannot be read ({error.strerror or error})", "give a .pth file") from error
-    except pickle.UnpicklingError as error:
+    except Exception as error:
+        # Damaged files fail with whatever error the reader comes upon; what it will not make, it names.
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _refusal(
                 path,
                 f"holds pickled objects ({found[1]}), which may run any code",
                 "save the network's state_dict() alone",
             ) from error
-        raise _refusal(path, "is not a file of tensors that torch.save wrote", "fetch it again") from error
-    except Exception as error:
-        # Damaged archives fail with whatever error the reader comes upon.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refusal(
-            path, f"is damaged or no file that torch.save wrote ({reason})", "fetch it again"
-        ) from error
+        raise _refusal(path, "is damaged, or no file that torch.save wrote", "fetch it again") from error
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:

@@ -1,6 +1,7 @@
 """Which part may import which: deploy → actors | learner → buffer → common."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -63,4 +64,5 @@ def test_nothing_unpickles():
         for path in files(part):
             names = imports(path)
             assert not {"pickle", "cloudpickle", "marshal", "shelve"} & {n.split(".")[0] for n in names}, path
-            assert "torch.load" not in path.read_text(), path
+            for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+                assert "weights_only=True" in call, path

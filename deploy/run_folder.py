@@ -84,6 +84,8 @@ class LogRecord(NamedTuple):
     """Of the LLM whose states it holds."""
     heads: dict[str, dict[str, str]]
     """Reward head whose scores it holds → file → SHA-256."""
+    prompts_digest: str
+    """SHA-256 of the file of prompts that it answers."""
 
     def write(self, folder: Path) -> None:
         """Keep the record in a run folder."""

@@ -18,6 +18,7 @@ from torch import nn
 from mara.common.config import AgentConfig
 from mara.common.contracts import VersionedWeights
 from mara.common.errors import UserError
+from mara.common.files import replacing, write_whole
 
 ACCEPT = 1
 REJECT = 0
@@ -119,12 +120,10 @@ def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in agent.state_dict().items()}
-    save_file(tensors, partial := folder / (WEIGHTS_FILE + ".partial"))
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial)
     content = {"hidden_size": agent.hidden_size, "agent": agent.config.model_dump(mode="json"), **card}
-    partial = folder / (CARD_FILE + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / CARD_FILE)
+    write_whole(folder / CARD_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dict[str, Any]]:

@@ -17,6 +17,7 @@ import yaml
 
 from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
+from mara.common.files import write_whole
 from mara.deploy.config import RunConfig, WandbConfig
 from mara.deploy.config_file import dump_config
 
@@ -166,9 +167,7 @@ def cut_back(path: Path, gradient_step: int, num_episodes: int) -> tuple[float, 
             kept.append(line)
             seconds = time_s
     if len(kept) < len(lines):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(kept))
     return seconds, last
 
 

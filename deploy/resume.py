@@ -22,6 +22,7 @@ from typing import NamedTuple
 from mara.common.addresses import HIDDEN
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
+from mara.common.files import write_whole
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.preflight import Checked
@@ -67,7 +68,7 @@ class RunRecord(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Keep the record in a run folder."""
-        _write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
+        write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
 
 
 class Resumed(NamedTuple):
@@ -234,7 +235,7 @@ def check_as_it_was(resumed: Resumed, checked: Checked) -> None:
 
 def take_over(resumed: Resumed) -> None:
     """Note in the run folder that the run goes on: its settings, and one more start."""
-    _write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
+    write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
     resumed.record.write(resumed.folder)
 
 
@@ -284,10 +285,3 @@ def _read_record(folder: Path) -> RunRecord | None:
         return RunRecord(**json.loads((folder / RUN_RECORD).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file, which is the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -241,8 +241,8 @@ def take_over(resumed: Resumed) -> None:
 
 def where_it_goes_on(resumed: Resumed) -> str:
     """What is said of it at the start."""
-    if resumed.checkpoint is None:
-        return "the run had saved no checkpoint yet: training begins with the first episode of its log"
+    if resumed.checkpoint is None or resumed.gradient_step == resumed.num_episodes == 0:
+        return "the run had learnt nothing yet: training begins at the beginning"
     return (
         f"the run goes on from {resumed.checkpoint.name}: {resumed.num_episodes} of "
         f"{resumed.config.learner.num_episodes} episodes, {resumed.gradient_step} gradient steps"

@@ -307,15 +307,17 @@ def describe(status: Status, view: View) -> str:
         for phase, doing in WAITS.items()
         if (names := [name for name, its in status.phases.items() if its == phase])
     ]
-    if view.metrics.get("learner/gradient_step", 0) >= 1:
+    if view.metrics.get("learner/gradient_step", 0) > view.step_before:
         return "; ".join(["training", *waits])
     if waits:
         return "; ".join(waits)
     if not any(name != LEARNER for name in status.phases):
         return "reading the episodes"
-    if view.num_done == 0:
+    if view.num_done <= view.num_before:
         return "waiting for the first answers"
-    return f"collecting answers; training starts at {view.start_transitions} transitions"
+    if view.metrics.get("replay/transitions", 0) < view.start_transitions:
+        return f"collecting answers; training starts at {view.start_transitions} transitions"
+    return "training"
 
 
 def _who(names: Sequence[str]) -> str:

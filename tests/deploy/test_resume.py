@@ -92,11 +92,18 @@ def test_no_two_starts_have_an_actor_of_the_same_name(tmp_path: Path) -> None:
     assert names[:4] == ["actor-0", "actor-1", "actor-2", "actor-0-start-2"]
 
 
-def test_a_run_without_a_checkpoint_begins_with_its_log(run: Path) -> None:
+def test_a_run_that_had_learnt_nothing_begins_at_the_beginning(run: Path) -> None:
+    """Whether it was killed before its first checkpoint or stopped before its first episode."""
     (run / "checkpoints").rename(run / "elsewhere")
-    resumed = find_resumed(run, [], pytest.fail)
-    assert (resumed.checkpoint, resumed.gradient_step, resumed.num_episodes) == (None, 0, 0)
-    assert "begins with the first episode of its log" in where_it_goes_on(resumed)
+    for checkpoint in (None, save_checkpoint(run / "nothing", AtStep(0, 0))):
+        if checkpoint is not None:
+            (run / "nothing").rename(run / "checkpoints")
+        resumed = find_resumed(run, [], pytest.fail)
+        assert resumed.checkpoint == (checkpoint and run / "checkpoints" / checkpoint.name)
+        assert (resumed.gradient_step, resumed.num_episodes) == (0, 0)
+        assert where_it_goes_on(resumed) == (
+            "the run had learnt nothing yet: training begins at the beginning"
+        )
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run: Path) -> None:
@@ -220,9 +227,10 @@ def test_the_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         for t, step, episodes in rows
     ]
     path.write_text("\n".join(lines) + '\n{"time_s": 9.5, "lear')
-    assert cut_back(path, 40, 20) == (6.0, (44.0, 23.0))
-    assert path.read_text() == "\n".join(lines[:3]) + "\n"
-    assert cut_back(tmp_path / "none", 40, 20) == (0.0, (-1.0, -1.0))
+    for _ in range(2):
+        assert cut_back(path, 40, 20) == (6.0, (44.0, 23.0))
+        assert path.read_text() == "\n".join(lines[:3]) + "\n"
+    assert cut_back(tmp_path / "elsewhere" / "none", 40, 20) == (0.0, (-1.0, -1.0))
 
 
 def test_a_record_that_goes_on_has_no_row_twice(tmp_path: Path, config: RunConfig) -> None:
@@ -244,7 +252,9 @@ def test_a_record_that_goes_on_has_no_row_twice(tmp_path: Path, config: RunConfi
         recorder.close()
 
     record([1, 2, 3, 4])
-    record([3, 4, 5], goes_on_from=(2, 2))
+    record([3], goes_on_from=(2, 2))  # killed again before it was as far
+    record([3, 4], goes_on_from=(2, 2))
+    record([4, 5], goes_on_from=(3, 3))
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["learner/gradient_step"] for line in written] == [1, 2, 3, 4, 5]
     times = [line["time_s"] for line in written]

@@ -27,6 +27,7 @@ from mara.actors.head_config import HeadShape
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
+from mara.common.files import replacing, write_whole
 
 WEIGHTS_FILE = "head.safetensors"
 CARD_FILE = "head.json"
@@ -187,12 +188,10 @@ def save_head(folder: Path, head: RewardHead, card: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
-    save_file(tensors, partial := folder / (WEIGHTS_FILE + ".partial"))
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial)
     content = {"head": head.shape.model_dump(mode="json"), **card}
-    partial = folder / (CARD_FILE + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / CARD_FILE)
+    write_whole(folder / CARD_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def read_head_shape(folder: Path, hidden_size: int | None = None) -> HeadShape:

@@ -16,6 +16,7 @@ from mara.buffer.runs import stored_bytes
 from mara.common.addresses import hide_password
 from mara.common.errors import UserError
 
+ADDRESS_SETTING = "replay.redis_url"
 SCHEMES = ("redis", "rediss", "unix")
 OLDEST_VERSION = (6, 2)  # exclusive ranges of streams
 _EMPTY_BYTES = 1 << 20  # what a server without data calls data stays below
@@ -57,7 +58,9 @@ def _bytes(value: str | bytes | memoryview | int | float) -> bytes | memoryview:
     return value if isinstance(value, bytes | memoryview) else str(value).encode()
 
 
-def connect(url: str, connect_timeout_s: float = 5.0, *, writes: bool = True) -> redis.Redis:
+def connect(
+    url: str, connect_timeout_s: float = 5.0, *, writes: bool = True, field: str = ADDRESS_SETTING
+) -> redis.Redis:
     """Return a client of the server at ``url`` that has been seen to accept writes, if it is to have any.
 
     ``redis://[user:password@]host[:port][/db]``, ``rediss://…`` (TLS) or
@@ -66,9 +69,10 @@ def connect(url: str, connect_timeout_s: float = 5.0, *, writes: bool = True) ->
 
     Raises:
         UserError: the address is wrong, nothing answers there, it refuses the password or the database,
-            or it cannot be written to. The message shows the address without its password.
+            or it cannot be written to. The message begins with ``field``, where the address comes from, and
+            shows it without its password.
     """
-    _check_address(url)
+    _check_address(url, field)
     try:
         client = redis.Redis.from_url(
             url,
@@ -85,33 +89,37 @@ def connect(url: str, connect_timeout_s: float = 5.0, *, writes: bool = True) ->
         if writes:
             client.set(keys.PROBE, b"1", px=1000)
     except redis.AuthenticationError as error:
-        raise _error(url, "refuses the user name or password", "correct them") from error
+        raise _error(field, url, "refuses the user name or password", "correct them") from error
     except redis.exceptions.NoPermissionError as error:
-        raise _error(url, f"refuses a command ({_line(error)})", "allow the user +@all ~mara:*") from error
+        raise _error(
+            field, url, f"refuses a command ({_line(error)})", "allow the user +@all ~mara:*"
+        ) from error
     except redis.ReadOnlyError as error:
-        raise _error(url, "is a read-only replica", "give the address of the primary") from error
+        raise _error(field, url, "is a read-only replica", "give the address of the primary") from error
     except redis.OutOfMemoryError as error:
-        raise _error(url, "is full", "raise its maxmemory or delete data there") from error
+        raise _error(field, url, "is full", "raise its maxmemory or delete data there") from error
     except redis.TimeoutError as error:
         raise _error(
-            url, f"did not answer within {connect_timeout_s:g} s", "check host, port and network"
+            field, url, f"did not answer within {connect_timeout_s:g} s", "check host, port and network"
         ) from error
     except (TypeError, ValueError) as error:  # what redis-py says to an option that it does not know
-        raise _error(url, "has an option after '?' that cannot be used", "remove it") from error
+        raise _error(field, url, "has an option after '?' that cannot be used", "remove it") from error
     except (redis.ConnectionError, redis.ResponseError) as error:
         if re.search(r"DB index|invalid database", str(error), re.IGNORECASE):
-            raise _error(url, "has no such database", "give one that it has, usually 0") from error
+            raise _error(field, url, "has no such database", "give one that it has, usually 0") from error
         if "MISCONF" in str(error):
             raise _error(
-                url, "cannot write to its disk", "make room there, or see what its own log says"
+                field, url, "cannot write to its disk", "make room there, or see what its own log says"
             ) from error
         raise _error(
-            url, f"cannot be used ({_line(error)})", "start the server or correct the address"
+            field, url, f"cannot be used ({_line(error)})", "start the server or correct the address"
         ) from error
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_VERSION:
-        raise _error(url, f"is Redis {version}", "use Redis 6.2 or newer, or Valkey")
+        raise _error(field, url, f"is Redis {version}", "use Redis 6.2 or newer, or Valkey")
     if about.get("redis_mode") == "cluster":
-        raise _error(url, "is a node of a Redis Cluster, which would spread the keys of a script", _ALONE)
+        raise _error(
+            field, url, "is a node of a Redis Cluster, which would spread the keys of a script", _ALONE
+        )
     return client
 
 
@@ -154,12 +162,14 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: in
     limit_bytes, policy = int(memory.get("maxmemory", 0)), str(memory.get("maxmemory_policy", "noeviction"))
     if limit_bytes and policy.startswith("allkeys"):
         raise _error(
+            ADDRESS_SETTING,
             url,
             f"has maxmemory-policy {policy}, which would evict episodes and weights when it is full",
             "set it to noeviction",
         )
     if 0 < limit_bytes < needed_bytes:
         raise _error(
+            ADDRESS_SETTING,
             url,
             f"has maxmemory {limit_bytes}, this run needs {needed_bytes} bytes",
             "raise it or lower replay.log_max_bytes",
@@ -167,6 +177,7 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: in
     others_bytes = int(memory.get("used_memory_dataset", 0)) - own_bytes
     if limit_bytes and others_bytes > _EMPTY_BYTES and others_bytes + needed_bytes > limit_bytes:
         raise _error(
+            ADDRESS_SETTING,
             url,
             f"has maxmemory {limit_bytes}, of which other data take {others_bytes}, and this run needs "
             f"{needed_bytes} bytes",
@@ -175,10 +186,10 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: in
         )
 
 
-def _check_address(url: str) -> None:
+def _check_address(url: str, field: str) -> None:
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in SCHEMES:
-        raise _error(url, "is not a server address", "write redis://, rediss:// or unix:// before it")
+        raise _error(field, url, "is not a server address", "write redis://, rediss:// or unix:// before it")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -187,16 +198,19 @@ def _check_address(url: str) -> None:
     # A '/', '?' or '#' in the password ends the host part early; then the '@' is found after it.
     if parts is None or port == 0 or "@" in parts.path + parts.query + parts.fragment:
         raise _error(
-            url, "cannot be read", "check the port, and write special characters of the password as %XX"
+            field,
+            url,
+            "cannot be read",
+            "check the port, and write special characters of the password as %XX",
         )
     if scheme == "unix" and not parts.path:
-        raise _error(url, "names no socket", "write unix:///path/of/the/socket")
+        raise _error(field, url, "names no socket", "write unix:///path/of/the/socket")
     if scheme != "unix" and not re.fullmatch(r"/?\d*", parts.path):
-        raise _error(url, f"has {parts.path!r} where the database number belongs", "end it with /0")
+        raise _error(field, url, f"has {parts.path!r} where the database number belongs", "end it with /0")
 
 
-def _error(url: str, what: str, remedy: str) -> UserError:
-    return UserError(f"replay.redis_url: {hide_password(url)} {what}; {remedy}")
+def _error(field: str, url: str, what: str, remedy: str) -> UserError:
+    return UserError(f"{field}: {hide_password(url)} {what}; {remedy}")
 
 
 def _line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from mara.common.config import AgentConfig
 from mara.common.contracts import VersionedWeights
 from mara.common.errors import UserError
+from mara.common.files import replacing, write_whole
 
 ACCEPT = 1
 REJECT = 0
@@ -132,8 +133,8 @@ def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in agent.state_dict().items()}
-    save_file(tensors, partial := folder / (WEIGHTS_FILE + ".partial"))
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial)
     content = {"hidden_size": agent.hidden_size, "agent": agent.config.model_dump(mode="json"), **card}
     _write_card(folder, content)
 
@@ -149,9 +150,7 @@ def seal_agent(folder: Path) -> None:
 
 
 def _write_card(folder: Path, content: dict[str, Any]) -> None:
-    partial = folder / (CARD_FILE + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / CARD_FILE)
+    write_whole(folder / CARD_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _file_digest(path: Path) -> str:

@@ -89,14 +89,14 @@ def make_settings(
     for override in overrides:
         _apply_override(content, override, model)
     try:
-        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
         return model.model_validate_json(
             json.dumps(resolved, default=str), strict=True, context={"folder": folder}
         )
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_one_line(error)}") from error
     except ValidationError as error:
-        raise UserError("\n".join(_describe(error, model))) from error
+        raise UserError("\n".join(_describe(error, model, resolved))) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -216,15 +216,17 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 # Errors
 
 
-def _describe(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
-    """One line for each mistake: field, value, remedy."""
+def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[Any, Any]) -> Iterator[str]:
+    """One line for each mistake in ``content``: field, value, remedy."""
     for detail in error.errors(include_url=False):
         path = _dotted(detail["loc"])
         match detail["type"]:
             case "extra_forbidden":
                 yield f"{path} is not a setting; {_suggest(path, model)}"
             case "missing":
-                yield f"{path} is missing; add it to the configuration or give {path}=VALUE"
+                near = _near_name(detail["loc"], model, content)
+                meant = "" if near is None else f"did you mean {near}? Otherwise "
+                yield f"{path} is missing; {meant}add it to the configuration or give {path}=VALUE"
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")
                 yield hide_passwords(message if not path or path in message else f"{path}: {message}")
@@ -274,6 +276,24 @@ def _suggest(path: str, model: type[BaseModel]) -> str:
     if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
         return f"did you mean {elsewhere[0]}?"
     return f"{parent or 'the top level'} has {', '.join(siblings)}"
+
+
+def _near_name(
+    location: Sequence[int | str], model: type[BaseModel], content: Mapping[Any, Any]
+) -> str | None:
+    """Of a setting in a group that the user named: another group beside it, of almost the same name.
+
+    Example: ``rewards.helpful`` for ``rewards.helpfull.path``.
+    """
+    path = _dotted(location)
+    if not any(_same_place(key, path) and key.rpartition(".")[0].endswith(".NAME") for key in _keys(model)):
+        return None
+    *place, name, _ = location
+    siblings: Any = content
+    for part in place:
+        siblings = siblings[part]
+    near = difflib.get_close_matches(str(name), [str(key) for key in siblings if key != name], n=1)
+    return _dotted([*place, near[0]]) if near else None
 
 
 def _same_place(template: str, path: str) -> bool:

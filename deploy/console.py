@@ -48,10 +48,12 @@ class View:
     """When the first episodes had come, and how many they were."""
     num_before: int = 0
     """Episodes that were read before this start of the run."""
+    step_before: int = 0
+    """Gradient steps that were done before it."""
 
     def begin_at(self, num_episodes: int, gradient_step: int) -> None:
         """Show a run that goes on from there."""
-        self.num_before = num_episodes
+        self.num_before, self.step_before = num_episodes, gradient_step
         self.metrics |= {"episodes/total": num_episodes, "learner/gradient_step": gradient_step}
 
     def update(self, metrics: Mapping[str, float]) -> None:

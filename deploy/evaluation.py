@@ -17,6 +17,7 @@ from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
 from mara.common.errors import UserError
+from mara.common.files import write_whole
 from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
 from mara.deploy.config import AgentUse
 from mara.deploy.console import say
@@ -94,7 +95,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
     kept = _keep_earlier(path)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report, config.decoding.truncation.top_k)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ class Checked:
 
     prompts: tuple[Prompt, ...]
     """Prompts to train on."""
+    prompts_digest: str
+    """SHA-256 of their file."""
     hidden_size: int
     """Of the LLM."""
     template_digest: str | None
@@ -61,6 +64,7 @@ def preflight(
     check_wandb(config.wandb, os.environ)
     unpacks_llm = check_cache(config)
     prompts = load_prompts(config.prompts.train, "prompts.train")
+    prompts_digest = sha256(config.prompts.train.read_bytes()).hexdigest()
     if config.prompts.evaluation is not None:
         load_prompts(config.prompts.evaluation, "prompts.evaluation")
         if config.prompts.evaluation.samefile(config.prompts.train):
@@ -92,7 +96,9 @@ def preflight(
                     f"rewards.{name}.path is another head than the one that scored the episodes of "
                     f"{log.run_folder}; training goes by their scores, the evaluation by this head"
                 )
-    return Checked(tuple(prompts), hidden_size, template_digest, digests, base_scores, unpacks_llm, log)
+    return Checked(
+        tuple(prompts), prompts_digest, hidden_size, template_digest, digests, base_scores, unpacks_llm, log
+    )
 
 
 def check_cache(config: RunConfig) -> bool:

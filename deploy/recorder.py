@@ -17,10 +17,13 @@ import yaml
 
 from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
+from mara.common.files import write_whole
 from mara.deploy.config import RunConfig, WandbConfig
 from mara.deploy.config_file import dump_config
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_HAS = "wandb-has.json"
+"""How far records went that W&B has and ``metrics.jsonl`` has not any more."""
 GRADIENT_STEP = "learner/gradient_step"
 EPISODES = "episodes/total"
 
@@ -56,12 +59,12 @@ class Recorder:
             wandb_id: of the W&B run; one that is there already goes on.
             goes_on_from: gradient step and episodes of the checkpoint from which the run goes on. Records
                 beyond are taken out of the file: they come again. W&B cannot take any back, so it keeps
-                these and is sent only what is further.
+                these, of every start so far, and is sent only what is further.
         """
         self._say = say
         self._wandb_id = wandb_id
         self._is_further_than: tuple[float, float] = (-1.0, -1.0)
-        """Gradient step and episodes of the last record that W&B has."""
+        """The most gradient steps and episodes of any record that W&B has."""
         seconds = 0.0
         if goes_on_from is not None:
             seconds, self._is_further_than = cut_back(folder / METRICS_FILE, *goes_on_from)
@@ -101,8 +104,9 @@ class Recorder:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"time_s": round(time.time() - self._began, 3), **finite})
         self._write(line + "\n")
-        step, episodes = self._is_further_than
-        if metrics.get(GRADIENT_STEP, math.inf) <= step and metrics.get(EPISODES, math.inf) <= episodes:
+        place = (metrics.get(GRADIENT_STEP, math.inf), metrics.get(EPISODES, math.inf))
+        # Neither step of W&B's may go back.
+        if place == self._is_further_than or place != _furthest(place, self._is_further_than):
             return
         self._to_wandb(lambda run: run.log({name: v for name, v in finite.items() if v is not None}))
 
@@ -150,26 +154,40 @@ class Recorder:
 def cut_back(path: Path, gradient_step: int, num_episodes: int) -> tuple[float, tuple[float, float]]:
     """Take the records beyond a checkpoint, and a last line that was not finished, out of ``metrics.jsonl``.
 
-    Returns the ``time_s`` of the last one that stays, and gradient step and episodes of the last there was.
+    Returns the ``time_s`` of the last one that stays, and the most gradient steps and episodes of any there
+    were, also of those that were taken out before: :data:`WANDB_HAS` beside the file keeps them.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     kept: list[str] = []
-    seconds, last = 0.0, (-1.0, -1.0)
+    kept_by = path.with_name(WANDB_HAS)
+    seconds, furthest = 0.0, _read_furthest(kept_by)
     for line in lines:
         try:
             record = json.loads(line)
-            last = (float(record.get(GRADIENT_STEP, 0)), float(record.get(EPISODES, 0)))
+            place = (float(record.get(GRADIENT_STEP, 0)), float(record.get(EPISODES, 0)))
             time_s = float(record["time_s"])
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-        if last[0] <= gradient_step and last[1] <= num_episodes and line.endswith("\n"):
+        furthest = _furthest(place, furthest)
+        if place[0] <= gradient_step and place[1] <= num_episodes and line.endswith("\n"):
             kept.append(line)
             seconds = time_s
     if len(kept) < len(lines):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-    return seconds, last
+        write_whole(kept_by, json.dumps(furthest) + "\n")  # first: nothing else tells it afterwards
+        write_whole(path, "".join(kept))
+    return seconds, furthest
+
+
+def _furthest(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return max(one[0], other[0]), max(one[1], other[1])
+
+
+def _read_furthest(path: Path) -> tuple[float, float]:
+    try:
+        gradient_step, num_episodes = json.loads(path.read_text())
+        return float(gradient_step), float(num_episodes)
+    except (OSError, ValueError, TypeError):  # nothing was taken out yet
+        return -1.0, -1.0
 
 
 def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:

@@ -14,17 +14,21 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from mara.common.addresses import HIDDEN
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
+from mara.common.files import write_whole
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, load_run, read_log_record
+from mara.deploy.preflight import Checked
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, load_run, make_run_folder, read_log_record
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
+from mara.deploy.store import check_unused
 from mara.learner.checkpoint import find_checkpoint
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
@@ -64,7 +68,7 @@ class RunRecord(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Keep the record in a run folder."""
-        _write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
+        write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
 
 
 class Resumed(NamedTuple):
@@ -115,6 +119,29 @@ def new_record(folder: Path) -> RunRecord:
     return RunRecord(f"{folder.name}-{secrets.token_hex(4)}", secrets.token_hex(4), 1)
 
 
+@contextmanager
+def take_run_folder(config: RunConfig, checked: Checked, resumed: Resumed | None) -> Iterator[Start]:
+    """The folder in which a run starts, a new one or that of the run that goes on; held until the block ends.
+
+    Raises:
+        UserError: it cannot be written, another process uses it or its log, or the run is not what it was.
+        OSError: it cannot be written any more.
+    """
+    with ExitStack() as exits:
+        if resumed is None:
+            folder = make_run_folder(config)
+            record = new_record(folder)
+            exits.enter_context(hold_run(folder))
+            record.write(folder)
+        else:
+            folder, record = resumed.folder, resumed.record
+            exits.enter_context(hold_run(folder))
+            check_as_it_was(resumed, checked)
+            check_unused(config, folder, record.run_id)
+            take_over(resumed)
+        yield Start(folder, record, resumed)
+
+
 def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> Resumed:
     """The run in the folder ``run``, with ``key=value`` overrides. Changes nothing; tells ``warn`` of damage.
 
@@ -163,18 +190,14 @@ def check_may_change(overrides: Sequence[str]) -> None:
         )
 
 
-def check_as_it_was(resumed: Resumed, heads: Mapping[str, Mapping[str, str]], hidden_size: int) -> None:
+def check_as_it_was(resumed: Resumed, checked: Checked) -> None:
     """Refuse to go on where the run is not what it was when it began, or when :func:`find_resumed` saw it.
 
     The caller holds the run, so that nobody else changes it any more. A learner that outlived its run is
-    waited for.
-
-    Args:
-        heads: reward head → file → SHA-256, as they are now.
-        hidden_size: of the LLM as it is now.
+    waited for. ``checked`` is how things are now.
 
     Raises:
-        UserError: a reward head or the LLM is another one, or the run went on meanwhile.
+        UserError: a reward head, the LLM or the prompts are others, or the run went on meanwhile.
     """
     folder = resumed.folder
     if (folder / LOGS).is_dir():
@@ -191,30 +214,35 @@ def check_as_it_was(resumed: Resumed, heads: Mapping[str, Mapping[str, str]], hi
     log = read_log_record(folder)
     if log is None:
         return
-    if log.hidden_size != hidden_size:
+    if log.hidden_size != checked.hidden_size:
         raise UserError(
-            f"llm.model={resumed.config.llm.model} has hidden size {hidden_size}, had {log.hidden_size} when "
-            "the run began; put the old one back, or start a new run"
+            f"llm.model={resumed.config.llm.model} has hidden size {checked.hidden_size}, had "
+            f"{log.hidden_size} when the run began; put the old one back, or start a new run"
         )
-    for name, files in heads.items():
+    for name, files in checked.head_digests.items():
         if log.heads.get(name, files) != files:
             raise UserError(
                 f"rewards.{name}.path: the files of {resumed.config.rewards[name].path} have changed since "
                 "the run began, and its episodes have the scores of the old ones; put those back, or start "
                 "a new run"
             )
+    if log.prompts_digest != checked.prompts_digest:
+        raise UserError(
+            f"prompts.train: {resumed.config.prompts.train} has changed since the run began; put the old "
+            "file back, or start a new run"
+        )
 
 
 def take_over(resumed: Resumed) -> None:
     """Note in the run folder that the run goes on: its settings, and one more start."""
-    _write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
+    write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
     resumed.record.write(resumed.folder)
 
 
 def where_it_goes_on(resumed: Resumed) -> str:
     """What is said of it at the start."""
-    if resumed.checkpoint is None:
-        return "the run had saved no checkpoint yet: training begins with the first episode of its log"
+    if resumed.checkpoint is None or resumed.gradient_step == resumed.num_episodes == 0:
+        return "the run had learnt nothing yet: training begins at the beginning"
     return (
         f"the run goes on from {resumed.checkpoint.name}: {resumed.num_episodes} of "
         f"{resumed.config.learner.num_episodes} episodes, {resumed.gradient_step} gradient steps"
@@ -257,10 +285,3 @@ def _read_record(folder: Path) -> RunRecord | None:
         return RunRecord(**json.loads((folder / RUN_RECORD).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file, which is the old or the new one at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
+from mara.common.files import flush_to_disk, write_whole
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import dump_config, load_config, make_settings
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
@@ -34,7 +35,8 @@ def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
     try:
         folder = _unused(config.run.dir / f"{config.run.name}-{stamp}")
         (folder / LOGS).mkdir()
-        (folder / CONFIG_FILE).write_text(dump_config(config))
+        write_whole(folder / CONFIG_FILE, dump_config(config))
+        flush_to_disk(folder.parent)
     except OSError as error:
         raise UserError(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
     return folder
@@ -84,10 +86,12 @@ class LogRecord(NamedTuple):
     """Of the LLM whose states it holds."""
     heads: dict[str, dict[str, str]]
     """Reward head whose scores it holds → file → SHA-256."""
+    prompts_digest: str
+    """SHA-256 of the file of prompts that it answers."""
 
     def write(self, folder: Path) -> None:
         """Keep the record in a run folder."""
-        (folder / LOG_RECORD).write_text(json.dumps(self._asdict(), indent=1) + "\n")
+        write_whole(folder / LOG_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
 
 
 def read_log_record(folder: Path) -> LogRecord | None:

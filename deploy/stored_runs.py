@@ -21,7 +21,7 @@ def list_runs(url: str) -> None:
     Raises:
         UserError: it cannot be used.
     """
-    with connect(url, writes=False) as client:
+    with connect(url, writes=False, field="URL") as client:
         try:
             runs = [(run, holders(client, run.run_id)) for run in runs_at(client)]
         except redis.RedisError as error:
@@ -38,7 +38,7 @@ def delete_runs(url: str, run_ids: Sequence[str], *, is_meant: bool) -> None:
     Raises:
         UserError: it cannot be used, has nothing of a run, or a run is in use: nothing is deleted.
     """
-    with connect(url, writes=False) as client:
+    with connect(url, writes=False, field="URL") as client:
         try:
             stored = {run.run_id: run for run in runs_at(client)}
             for run_id in run_ids:

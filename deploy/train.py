@@ -29,19 +29,11 @@ from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
 from mara.deploy.progress import TICK_S, Progress, StoppedEarly
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
-from mara.deploy.resume import Resumed, Start, check_as_it_was, new_record, take_over, where_it_goes_on
+from mara.deploy.resume import Resumed, Start, take_run_folder, where_it_goes_on
 from mara.deploy.rollout_host import RolloutSpec
-from mara.deploy.run_folder import (
-    CONFIG_FILE,
-    LATEST,
-    LOGS,
-    make_run_folder,
-    name_latest,
-    what_is_saved,
-)
-from mara.deploy.run_lock import hold_run
+from mara.deploy.run_folder import CONFIG_FILE, LATEST, LOGS, name_latest, what_is_saved
 from mara.deploy.signals import StopSignal
-from mara.deploy.store import Store, check_unused, open_store, take_up_log, with_addresses
+from mara.deploy.store import Store, open_store, take_up_log, with_addresses
 from mara.deploy.supervisor import Status, Supervisor
 from mara.learner import health
 from mara.learner.loop import LearnerSummary
@@ -86,23 +78,13 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
     with StopSignal() as stop, ExitStack() as exits:
         with open_display(view) as display:
             progress = Progress(view, display, stop)
-            folder: Path | None = None
+            folder = None if resumed is None else resumed.folder
             try:
                 run_id = None if resumed is None else resumed.record.run_id
                 checked = preflight(config, progress.state, run_id)
-                if resumed is None:
-                    folder = make_run_folder(config)
-                    record = new_record(folder)
-                    exits.enter_context(hold_run(folder))
-                    record.write(folder)
-                else:
-                    folder, record = resumed.folder, resumed.record
-                    exits.enter_context(hold_run(folder))
-                    check_as_it_was(resumed, checked.head_digests, checked.hidden_size)
-                    check_unused(config, folder, record.run_id)
-                    take_over(resumed)
-                start = Start(folder, record, resumed)
-                recorder = Recorder(folder, config, display.say, record.wandb_id, start.position)
+                start = exits.enter_context(take_run_folder(config, checked, resumed))
+                folder = start.folder
+                recorder = Recorder(folder, config, display.say, start.record.wandb_id, start.position)
                 exits.callback(recorder.close)
                 display.say(f"run folder: {folder}")
                 if resumed is not None:
@@ -326,15 +308,17 @@ def describe(status: Status, view: View) -> str:
         for phase, doing in WAITS.items()
         if (names := [name for name, its in status.phases.items() if its == phase])
     ]
-    if view.metrics.get("learner/gradient_step", 0) >= 1:
+    if view.metrics.get("learner/gradient_step", 0) > view.step_before:
         return "; ".join(["training", *waits])
     if waits:
         return "; ".join(waits)
     if not any(name != LEARNER for name in status.phases):
         return "reading the episodes"
-    if view.num_done == 0:
+    if view.num_done <= view.num_before:
         return "waiting for the first answers"
-    return f"collecting answers; training starts at {view.start_transitions} transitions"
+    if view.metrics.get("replay/transitions", 0) < view.start_transitions:
+        return f"collecting answers; training starts at {view.start_transitions} transitions"
+    return "training"
 
 
 def _who(names: Sequence[str]) -> str:

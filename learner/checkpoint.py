@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mara.common.errors import UserError
+from mara.common.files import flush_to_disk
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
@@ -79,9 +79,9 @@ def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> P
         files = (TENSORS_FILE, STATE_FILE)
         (partial / SUMS_FILE).write_text("".join(f"{_sha256(partial / file)}  {file}\n" for file in files))
         for path in (*(partial / file for file in (*files, SUMS_FILE)), partial):
-            _flush_to_disk(path)
+            flush_to_disk(path)
         partial.rename(final)
-        _flush_to_disk(folder)
+        flush_to_disk(folder)
     _point(folder / LATEST, name)
     for old in sorted(folder.glob("step-*"))[:-num_kept]:
         if old != final:
@@ -95,7 +95,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     ``warn`` is told of each damaged one that was passed over. None: none was saved.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all are damaged, or another version wrote it.
     """
     newest = (folder / LATEST).resolve().name
     found = sorted(folder.glob("step-*"), reverse=True)
@@ -114,6 +114,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
         except DamagedCheckpoint as damage:
             reasons.append(str(damage))
         else:
+            _read_state(path)
             for reason in reasons:
                 warn(f"checkpoint: {reason}; {path.name}, the one before, is used")
             return path
@@ -132,13 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         _check(path)
     except DamagedCheckpoint as damage:
         raise UserError(f"checkpoint: {damage}; use another one") from damage
-    content = json.loads((path / STATE_FILE).read_text())
-    if content["schema"] != SCHEMA:
-        raise UserError(
-            f"checkpoint: {path} has schema {content['schema']}, this version reads {SCHEMA}; "
-            f"use the version that saved it"
-        )
-    state: dict[str, Any] = _with_tensors(content["state"], load_file(path / TENSORS_FILE))
+    state: dict[str, Any] = _with_tensors(_read_state(path), load_file(path / TENSORS_FILE))
     return state
 
 
@@ -194,6 +189,21 @@ def _check(path: Path) -> None:
             raise DamagedCheckpoint(f"{path / file} is damaged (its checksum differs)")
 
 
+def _read_state(path: Path) -> Any:
+    """The state in the checkpoint ``path``, which is sound, with names in place of its tensors.
+
+    Raises:
+        UserError: another version wrote it.
+    """
+    content = json.loads((path / STATE_FILE).read_text())
+    if content["schema"] != SCHEMA:
+        raise UserError(
+            f"checkpoint: {path} has schema {content['schema']}, this version reads {SCHEMA}; "
+            f"use the version that saved it"
+        )
+    return content["state"]
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -227,11 +237,3 @@ def _point(link: Path, name: str) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(name)
     partial.replace(link)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mara.common.agent import not_finite
 from mara.common.contracts import TransitionBatch
+from mara.common.files import replacing
 
 BATCH_FILE = "not-finite-batch.safetensors"
 MOST_TIMES_RETURN = 3.0
@@ -76,6 +77,5 @@ def save_batch(path: Path, batch: TransitionBatch, why: str) -> None:
     columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
     tensors = {name: column.cpu().contiguous() for name, column in columns.items() if column is not None}
     bad = not_finite({name: column for name, column in tensors.items() if column.is_floating_point()})
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})

@@ -119,6 +119,8 @@ def test_reward_weights_reach_the_shaping_from_one_place(minimal: Path) -> None:
     [
         ("learner.batch_sice=3", ["learner.batch_sice is not a setting", "did you mean learner.batch_size?"]),
         ("rewards.helpful.wight=1", ["rewards.helpful.wight", "did you mean rewards.helpful.weight?"]),
+        ("rewards.helpfull.weight=2", ["rewards.helpfull.path is missing; did you mean rewards.helpful?"]),
+        ("rewards.other.weight=2", ["rewards.other.path is missing; add it"]),
         ("top_k=3", ["top_k is not a setting", "did you mean decoding.truncation.top_k?"]),
         ("learner.sac.qqq=1", ["learner.sac.qqq", "learner.sac has critic_widths"]),
         ("rollout.num_actors=two", ['rollout.num_actors="two"', "integer"]),
@@ -157,7 +159,9 @@ def test_several_mistakes_are_several_lines(minimal: Path) -> None:
 def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("llm: {}\nprompts: {train: x}\nrewards: {a: {path: x, weight: 1.0}}\n")
-    assert error_of(path).startswith("llm.model is missing")
+    assert error_of(path).startswith("llm.model is missing; add it")
+    path.write_text("llm: {model: m}\nprompts: {train: x}\n")
+    assert error_of(path).startswith("rewards is missing; add it")
 
 
 def test_no_rewards_at_all_is_a_mistake(tmp_path: Path) -> None:

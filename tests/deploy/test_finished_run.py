@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,11 @@ def make_run(config_path: Path) -> MakeRun:
     def make(*overrides: str, redis_url: str | None = None, scores: tuple[str, ...] = ("helpful",)) -> Path:
         folder = make_run_folder(load_config(config_path, overrides))
         record = LogRecord(
-            "run-1", None if redis_url is None else [redis_url], HIDDEN_SIZE, {name: {} for name in scores}
+            "run-1",
+            None if redis_url is None else [redis_url],
+            HIDDEN_SIZE,
+            {name: {} for name in scores},
+            "p",
         )
         record.write(folder)
         return folder
@@ -264,7 +269,9 @@ def test_another_head_of_the_same_name_is_warned_of(
         ({"helpful": head_digests(tmp_path / "helpful")}, False),
         ({"helpful": {"x": "0"}}, True),
     ):
-        LogRecord("run-1", None, HIDDEN_SIZE, heads).write(folder)
-        assert preflight(offline(config_path, folder)).log is not None
+        LogRecord("run-1", None, HIDDEN_SIZE, heads, "p").write(folder)
+        checked = preflight(offline(config_path, folder))
+        assert checked.log is not None
+        assert checked.prompts_digest == sha256((tmp_path / "prompts.jsonl").read_bytes()).hexdigest()
         captured = capsys.readouterr()
         assert ("is another head than the one that scored" in captured.out + captured.err) == warned

@@ -15,6 +15,7 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.console import View
+from mara.deploy.preflight import Checked
 from mara.deploy.recorder import Recorder, cut_back
 from mara.deploy.resume import (
     RunRecord,
@@ -23,10 +24,11 @@ from mara.deploy.resume import (
     check_may_change,
     find_resumed,
     take_over,
+    take_run_folder,
     where_it_goes_on,
 )
 from mara.deploy.run_folder import LogRecord, load_run
-from mara.deploy.run_lock import hold_run
+from mara.deploy.run_lock import hold_run, who_runs
 from mara.learner.checkpoint import save_checkpoint
 
 
@@ -90,11 +92,18 @@ def test_no_two_starts_have_an_actor_of_the_same_name(tmp_path: Path) -> None:
     assert names[:4] == ["actor-0", "actor-1", "actor-2", "actor-0-start-2"]
 
 
-def test_a_run_without_a_checkpoint_begins_with_its_log(run: Path) -> None:
+def test_a_run_that_had_learnt_nothing_begins_at_the_beginning(run: Path) -> None:
+    """Whether it was killed before its first checkpoint or stopped before its first episode."""
     (run / "checkpoints").rename(run / "elsewhere")
-    resumed = find_resumed(run, [], pytest.fail)
-    assert (resumed.checkpoint, resumed.gradient_step, resumed.num_episodes) == (None, 0, 0)
-    assert "begins with the first episode of its log" in where_it_goes_on(resumed)
+    for checkpoint in (None, save_checkpoint(run / "nothing", AtStep(0, 0))):
+        if checkpoint is not None:
+            (run / "nothing").rename(run / "checkpoints")
+        resumed = find_resumed(run, [], pytest.fail)
+        assert resumed.checkpoint == (checkpoint and run / "checkpoints" / checkpoint.name)
+        assert (resumed.gradient_step, resumed.num_episodes) == (0, 0)
+        assert where_it_goes_on(resumed) == (
+            "the run had learnt nothing yet: training begins at the beginning"
+        )
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run: Path) -> None:
@@ -156,22 +165,47 @@ def test_a_complete_run_whose_last_checkpoint_is_missing_does_the_rest_again(
     assert find_resumed(run, [], pytest.fail).num_episodes == 20
 
 
+def found(heads: dict[str, dict[str, str]], hidden_size: int = 32, prompts_digest: str = "p") -> Checked:
+    """What the checks of a start found out."""
+    return Checked((), prompts_digest, hidden_size, None, heads, {}, unpacks_llm=False, log=None)
+
+
 def test_a_run_that_is_no_longer_what_it_was_is_refused(run: Path) -> None:
     heads = {"helpful": {"model": "1"}}
-    LogRecord("run-1", None, 32, heads).write(run)
+    LogRecord("run-1", None, 32, heads, "p").write(run)
     resumed = find_resumed(run, [], pytest.fail)
-    check_as_it_was(resumed, heads, 32)
+    check_as_it_was(resumed, found(heads))
     with pytest.raises(UserError, match="hidden size 33, had 32 when the run began"):
-        check_as_it_was(resumed, heads, 33)
+        check_as_it_was(resumed, found(heads, 33))
     with pytest.raises(UserError, match=r"^rewards\.helpful\.path: the files of .* have changed"):
-        check_as_it_was(resumed, {"helpful": {"model": "2"}}, 32)
+        check_as_it_was(resumed, found({"helpful": {"model": "2"}}))
+    with pytest.raises(
+        UserError, match=r"^prompts\.train: .*prompts\.jsonl has changed since the run began;"
+    ):
+        check_as_it_was(resumed, found(heads, prompts_digest="q"))
     save_checkpoint(run / "checkpoints", AtStep(41, 21))
     with pytest.raises(UserError, match="went on meanwhile"):
-        check_as_it_was(resumed, heads, 32)
+        check_as_it_was(resumed, found(heads))
     resumed = find_resumed(run, [], pytest.fail)
     take_over(resumed)  # of another start, which was quicker
     with pytest.raises(UserError, match="went on meanwhile"):
-        check_as_it_was(resumed, heads, 32)
+        check_as_it_was(resumed, found(heads))
+
+
+def test_a_run_folder_is_held_from_its_start_and_when_it_goes_on(config: RunConfig) -> None:
+    with take_run_folder(config, found({}), None) as start:
+        assert (start.record.num_starts, start.position) == (1, None)
+        assert who_runs(start.folder) is not None
+        with pytest.raises(UserError, match="this run goes on still"):
+            find_resumed(start.folder, [], pytest.fail)
+    assert who_runs(start.folder) is None
+    resumed = find_resumed(start.folder, ["rollout.num_actors=3"], pytest.fail)
+    with take_run_folder(resumed.config, found({}), resumed) as again:
+        assert again.record == start.record._replace(num_starts=2)
+        assert who_runs(again.folder) is not None
+    assert load_run(start.folder).rollout.num_actors == 3
+    with pytest.raises(UserError, match="went on meanwhile"), take_run_folder(config, found({}), resumed):
+        pass
 
 
 def test_fewer_episodes_than_it_had_are_refused(run: Path) -> None:
@@ -193,9 +227,10 @@ def test_the_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         for t, step, episodes in rows
     ]
     path.write_text("\n".join(lines) + '\n{"time_s": 9.5, "lear')
-    assert cut_back(path, 40, 20) == (6.0, (44.0, 23.0))
-    assert path.read_text() == "\n".join(lines[:3]) + "\n"
-    assert cut_back(tmp_path / "none", 40, 20) == (0.0, (-1.0, -1.0))
+    for _ in range(2):
+        assert cut_back(path, 40, 20) == (6.0, (44.0, 23.0))
+        assert path.read_text() == "\n".join(lines[:3]) + "\n"
+    assert cut_back(tmp_path / "elsewhere" / "none", 40, 20) == (0.0, (-1.0, -1.0))
 
 
 def test_a_record_that_goes_on_has_no_row_twice(tmp_path: Path, config: RunConfig) -> None:
@@ -217,7 +252,9 @@ def test_a_record_that_goes_on_has_no_row_twice(tmp_path: Path, config: RunConfi
         recorder.close()
 
     record([1, 2, 3, 4])
-    record([3, 4, 5], goes_on_from=(2, 2))
+    record([3], goes_on_from=(2, 2))  # killed again before it was as far
+    record([3, 4], goes_on_from=(2, 2))
+    record([4, 5], goes_on_from=(3, 3))
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["learner/gradient_step"] for line in written] == [1, 2, 3, 4, 5]
     times = [line["time_s"] for line in written]

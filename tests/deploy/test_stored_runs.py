@@ -54,6 +54,16 @@ def test_the_runs_on_a_server_are_listed_with_what_they_take_and_who_uses_them(u
     assert "it goes on (process " in second
 
 
+def test_an_address_that_is_none_is_called_what_the_command_calls_it() -> None:
+    for command in (("list", "http://x"), ("delete", "http://x", "run")):
+        assert mara(*command) == (
+            2,
+            "",
+            "mara: error: URL: http://x is not a server address; "
+            "write redis://, rediss:// or unix:// before it\n",
+        )
+
+
 def test_a_run_is_deleted_whole_and_alone_and_only_if_that_is_said(url: str) -> None:
     before = keys_at(url)
     status, out, _ = mara("delete", url, "first-1")

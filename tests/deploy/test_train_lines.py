@@ -61,6 +61,20 @@ def test_what_is_waited_for_is_said_in_words(
     assert describe(Status([], {}, phases, None), view) == told
 
 
+def test_a_run_that_goes_on_trains_only_once_it_is_further_than_it_was() -> None:
+    view = View("t", num_episodes=10, start_transitions=2048)
+    view.begin_at(num_episodes=5, gradient_step=40)
+    for actor, learnt, told in (
+        (LOADING, {}, "loading the LLM into 1 rollout actor"),
+        (RUNNING, {"learner/gradient_step": 40.0}, "waiting for the first answers"),
+        (RUNNING, {"episodes/total": 6.0}, "collecting answers; training starts at 2048 transitions"),
+        (RUNNING, {"replay/transitions": 2100.0}, "training"),
+        (RUNNING, {"replay/transitions": 0.0, "learner/gradient_step": 41.0}, "training"),
+    ):
+        view.update(learnt)
+        assert describe(Status([], {}, {"learner": RUNNING, "actor-0": actor}, None), view) == told
+
+
 def test_until_training_starts_it_is_said_when_it_will() -> None:
     view = View("t", num_episodes=10, start_transitions=2048)
     view.update({"learner/gradient_step": 0, "episodes/total": 3})

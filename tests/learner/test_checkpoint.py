@@ -237,6 +237,8 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     (folder / "SHA256SUMS").write_text(sums)
     with pytest.raises(UserError, match="has schema 99, this version reads 3"):
         load_checkpoint(folder, Counter())
+    with pytest.raises(UserError, match="has schema 99, this version reads 3"):
+        find_checkpoint(tmp_path, pytest.fail)  # before a run that would go on from it is touched
 
 
 def test_networks_of_another_size_are_refused(make_episode: EpisodeMaker, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Files that are replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mara.common.files import replacing, write_whole
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    done: list[tuple[str, str]] = []
+    """Each flush: what was flushed, and what the file held at that moment."""
+    flush = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flush(descriptor)
+        done.append((Path(f"/proc/self/fd/{descriptor}").resolve().name, path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_whole(path, "new")
+    assert done == [(".run.json.partial", "old"), (tmp_path.name, "new")]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

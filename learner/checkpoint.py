@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,7 @@ def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> P
         partial.rename(final)
         flush_to_disk(folder)
     _point(folder / LATEST, name)
-    for old in sorted(folder.glob("step-*"))[:-num_kept]:
+    for old in _in(folder)[:-num_kept]:
         if old != final:
             shutil.rmtree(old)
     return final
@@ -98,7 +99,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
         UserError: all are damaged, or another version wrote it.
     """
     newest = (folder / LATEST).resolve().name
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = _in(folder)[::-1]
     if newest != LATEST:  # A person may have pointed it to an older one; without it all are looked at.
         older = [path for path in found if path.name <= newest]
         if found and not older:
@@ -162,12 +163,21 @@ def set_newer_aside(path: Path) -> None:
 
     For a run that goes on from there: what it saves next may be at the same step as one of them.
     """
-    for other in path.parent.glob("step-*"):
+    for other in _in(path.parent):
         if other.name > path.name:
             aside = other.with_name(f"{SET_ASIDE}-{other.name}")
             shutil.rmtree(aside, ignore_errors=True)
             other.rename(aside)
     _point(path.with_name(LATEST), path.name)
+
+
+def _in(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first; copies and archives that a person put there are none."""
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if path.is_dir() and re.fullmatch(r"step-\d+-episode-\d+", path.name)
+    )
 
 
 def _check(path: Path) -> None:

@@ -53,12 +53,12 @@ class Saver:
     def save(self, agent: Agent, card: Mapping[str, Any], learner: Checkpointed | None) -> None:
         """Write the agent with its card, and a checkpoint of ``learner`` if given; return when it is done.
 
-        Waits first for what :meth:`begin` began; raises an OSError of either.
+        Waits first for what :meth:`begin` began. If that failed, this is its second try.
         """
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
-        self.check()
+        self._writing = None
         self._write(agent, card, learner)
 
     def begin(self, agent: Agent, card: Mapping[str, Any], learner: Checkpointed | None) -> None:

@@ -39,7 +39,7 @@ class LearnerSizes:
     capacity: int = 1_000_000
     """Transitions in the ring, which is full. Fewer where they would take more than half of the memory."""
     peer_capacity: int = 2048
-    """Transitions in the peer's lists."""
+    """Transitions in the peer's lists; two batches at the least."""
     inserted_per_s: float = 5000.0
     """Transitions that another process appends to the log: about what one GPU writes with an 8 B LLM."""
     live_s: float = 20.0
@@ -79,11 +79,18 @@ def step_figures(sizes: LearnerSizes, sac: SAC, mirror: Mirror, num_rounds: int,
     """Feed and step against the authors' way and the hardware, with nothing else going on."""
     torch.set_num_threads(sizes.num_threads)
     device, B = sac.device, sizes.batch_size
-    say(f"the authors' way: {sizes.peer_capacity} transitions as lists")
-    peer = ListLearner(sizes.hidden_size, sizes.widths, sizes.sac, sizes.peer_capacity, B, device)
+    peer_capacity = max(sizes.peer_capacity, 2 * B)
+    say(f"the authors' way: {peer_capacity} transitions as lists")
+    peer = ListLearner(sizes.hidden_size, sizes.widths, sizes.sac, peer_capacity, B, device)
     draws = torch.Generator().manual_seed(1)
     batch = mirror.sample(B, draws)
-    feed = per_second(lambda: mirror.sample(B, draws), 20, device)
+
+    def floats() -> None:
+        """As the peer's: what the networks take."""
+        drawn = mirror.sample(B, draws)
+        drawn.states_BD.float(), drawn.next_states_BD.float()
+
+    feed = per_second(floats, 20, device)
     step = per_second(lambda: sac.update(batch), 5, device)
     whole = per_second(lambda: sac.update(mirror.sample(B, draws)), 5, device)
     their_feed = per_second(peer.sample, 2, device)
@@ -103,7 +110,7 @@ def step_figures(sizes: LearnerSizes, sac: SAC, mirror: Mirror, num_rounds: int,
     floors = in_turn(step, floor, num_rounds)
     measured = {name: statistics.median(c[name] for c in ceilings) for name in ceilings[0]}
     bytes_each = mirror.nbytes / mirror.num_transitions
-    way = "lists of Python floats, unshared passes"
+    way = "lists of Python floats, unshared passes, float32, plain Adam"
     return [
         _figure("step_vs_list_feed", sizes, wholes, "updates/s", way),
         _figure("feed_vs_list_feed", sizes, feeds, "batches/s", "random.sample, tensors of lists"),

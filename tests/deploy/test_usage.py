@@ -24,7 +24,11 @@ from mara.deploy.cli import app
         ("trian quickstart", "no such command 'trian'; did you mean train?", "mara"),
         ("--quiet train", "no such option: --quiet", "mara"),
         ("reward fti", "no such command 'fti'; did you mean fit?", "mara reward"),
-        ("bench foo", "no such command 'foo'; there are decode, rollout, replay, weights, learner", "mara bench"),
+        (
+            "bench foo",
+            "no such command 'foo'; there are decode, rollout, replay, weights, learner",
+            "mara bench",
+        ),
         (
             "bench decode r --batch 0",
             "invalid value for '--batch': must be greater than or equal to 1",

@@ -300,3 +300,13 @@ def test_a_learner_that_was_killed_goes_on_with_its_ring_filled_from_the_server(
     (model,) = second.state_dict()["mirror"]["normaliser"]["models"].values()
     assert model[:2] == pytest.approx([60, 1.5])  # each episode counted once
     assert summary.gradient_steps > first.gradient_step
+
+
+def test_copies_beside_the_checkpoints_are_neither_used_nor_deleted(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, Counter(1, 1))
+    (tmp_path / f"{first.name}.tar").write_text("")
+    shutil.copytree(first, tmp_path / f"{first.name}.bak")
+    for step in (2, 3, 4):
+        newest = save_checkpoint(tmp_path, Counter(step, step))
+    assert {path.name for path in tmp_path.glob("step-*1*")} == {f"{first.name}.tar", f"{first.name}.bak"}
+    assert find_checkpoint(tmp_path, pytest.fail) == newest

@@ -861,3 +861,27 @@ def test_a_disk_that_fails_in_the_background_ends_the_run(make_episode: EpisodeM
     with pytest.raises(FileExistsError) as caught:
         learner.run()
     assert "could not be saved either" in caught.value.__notes__[0]
+
+
+def test_the_last_save_waits_for_the_one_in_the_background_and_makes_up_for_its_failure(
+    make_episode: EpisodeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, at_once, failures = saving.save_checkpoint, threading.Lock(), list[str]()
+
+    def fails_in_the_background(folder: Path, learner: Checkpointed, num_kept: int) -> Path:
+        assert at_once.acquire(blocking=False), "two at the same time"
+        try:
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.3)
+                failures.append("no space")
+                raise OSError("no space left on device")
+            return save(folder, learner, num_kept)
+        finally:
+            at_once.release()
+
+    monkeypatch.setattr(saving, "save_checkpoint", fails_in_the_background)
+    learner = make_learner(log_of([make_episode([1] * 8)]).reader(), num_episodes=1, run_folder=tmp_path)
+    learner._save(wait=False)
+    learner.run()
+    assert failures == ["no space"]
+    assert_saved(tmp_path, learner, gradient_steps=learner.gradient_step)

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, what is kept, what is refused."""
 
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable

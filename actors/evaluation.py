@@ -99,6 +99,8 @@ class EvaluationReport:
     """What ``mara eval`` shows and writes as JSON."""
 
     num_prompts: int
+    num_different: int
+    """Prompts to which the agent's answer is not that of the greedy LLM."""
     preference: dict[str, PreferenceRate]
     """Agent against the greedy LLM, for each reward model and ``joint``: better by all of them is a win,
     worse by all a loss, else a tie. Answers of the same tokens are ties."""
@@ -333,6 +335,7 @@ def _report(
     shown = np.linspace(0, len(prompts) - 1, min(num_samples, len(prompts))).astype(int).tolist()
     return EvaluationReport(
         num_prompts=len(prompts),
+        num_different=int(differs_N.sum()),
         preference=preference,
         fluency={system: fluency(of_system, texts[system]) for system, of_system in answers.items()},
         mean_scores={

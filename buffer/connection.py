@@ -142,7 +142,15 @@ def check_stores(config: ReplayConfig, num_actors: int, run_id: str | None = Non
         for shards in shards_at.values():
             needed_bytes = config.store_max_bytes(num_actors, shards)
             client = clients[shards[0]]
-            own_bytes = stored_bytes(client, run_id, shards) if run_id is not None else 0
+            own_bytes = 0
+            if run_id is not None:
+                shards_in: dict[int, list[int]] = {}  # One server may have them in several databases.
+                for shard in shards:
+                    database = int(clients[shard].connection_pool.connection_kwargs.get("db") or 0)
+                    shards_in.setdefault(database, []).append(shard)
+                own_bytes = sum(
+                    stored_bytes(clients[those[0]], run_id, those) for those in shards_in.values()
+                )
             check_memory(client, config.redis_urls[shards[0]], needed_bytes, own_bytes)
 
 

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import redis
@@ -35,6 +36,10 @@ class Holder(NamedTuple):
     """``writes``: the run itself. ``reads``: one that trains on its episodes."""
     host: str
     pid: int
+    machine: str | None
+    """Where the number means something: start of the machine and namespace of numbers; None: unknown."""
+    started: int | None
+    """When the process began, in ticks since that start: another one may get its number."""
     seconds_left: float
     """Until it counts as dead, unless it shows that it lives."""
 
@@ -53,7 +58,7 @@ def hold_lease(urls: Sequence[str], run_id: str, use: Use, timeout_s: float) -> 
         UserError: a server cannot be used at the start.
     """
     key = f"{keys_of(run_id).lease}:{secrets.token_hex(8)}"
-    value = json.dumps([use, socket.gethostname(), os.getpid()])
+    value = json.dumps([use, socket.gethostname(), os.getpid(), _machine(), _started(os.getpid())])
     ended = threading.Event()
     with ExitStack() as exits:
         clients = [exits.enter_context(connect(url, timeout_s)) for url in dict.fromkeys(urls)]
@@ -90,11 +95,11 @@ def holders(client: redis.Redis, run_id: str) -> list[Holder]:
     for key in client.scan_iter(f"{keys_of(run_id).lease}:*", count=1000):
         value, left_ms = client.get(key), client.pttl(key)
         try:
-            use, host, pid = json.loads(value or b"")
-            holder = Holder(use, host, int(pid), max(0, left_ms) / 1000)
+            use, host, pid, machine, started = json.loads(value or b"")
+            holder = Holder(use, host, int(pid), machine, started, max(0, left_ms) / 1000)
         except (ValueError, TypeError):  # it has ended meanwhile, or somebody else wrote that
             continue
-        if holder.host != socket.gethostname() or _lives(holder.pid):
+        if holder.machine is None or holder.machine != _machine() or _lives(holder):
             found.append(holder)
     return sorted(found, key=lambda holder: holder.use, reverse=True)
 
@@ -105,11 +110,37 @@ def _renew(client: redis.Redis, key: str, value: str) -> None:
         client.set(key, value, px=int(LEASE_S * 1000))
 
 
-def _lives(pid: int) -> bool:
+def _machine() -> str | None:
+    """This start of this machine, and the namespace in which this process has its number.
+
+    Containers can share a host name and have numbers of their own. None where the system does not tell.
+    """
     try:
-        os.kill(pid, 0)
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{start} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in ticks since the start of the machine; -1 for one that has ended and is not
+    buried yet, None where the system does not tell.
+    """
+    try:
+        # The name, in parentheses, may hold anything. Then come the state and, 19 fields later, the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return -1 if fields[0] in "ZX" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _lives(holder: Holder) -> bool:
+    """Whether a holder on this machine is the process that has its number now."""
+    try:
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
         pass
-    return True
+    started = _started(holder.pid)
+    return started is None or holder.started is None or started == holder.started

@@ -28,6 +28,7 @@ from mara.common.errors import UserError
 
 _MAX_SOCKET_PATH = 107  # bytes; the kernel's limit, less the closing zero
 _LOCK = "server.lock"
+_IN_USE = "in_use"
 _READY_S = 30.0  # without an answer, or without progress in loading an append-only file
 _ANSWER_S = 10.0  # one answer while it loads: it looks at its connections once in 1024 commands
 _LOOK_S = 0.05  # between two looks at how far it has come
@@ -77,6 +78,8 @@ class EmbeddedServer:
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._owner_pid = os.getpid()
+        self._in_use = -1
+        """Descriptor with the lock of the folder, while there is one."""
 
     @property
     def url(self) -> str:
@@ -107,7 +110,7 @@ class EmbeddedServer:
         atexit.register(self.stop)
         if self._data_dir is not None:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (folder / "server.log").open("ab") as log, self._hold_data() as lock:
+        with (folder / "server.log").open("ab") as log, self._hold_data() as data_lock:
             self._process = subprocess.Popen(
                 [program, "-"],  # settings on stdin: the password is in no file and no process list
                 stdin=subprocess.PIPE,
@@ -116,7 +119,8 @@ class EmbeddedServer:
                 cwd=folder,
                 start_new_session=True,
                 preexec_fn=self._die_with_parent(),
-                pass_fds=lock,  # held until this server has ended, whoever started it
+                # Both locks are held until this server has ended, whoever started it.
+                pass_fds=(self._in_use, *data_lock),
             )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -139,6 +143,7 @@ class EmbeddedServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+            os.close(self._in_use)
 
     def __enter__(self) -> Self:
         self.start()
@@ -187,7 +192,13 @@ class EmbeddedServer:
         base = tempfile.gettempdir()
         if len(os.fsencode(base)) > _MAX_SOCKET_PATH - len("/mara-12345678/store.sock"):
             base = "/tmp"
-        return Path(tempfile.mkdtemp(prefix="mara-", dir=base))  # mode 0700
+        _remove_abandoned(Path(base))
+        folder = Path(tempfile.mkdtemp(prefix="mara-", dir=base))  # mode 0700
+        # Locked before it has its name: by that name others find it, and only unlocked ones are abandoned.
+        self._in_use = os.open(folder / f".{_IN_USE}", os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(self._in_use, fcntl.LOCK_EX)
+        (folder / f".{_IN_USE}").rename(folder / _IN_USE)
+        return folder
 
     def _die_with_parent(self) -> Callable[[], None] | None:
         """What the child does between fork and exec: ask the kernel for a signal at the parent's end.
@@ -259,6 +270,24 @@ class EmbeddedServer:
             f"replay: the embedded server did not start ({last_line}); "
             f"free memory and disk, or give replay.redis_url"
         )
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove what servers of this user left below ``base`` whose owners were killed."""
+    for in_use in base.glob(f"mara-*/{_IN_USE}"):
+        try:
+            if in_use.parent.is_symlink() or in_use.parent.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(in_use, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # another one removes it at this moment
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(in_use.parent, ignore_errors=True)
+        except OSError:  # its owner lives, or its server does still
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def find_server() -> str:

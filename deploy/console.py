@@ -23,8 +23,9 @@ from mara.deploy.output import complain
 
 PLAIN_PERIOD_S = 10.0
 HISTORY = 40
-STEADY_SHARE, STEADY_S = 0.1, 60.0
-"""The remaining time is told after this share of the episodes, or this long after the first, seconds."""
+LEAST_S, STEADY_SHARE, STEADY_S = 10.0, 0.1, 60.0
+"""The remaining time is told this long after the first episodes and after this share of all; or, without the
+share, after the last of these, seconds."""
 BARS = "▁▂▃▄▅▆▇█"
 MISSING = "–"
 
@@ -89,7 +90,8 @@ class View:
         since_s, num_before = self.first_seen
         passed_s, num_since = time.monotonic() - since_s, self.num_done - num_before
         steady_from = STEADY_SHARE * (self.num_episodes - self.num_before)
-        if num_since < 1 or (num_since < steady_from and passed_s < STEADY_S):
+        has_share = num_since >= steady_from
+        if num_since < 1 or passed_s < (LEAST_S if has_share else STEADY_S):
             return None
         return passed_s / num_since * max(0, self.num_episodes - self.num_done)
 

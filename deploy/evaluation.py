@@ -185,6 +185,8 @@ def print_report(report: EvaluationReport, top_k: int) -> None:
         table.add_column(column, justify="left" if column == "judge" else "right")
     for name, rate in report.preference.items():
         interval = f"{rate.low:+.1%} to {rate.high:+.1%}"
+        if rate.wins == rate.losses == 0:  # Resampled ties are ties: that is no interval.
+            interval = "all tie" if report.num_different else "no answer differs"
         table.add_row(name, f"{rate.rate:+.1%}", interval, str(rate.wins), str(rate.ties), str(rate.losses))
     console.print(table)
     table = Table(title="Is it still language?")

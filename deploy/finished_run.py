@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import redis
@@ -55,6 +55,8 @@ class FinishedLog:
     """Folder with the append-only file of the server that had it."""
     max_bytes: int
     """Memory that server was given."""
+    num_episodes: int | None = None
+    """Those that it has; None where that shows only once a server has read ``data_dir``."""
 
 
 def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
@@ -123,8 +125,7 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
             f"{len(record.redis_urls)}; give the same ones in the same order"
         )
     log = FinishedLog(folder, record.run_id, record.heads, list(urls), None, max_bytes)
-    require_episodes(log, config.replay, urls)
-    return log
+    return replace(log, num_episodes=require_episodes(log, config.replay, urls))
 
 
 def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]) -> int:

@@ -37,22 +37,29 @@ def fleet_metrics(
 
 
 class Rates:
-    """Growth of counts over the last seconds."""
+    """Growth of counts over the last seconds.
+
+    None is told of a count until it has grown for a whole window: what comes first comes in one wave.
+    """
 
     def __init__(self, window_s: float = RATE_WINDOW_S) -> None:
         self._window_s = window_s
         self._seen: deque[tuple[float, dict[str, float]]] = deque()
+        self._grows_since: dict[str, float] = {}
 
     def update(
         self, metrics: dict[str, float], names: Sequence[str], now_s: float | None = None
     ) -> dict[str, float]:
         """Return ``NAME_per_s`` for each count ``NAME_total``: its growth in the window, per second."""
         now_s = time.monotonic() if now_s is None else now_s
-        self._seen.append((now_s, {name: metrics.get(f"{name}_total", 0.0) for name in names}))
+        counts = {name: metrics.get(f"{name}_total", 0.0) for name in names}
+        self._seen.append((now_s, counts))
+        for name in names:
+            if counts[name] > 0:
+                self._grows_since.setdefault(name, now_s)
         while len(self._seen) > 2 and now_s - self._seen[0][0] > self._window_s:
             self._seen.popleft()
         then_s, then = self._seen[0]
         passed_s = now_s - then_s
-        if passed_s <= 0:
-            return {}
-        return {f"{name}_per_s": (self._seen[-1][1][name] - then[name]) / passed_s for name in names}
+        known = [name for name in names if now_s - self._grows_since.get(name, now_s) >= self._window_s]
+        return {f"{name}_per_s": (counts[name] - then[name]) / passed_s for name in known}

@@ -82,7 +82,9 @@ def open_store(
     """
     with ExitStack() as exits:
         if checked.log is not None:
-            yield _with_log(checked.log, config, folder, progress, exits)
+            store, num_episodes = _with_log(checked.log, config, folder, progress, exits)
+            progress.view.num_episodes = min(progress.view.num_episodes, num_episodes)
+            yield store
             return
         _record_log(run_id, config.replay.redis_urls, checked, folder)
         if config.replay.redis_urls:
@@ -164,12 +166,15 @@ def _record_log(run_id: str, redis_urls: Sequence[str], checked: Checked, folder
 
 def _with_log(
     log: FinishedLog, config: RunConfig, folder: Path, progress: Progress, exits: ExitStack
-) -> Store:
-    """The servers that have the episodes of a finished run, or one that is started on a copy of its file."""
+) -> tuple[Store, int]:
+    """The servers that have the episodes of a finished run, or one that is started on a copy of its file.
+
+    Also how many episodes they have.
+    """
     if log.data_dir is None:
-        assert log.redis_urls is not None
+        assert log.redis_urls is not None and log.num_episodes is not None
         exits.enter_context(_lease(config, log.redis_urls, log.run_id, "reads"))
-        return Store(log.redis_urls)
+        return Store(log.redis_urls), log.num_episodes
     progress.state("starting a server with a copy of the episodes")
     # A server writes to the file it opens; the run's own stays as it is.
     copy = folder / f".{log.data_dir.name}.copy"
@@ -184,8 +189,7 @@ def _with_log(
     progress.wait_for(lambda: _copied(data_dir, copy, copy_unless_stopped))
     progress.state("starting a server with a copy of the episodes")  # ends here after a signal
     server = _started(EmbeddedServer(log.max_bytes, copy), progress, exits)
-    require_episodes(log, config.replay, [server.url])
-    return Store([server.url])
+    return Store([server.url]), require_episodes(log, config.replay, [server.url])
 
 
 def _started(server: EmbeddedServer, progress: Progress, exits: ExitStack) -> EmbeddedServer:

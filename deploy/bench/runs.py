@@ -10,11 +10,13 @@ from mara.actors.prompts import load_prompts
 from mara.actors.rollout import render_prompts
 from mara.common.agent import load_agent
 from mara.common.errors import UserError
+from mara.deploy.agent_card import warn_of_untrained
 from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
 from mara.deploy.bench.figures import check_json_path, report
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import check_used
+from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.run_folder import check_agent, load_run
 from mara.learner.saving import AGENT_FOLDER
 
@@ -75,9 +77,10 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
             f"prompts.evaluation: {config.prompts.evaluation} has {len(prompts)} prompts, this takes "
             f"{least_prompts}; give more, or a smaller --batch or --peer-prompts"
         )
+    agent, card = load_agent(run / AGENT_FOLDER, find_hidden_size(config.llm))
+    warn_of_untrained(card)
     say("loading the LLM")
     llm: LLM = load_llm(config.llm, pack=not config.decoding.compile)
-    agent, _ = load_agent(run / AGENT_FOLDER, llm.hidden_size)
     rendered = render_prompts(llm, prompts, config.rollout.max_prompt_tokens)
     return Subject(
         model=llm.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -49,10 +50,36 @@ def test_one_that_was_killed_on_this_machine_is_gone_at_once_and_elsewhere_in_a_
         assert [holder.pid for holder in holders(client, run_id)] == [process.pid]
         process.send_signal(signal.SIGKILL)
     assert holders(client, run_id) == []
-    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(lease, "_machine", lambda: "another container, of the same host name")
     (holder,) = holders(client, run_id)
     assert 0 < holder.seconds_left <= 60
     assert 0 < client.pttl(next(client.scan_iter(f"mara:{run_id}:*"))) <= 60_000
+
+
+def test_a_process_that_got_the_number_of_a_killed_one_is_not_taken_for_it(
+    server: EmbeddedServer, client: redis.Redis, run_id: str
+) -> None:
+    with hold_lease([server.url], run_id, "writes", 5.0):
+        (key,) = client.scan_iter(f"mara:{run_id}:*")
+        *same, started = json.loads(client.get(key) or b"")
+        client.set(key, json.dumps([*same, started - 1]), px=60_000)
+        assert holders(client, run_id) == []
+        client.set(key, json.dumps([*same, started]), px=60_000)
+        assert [holder.pid for holder in holders(client, run_id)] == [os.getpid()]
+
+
+def test_one_that_was_killed_and_is_not_buried_yet_is_gone(
+    server: EmbeddedServer, client: redis.Redis, run_id: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, server.url, run_id], stdout=subprocess.PIPE, cwd=Path.cwd()
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()  # its end: it is dead, and nobody has asked for its status
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert holders(client, run_id) == []
 
 
 def test_a_lease_outlasts_a_full_server_and_comes_back_after_it_was_lost(

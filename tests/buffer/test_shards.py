@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import check_stores, connect
 from mara.buffer.log import RedisEpisodeLog
-from mara.buffer.server import EmbeddedServer
+from mara.buffer.server import EmbeddedServer, find_server
 from mara.buffer.shards import ShardedEpisodeReader, open_reader
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
@@ -215,6 +217,31 @@ def test_shards_on_one_server_add_up_under_whatever_name(servers: list[EmbeddedS
     path = one.url.rpartition("@")[2]
     assert str(refused.value).startswith(f"replay.redis_url: unix://:***@{path} has maxmemory")
     assert str(needed["both"]) in str(refused.value)
+
+
+def test_what_a_run_has_in_several_databases_of_one_server_is_its_own(
+    tmp_path: Path, make_episode: MakeEpisode
+) -> None:
+    socket = tmp_path / "s"
+    options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--databases", "2"]
+    log = (tmp_path / "log").open("w")
+    with log, subprocess.Popen([find_server(), *options], cwd=tmp_path, stdout=log) as process:
+        try:
+            while not socket.exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            urls = (f"unix://{socket}?db=0", f"unix://{socket}?db=1")
+            config = ReplayConfig(redis_url=urls, log_max_bytes=8 << 20)
+            needed_bytes = config.store_max_bytes(2, (0, 1))
+            for sink in sinks(config):
+                sink.append([make_episode(uid=str(n), num_tokens=50, hidden_size=4096) for n in range(16)])
+            with connect(urls[0]) as client:
+                client.config_set("maxmemory", needed_bytes + (2 << 20))
+            check_stores(config, 2, "r")
+            with pytest.raises(UserError, match="of which other data take"):
+                check_stores(config, 2, "another")
+        finally:
+            process.kill()
 
 
 def test_every_address_is_tried_before_a_run_begins(servers: list[EmbeddedServer]) -> None:

@@ -66,6 +66,8 @@ def test_rounds_are_paired_and_the_first_side_changes():
 
 def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
     folder, _ = tiny_run
+    card = json.loads((folder / "agent" / "agent.json").read_text())
+    (folder / "agent" / "agent.json").write_text(json.dumps({**card, "training": {"policy_steps": 0}}))
     prompts = tmp_path / "many.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"{'a' * n}?"}) for n in range(1, 9)))
     out = tmp_path / "figures.json"
@@ -75,6 +77,7 @@ def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
         "decoding.max_new_tokens=6",
     )
     assert result.exit_code == 0, result.output
+    assert "mara: warning: the agent is untrained: " in result.stderr
     assert "{" not in result.output, "a dictionary is for programs"
     (line,) = [line for line in result.output.splitlines() if "new tokens 6" in line]
     assert "dtype float32, device cpu" in line and "passes_per_token" not in result.output

@@ -84,6 +84,7 @@ def test_plain_lines_come_at_a_change_of_state_and_then_once_a_period(
     [
         (10, 100, None),  # None since those that came at once.
         (10, 120, None),  # A twentieth of all: the pace is that of one wave.
+        (9, 200, None),  # A third of all, and yet a single wave.
         (10, 200, 20),
         (70, 120, 980),
     ],

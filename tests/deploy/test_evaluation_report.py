@@ -19,6 +19,7 @@ def make_report() -> EvaluationReport:
     systems = ("base", "agent", "base_sampled")
     return EvaluationReport(
         num_prompts=4,
+        num_different=4,
         preference={
             "helpful": preference_rate([better]),
             "harmless": preference_rate([worse]),
@@ -87,3 +88,11 @@ def test_an_agent_that_changes_nothing_is_said_to(capsys):
     for ranks, is_told in (([1.0, 0, 0, 0, 0, 0], True), (report.accepted_ranks, False)):
         print_report(replace(report, accepted_ranks=ranks), top_k=5)
         assert (told in capsys.readouterr().out) == is_told
+
+
+def test_where_all_answers_tie_no_interval_is_claimed(capsys):
+    report = replace(make_report(), preference={"joint": preference_rate([np.zeros(4)])})
+    for num_different, told in ((0, "no answer differs"), (2, "all tie")):
+        print_report(replace(report, num_different=num_different), top_k=5)
+        shown = capsys.readouterr().out
+        assert told in shown and "to +0.0%" not in shown

@@ -236,8 +236,9 @@ def test_a_run_that_goes_on_is_refused_with_who_and_what_to_do(
     append(server.url, "run-1")
     with hold_lease([server.url], "run-1", "writes", 5.0), pytest.raises(UserError, match=told):
         find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
-    with hold_lease([server.url], "run-1", "reads", 5.0):
-        find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
+    with hold_lease([server.url], "run-1", "reads", 5.0), connect(server.url) as client:
+        log = find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
+        assert log.num_episodes == client.xlen("mara:run-1:0:episodes")  # what the progress goes by
 
 
 def test_episodes_in_the_run_folder_are_for_this_machine_only(config_path: Path, make_run: MakeRun) -> None:

@@ -194,9 +194,10 @@ def test_counts_add_up_and_the_slowest_actor_is_shown() -> None:
 
 def test_rates_are_growth_over_the_window() -> None:
     rates = Rates(window_s=10)
-    rows = [rates.update({"n_total": 5.0 * now}, ["n"], now_s=now) for now in (0.0, 4.0, 8.0, 30.0)]
-    assert rows[0] == {}
-    assert rows[1:] == [{"n_per_s": 5.0}] * 3
+    times = (0.0, 20.0, 24.0, 28.0, 30.0, 34.0, 60.0)
+    rows = [rates.update({"n_total": max(0.0, 5 * (now - 19))}, ["n"], now_s=now) for now in times]
+    assert rows[:4] == [{}] * 4  # ten seconds since the first of them have not passed
+    assert rows[4:] == [{"n_per_s": 5.0}] * 3
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def check_metrics(rows: list[dict[str, float]]) -> None:
     assert 0 < latest["sac/entropy"] <= 0.694
     versions = [row["rollout/policy_version"] for row in rows if "rollout/policy_version" in row]
     assert max(versions) > max(versions[0], 0), "the actors never decided with what the learner learnt"
-    assert {"policy/lag_max", "episode/reward", "episode/score/harmless", "rollout/tokens_per_s"} <= set(
+    assert {"policy/lag_max", "episode/reward", "episode/score/harmless", "rollout/tokens_total"} <= set(
         latest
     )
 

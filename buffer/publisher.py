@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,6 +17,8 @@ from typing import Self
 import torch
 
 from mara.common.contracts import WeightSink
+
+logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.05
 """Pause after the store did not take a publication."""
@@ -78,12 +81,16 @@ class BackgroundWeights:
         """Publications that were replaced by a later one before the store took them."""
         return self._num_replaced
 
-    def close(self) -> None:
-        """End the thread once the last publication is stored; after a few seconds without that, too."""
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """End the thread once the last publication is stored, or after ``timeout_s``; warn if it is not."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._error is not None or not (self._waiting or self._in_hand), _CLOSE_S
+                lambda: self._error is not None or not (self._waiting or self._in_hand), timeout_s
             )
+            if self._error is not None:
+                logger.warning("the last weights were not published: %s", self._error)
+            elif self._waiting or self._in_hand:
+                logger.warning("the last weights were not published: the store did not take them")
             self._closing = True
             self._changed.notify_all()
         self._thread.join(_CLOSE_S)
@@ -94,7 +101,7 @@ class BackgroundWeights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(_CLOSE_S if error is None else 0.0)
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -123,7 +123,8 @@ class WeightSink(Protocol):
         """Make ``tensors`` the latest weights. ``version`` must exceed that of this agent's stored before.
 
         Weights of another agent, which somebody has published under this run's name, are replaced.
-        Returns whether they are stored. If not, the same version may be published again: nobody has seen it.
+        Returns whether they are stored, or taken by one who sees to that. If not, the same version may be
+        published again: nobody has seen it.
         A reader sees either the previous version whole or this one whole. Never waits for the store.
         """
         ...

@@ -66,7 +66,7 @@ class LearnerSummary:
 
 
 class Learner:
-    """Trains one agent from one log. Plain and single-threaded; only :meth:`stop` may be called from outside.
+    """Trains one agent from one log, in one thread; only :meth:`stop` may be called from another.
 
     Args:
         config: what and how much to train.

@@ -1,4 +1,4 @@
-"""Keeping what a learner has learnt on disk, without making it wait for the disk.
+"""Keeping what a learner has learnt on disk. Only the last save of a run is waited for.
 
 ::
 

@@ -130,8 +130,13 @@ def _live(
         while not is_writing.wait(0.1):
             if not writer.is_alive():
                 raise RuntimeError(f"the process that writes ended with status {writer.exitcode}")
-        threading.Timer(sizes.live_s, learner.stop).start()
+        # A row is written after a step: slow steps take longer to make the rows that are needed.
+        timer = threading.Timer(max(sizes.live_s, 8 / before), learner.stop)
+        timer.start()
         learner.run()
+        timer.cancel()
+        if not writer.is_alive():
+            raise RuntimeError(f"the process that writes ended with status {writer.exitcode}")
     finally:
         ended.set()
         writer.join()

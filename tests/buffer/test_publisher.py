@@ -102,7 +102,7 @@ def test_the_end_waits_for_the_last_publication() -> None:
 
 
 def test_what_the_store_raises_reaches_the_next_call(
-    in_background: Callable[[WeightSink], BackgroundWeights],
+    in_background: Callable[[WeightSink], BackgroundWeights], caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = Gated(ReplayUnavailable("the replay store has not answered for 60 s"))
     weights = in_background(sink)
@@ -113,6 +113,8 @@ def test_what_the_store_raises_reaches_the_next_call(
         weights.publish(1, of(1))
     with pytest.raises(ReplayUnavailable):
         weights.holds(0)
+    weights.close()
+    assert "the last weights were not published: the replay store has not answered" in caplog.text
 
 
 def test_weights_reach_a_store_that_was_away_and_their_loss_is_noticed(

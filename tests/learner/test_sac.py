@@ -236,9 +236,12 @@ def test_in_bfloat16_only_the_products_of_the_hidden_layers_are_rounded(make_bat
     for name in ("linear2", "output_linear"):
         layer = getattr(rounded.agent, name)
         layer.register_forward_hook(lambda _l, _i, out, name=name: seen.__setitem__(name, out.dtype))
+    rounded.critic.output_linear.register_forward_hook(
+        lambda _l, _i, out: seen.__setitem__("critic", out.dtype)
+    )
     for _ in range(5):
         expected, found = exact.update(batch), rounded.update(batch)
-    assert seen == {"linear2": torch.bfloat16, "output_linear": torch.float32}
+    assert seen == {"linear2": torch.bfloat16, "output_linear": torch.float32, "critic": torch.float32}
     assert all(p.dtype == torch.float32 for p in (*rounded.agent.parameters(), *rounded.critic.parameters()))
     assert found.critic_loss == pytest.approx(expected.critic_loss, rel=0.02)
     assert found.critic_gradient_norm == pytest.approx(expected.critic_gradient_norm, rel=0.05)

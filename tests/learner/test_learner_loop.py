@@ -21,7 +21,7 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import TransitionBatch
+from mara.common.contracts import ReadCounts, TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner import saving
@@ -79,7 +79,7 @@ def log_of(episodes: Sequence[Episode]) -> MemoryEpisodeLog:
 class ScriptedReader:
     """Hands out prepared answers, one for each read, then nothing; notes how long it was allowed to wait."""
 
-    num_malformed = num_quarantined = num_trimmed_unread = num_duplicates = 0
+    counts = ReadCounts()
     waited_s = 0.0
     cursor = "0"
 

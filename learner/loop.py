@@ -348,7 +348,7 @@ class Learner:
                 health.save_batch(place, batch, message)
                 message += f"; the batch is in {place}"
             except OSError as unsaved:
-                message += f"; the batch could not be saved ({unsaved.strerror})"
+                message += f"; the batch could not be saved ({unsaved})"
         raise FloatingPointError(message) from error
 
     def _do_what_is_due(self) -> None:

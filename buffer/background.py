@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from mara.buffer.config import READ_AHEAD_BYTES
-from mara.common.contracts import LogReader
+from mara.common.contracts import LogReader, ReadCounts
 from mara.common.episode import Episode
 
 _POLL_S = 0.1
@@ -134,24 +134,9 @@ class BackgroundReader:
         return self._cursor
 
     @property
-    def num_malformed(self) -> int:
-        """Records set aside so far because they could not be decoded."""
-        return self._source.num_malformed
-
-    @property
-    def num_quarantined(self) -> int:
-        """How many of those were copied to the quarantine."""
-        return self._source.num_quarantined
-
-    @property
-    def num_trimmed_unread(self) -> int:
-        """Episodes that went to make room before the thread came to them."""
-        return self._source.num_trimmed_unread
-
-    @property
-    def num_duplicates(self) -> int:
-        """Episodes appended although they were stored."""
-        return self._source.num_duplicates
+    def counts(self) -> ReadCounts:
+        """Those of the source: as far as the thread has read."""
+        return self._source.counts
 
     @property
     def waited_s(self) -> float:

@@ -25,6 +25,7 @@ from mara.buffer.connection import Value
 from mara.buffer.keys import Keys, keys_of
 from mara.buffer.outage import Outage
 from mara.buffer.quarantine import Quarantine, Refused
+from mara.common.contracts import ReadCounts
 from mara.common.episode import Episode
 
 # The newest episode always stays, however large it is.
@@ -219,27 +220,17 @@ class RedisEpisodeReader:
         return f"{self._entry_id}/{self._number}"
 
     @property
-    def num_malformed(self) -> int:
-        """Records skipped so far because they could not be decoded."""
-        return self._num_malformed
+    def counts(self) -> ReadCounts:
+        """See :class:`~mara.common.contracts.ReadCounts`. Duplicates are known up to the last episode read.
 
-    @property
-    def num_quarantined(self) -> int:
-        """How many of the records skipped were copied to the quarantine."""
-        return self._quarantine.num_kept
-
-    @property
-    def num_trimmed_unread(self) -> int:
-        """Episodes that went to make room before this reader came to them."""
-        return self._num_trimmed_unread
-
-    @property
-    def num_duplicates(self) -> int:
-        """Episodes that all writers appended again, up to the last episode read.
-
-        A writer does so when a reply was lost, or when a part of what it sent was refused.
+        A writer appends again when a reply was lost, or when a part of what it sent was refused.
         """
-        return self._num_duplicates + self._num_read_again
+        return ReadCounts(
+            num_malformed=self._num_malformed,
+            num_quarantined=self._quarantine.num_kept,
+            num_trimmed_unread=self._num_trimmed_unread,
+            num_duplicates=self._num_duplicates + self._num_read_again,
+        )
 
     @property
     def waited_s(self) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from mara.buffer.config import ReplayConfig
 from mara.common.agent import not_finite
-from mara.common.contracts import VersionedWeights
+from mara.common.contracts import ReadCounts, VersionedWeights
 from mara.common.episode import Episode
 from mara.common.errors import DamagedWeights
 
@@ -114,24 +114,11 @@ class MemoryEpisodeReader:
         return str(self._last_id)
 
     @property
-    def num_malformed(self) -> int:
-        """Always 0: nothing is encoded."""
-        return 0
-
-    @property
-    def num_quarantined(self) -> int:
-        """Always 0, like :attr:`num_malformed`."""
-        return 0
-
-    @property
-    def num_trimmed_unread(self) -> int:
-        """Episodes that went to make room before this reader came to them."""
-        return self._num_trimmed_unread
-
-    @property
-    def num_duplicates(self) -> int:
-        """Episodes appended although they were stored."""
-        return self._log.num_duplicates
+    def counts(self) -> ReadCounts:
+        """Nothing is encoded, so nothing is malformed."""
+        return ReadCounts(
+            num_trimmed_unread=self._num_trimmed_unread, num_duplicates=self._log.num_duplicates
+        )
 
     @property
     def waited_s(self) -> float:

@@ -9,6 +9,7 @@ import redis
 
 from mara.buffer.config import ReplayConfig
 from mara.buffer.log import RedisEpisodeReader
+from mara.common.contracts import ReadCounts
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 
@@ -40,24 +41,9 @@ class ShardedEpisodeReader:
         return ",".join(reader.cursor for reader in self._readers)
 
     @property
-    def num_malformed(self) -> int:
-        """Records skipped so far because they could not be decoded."""
-        return sum(reader.num_malformed for reader in self._readers)
-
-    @property
-    def num_quarantined(self) -> int:
-        """How many of the records skipped were copied to the quarantine of their server."""
-        return sum(reader.num_quarantined for reader in self._readers)
-
-    @property
-    def num_trimmed_unread(self) -> int:
-        """Episodes that went to make room before this reader came to them."""
-        return sum(reader.num_trimmed_unread for reader in self._readers)
-
-    @property
-    def num_duplicates(self) -> int:
-        """Episodes that all writers appended again, up to the last ones read."""
-        return sum(reader.num_duplicates for reader in self._readers)
+    def counts(self) -> ReadCounts:
+        """The sums over all shards."""
+        return ReadCounts(*map(sum, zip(*(reader.counts for reader in self._readers), strict=True)))
 
     @property
     def waited_s(self) -> float:

@@ -41,6 +41,20 @@ class EpisodeSink(Protocol):
         ...
 
 
+class ReadCounts(NamedTuple):
+    """What a reader of the replay log met in it beside episodes. All 0 where nothing went wrong."""
+
+    num_malformed: int = 0
+    """Records skipped because they could not be decoded."""
+    num_quarantined: int = 0
+    """How many of those the store has copied, with the reason, for somebody to look at: fewer where it was
+    away or full, since nothing waits for a copy."""
+    num_trimmed_unread: int = 0
+    """Episodes that went to make room in the log before the reader came to them."""
+    num_duplicates: int = 0
+    """Episodes appended although they were stored, by all sinks, as far as the reader knows."""
+
+
 class EpisodeSource(Protocol):
     """Where the learner reads the replay log. Called from one thread; each reader has its own cursor."""
 
@@ -48,31 +62,13 @@ class EpisodeSource(Protocol):
         """Return up to ``max_episodes`` (>= 1) episodes after the cursor, oldest first.
 
         Waits at most ``timeout_s`` (>= 0) for the first one; an empty list means nothing came.
-        Records that cannot be decoded are skipped and counted in :attr:`num_malformed`.
+        Records that cannot be decoded are skipped and counted in :attr:`counts`.
         """
         ...
 
     @property
-    def num_malformed(self) -> int:
-        """Records skipped so far because they could not be decoded."""
-        ...
-
-    @property
-    def num_quarantined(self) -> int:
-        """How many of those the store has copied, with the reason, for somebody to look at.
-
-        Fewer than :attr:`num_malformed` where it was away or full: nothing waits for a copy.
-        """
-        ...
-
-    @property
-    def num_trimmed_unread(self) -> int:
-        """Episodes that went to make room in the log before this reader came to them."""
-        ...
-
-    @property
-    def num_duplicates(self) -> int:
-        """Episodes appended although they were stored, by all sinks, as far as this reader knows."""
+    def counts(self) -> ReadCounts:
+        """What was met in the log beside episodes, since this reader began."""
         ...
 
     @property

@@ -110,7 +110,7 @@ class LearnerHost:
                 f"checkpoint: the learner's machine has no {checkpoint}; the machines must share the run "
                 "folder (run.dir)"
             )
-        set_newer_aside(checkpoint)
+        set_newer_aside(checkpoint, self._spec.config.learner.num_checkpoints)
         return checkpoint
 
     def stop(self) -> None:

@@ -158,10 +158,11 @@ def load_checkpoint(path: Path, learner: Checkpointed) -> None:
         ) from error
 
 
-def set_newer_aside(path: Path) -> None:
+def set_newer_aside(path: Path, num_kept: int = 2) -> None:
     """Rename the checkpoints beside ``path`` that are newer, and point ``latest`` to ``path``.
 
-    For a run that goes on from there: what it saves next may be at the same step as one of them.
+    For a run that goes on from there: what it saves next may be at the same step as one of them. Of those
+    set aside, now and before, the ``num_kept`` that were written last stay.
     """
     for other in _in(path.parent):
         if other.name > path.name:
@@ -169,6 +170,9 @@ def set_newer_aside(path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             other.rename(aside)
     _point(path.with_name(LATEST), path.name)
+    set_aside = sorted(path.parent.glob(f"{SET_ASIDE}-*"), key=lambda other: other.stat().st_mtime_ns)
+    for old in set_aside[:-num_kept]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _in(folder: Path) -> list[Path]:

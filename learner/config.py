@@ -83,7 +83,8 @@ class LearnerConfig(Config):
     """Time between two checkpoints, seconds; one more is written at the end. Usual range 60–3600."""
     num_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints that are kept; older ones are deleted. With one alone there is none to go back to where it
-    is damaged. Usual range 2–5."""
+    is damaged. As many are kept of those that a run which went on from an earlier one has set aside
+    (``not-used-*``). Usual range 2–5."""
     log_period_s: float = Field(default=5.0, gt=0, le=LONGEST_S)
     """Time between two rows of metrics, seconds. Usual range 1–60."""
     device: str = "auto"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mara.common.agent import not_finite
@@ -73,9 +74,16 @@ def messages(row: Mapping[str, float]) -> dict[str, str]:
 
 
 def save_batch(path: Path, batch: TransitionBatch, why: str) -> None:
-    """Write the columns of ``batch`` as safetensors, by their names, with ``why`` in the metadata."""
+    """Write the columns of ``batch`` as safetensors, by their names, with ``why`` in the metadata.
+
+    Raises:
+        OSError: there is no room for them, or no folder.
+    """
     columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
     tensors = {name: column.cpu().contiguous() for name, column in columns.items() if column is not None}
     bad = not_finite({name: column for name, column in tensors.items() if column.is_floating_point()})
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})
+    try:
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})
+    except SafetensorError as error:  # Its own error where the disk is full.
+        raise OSError(str(error)) from error

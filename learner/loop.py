@@ -348,7 +348,7 @@ class Learner:
                 health.save_batch(place, batch, message)
                 message += f"; the batch is in {place}"
             except OSError as unsaved:
-                message += f"; the batch could not be saved ({unsaved.strerror})"
+                message += f"; the batch could not be saved ({unsaved})"
         raise FloatingPointError(message) from error
 
     def _do_what_is_due(self) -> None:
@@ -427,7 +427,7 @@ class Learner:
             "replay/malformed": lost["num_malformed"],
             "replay/quarantined": lost["num_quarantined"],
             "replay/trimmed_unread": lost["num_trimmed_unread"],
-            "replay/duplicates": self._source.num_duplicates,
+            "replay/duplicates": self._source.counts.num_duplicates,
             "replay/without_decisions": self.mirror.num_without_decisions,
             "learner/gradient_step": self.sac.step,
             "learner/gradient_steps_per_s": (self.sac.step - clock.gradient_steps) / seconds,
@@ -447,7 +447,8 @@ class Learner:
 
     def _lost(self) -> dict[str, int]:
         """What went wrong in reading the log, over the whole run."""
-        return {name: self._lost_before[name] + getattr(self._source, name) for name in _LOST}
+        counts = self._source.counts._asdict()
+        return {name: self._lost_before[name] + counts[name] for name in _LOST}
 
     def _new_clock(self, seconds: float = 0.0) -> Clock:
         return Clock(self.sac.step, self.mirror.total_transitions, self._num_sampled, seconds)

@@ -274,5 +274,5 @@ def test_the_counters_are_those_of_the_source(
     reader, plain = read_ahead(log.reader()), log.reader()
     num_kept = len(plain.read(1000, 0))
     assert len(read_all(reader, num_kept)) == num_kept
-    assert reader.num_trimmed_unread == plain.num_trimmed_unread == 100 - num_kept > 0
-    assert (reader.num_duplicates, reader.num_malformed) == (1, 0)
+    assert reader.counts.num_trimmed_unread == plain.counts.num_trimmed_unread == 100 - num_kept > 0
+    assert (reader.counts.num_duplicates, reader.counts.num_malformed) == (1, 0)

@@ -221,7 +221,7 @@ def does_everything_a_run_does(url: str, make_episode: Callable[..., Episode]) -
     connect(url).xadd(keys_of(run_id).episodes, {"e": b"garbage"})
     reader = open_reader([connect(url)], run_id, config)
     assert [episode.uid for episode in reader.read(5, 0)] == ["a"]
-    assert reader.num_quarantined == 1
+    assert reader.counts.num_quarantined == 1
     channel = RedisWeightChannel(connect(url), run_id, config)
     assert channel.publish(1, {"w": torch.ones(3)})
     newer = channel.fetch_newer(than=0)

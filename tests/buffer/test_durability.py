@@ -113,7 +113,7 @@ def test_a_store_killed_twenty_times_loses_only_the_last_moments_and_doubles_not
         assert numbers == sorted(set(numbers)), "twice, or out of order"
     assert set(kept) <= log.acknowledged_at.keys()
     assert len(set(read) | set(kept)) > 0.9 * len(log.acknowledged_at)
-    assert whole.num_malformed == reader.num_malformed == 0
+    assert whole.counts.num_malformed == reader.counts.num_malformed == 0
 
 
 def test_an_episode_that_was_read_and_then_lost_by_the_store_is_not_read_again(
@@ -126,7 +126,7 @@ def test_an_episode_that_was_read_and_then_lost_by_the_store_is_not_read_again(
     client.delete(*client.keys(f"mara:{run_id}:*"))  # a crash of a store that keeps nothing
     log.append([make_episode(uid="b"), make_episode(uid="c")])
     assert [episode.uid for episode in reader.read(5, timeout_s=1)] == ["c"]
-    assert reader.num_duplicates == 1
+    assert reader.counts.num_duplicates == 1
 
 
 def test_publishing_does_not_make_the_append_only_file_grow(

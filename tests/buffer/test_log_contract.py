@@ -15,7 +15,7 @@ from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.memory import MemoryEpisodeLog
 from mara.buffer.shards import open_reader
 from mara.buffer.writer import BufferedSink
-from mara.common.contracts import EpisodeSink
+from mara.common.contracts import EpisodeSink, ReadCounts
 from mara.common.episode import Episode
 
 MakeEpisode = Callable[..., Episode]
@@ -82,7 +82,7 @@ def test_episodes_come_out_whole_and_in_order(
     read = reader.read(10, timeout_s=0)
     assert uids(read) == uids(written)
     assert all(same(a, b) for a, b in zip(written, read, strict=True))
-    assert reader.num_malformed == 0
+    assert reader.counts.num_malformed == 0
 
 
 def test_a_read_takes_at_most_what_it_asked_for_and_goes_on_there(
@@ -156,7 +156,7 @@ def test_what_came_before_the_cursor_is_read_back_newest_first(
         back += episodes
     assert all(same(a, b) for a, b in zip(reversed(written[:140]), back, strict=True))
     assert uids(reader.read(100, 0)) == [str(n) for n in range(143, 150)]
-    assert (reader.num_trimmed_unread, reader.num_malformed, reader.num_duplicates) == (0, 0, 0)
+    assert reader.counts == ReadCounts()
 
 
 def test_reading_back_ends_at_what_was_trimmed(
@@ -236,10 +236,10 @@ def test_episodes_trimmed_before_they_were_read_are_counted(
         sink.append([make_episode(uid=str(n), seed=n) for n in range(written, written + num_episodes)])
         written += num_episodes
         reader.read(1000, 0)
-        missed.append(reader.num_trimmed_unread)
+        missed.append(reader.counts.num_trimmed_unread)
     assert missed[0] == 0 < missed[1] == missed[2] < missed[3]
     late = log.make_reader()
-    assert len(late.read(1000, 0)) + late.num_trimmed_unread == written
+    assert len(late.read(1000, 0)) + late.counts.num_trimmed_unread == written
 
 
 def test_a_restored_cursor_knows_what_was_trimmed_meanwhile(
@@ -251,8 +251,8 @@ def test_a_restored_cursor_knows_what_was_trimmed_meanwhile(
     assert len(before.read(10, 0)) == 5
     sink.append([make_episode(uid=str(n), seed=n) for n in range(5, 100)])
     after = log.make_reader(before.cursor)
-    assert len(after.read(1000, 0)) + after.num_trimmed_unread == 95
-    assert after.num_trimmed_unread > 0
+    assert len(after.read(1000, 0)) + after.counts.num_trimmed_unread == 95
+    assert after.counts.num_trimmed_unread > 0
 
 
 def test_episodes_that_came_again_are_counted_over_all_writers(
@@ -263,7 +263,7 @@ def test_episodes_that_came_again_are_counted_over_all_writers(
     log.make_sink().append([make_episode(uid="a"), make_episode(uid="b"), make_episode(uid="a")])
     log.make_sink().append([make_episode(uid="b"), make_episode(uid="c")])
     assert len(reader.read(10, 0)) == 3
-    assert reader.num_duplicates == 2
+    assert reader.counts.num_duplicates == 2
 
 
 def test_only_waiting_counts_as_waiting(make_log: Callable[..., Log], make_episode: MakeEpisode) -> None:

@@ -132,7 +132,7 @@ def test_an_episode_whose_reply_was_lost_is_stored_once(
     assert len(cuts) == 1
     reader = RedisEpisodeReader(connect(server.url), run_id, PATIENT)
     assert [episode.uid for episode in reader.read(10, 0)] == ["a", "b", "c"]
-    assert reader.num_duplicates == 2
+    assert reader.counts.num_duplicates == 2
 
 
 def test_weights_whose_reply_was_lost_are_published_again_without_complaint(

@@ -97,12 +97,12 @@ def test_records_that_are_no_episodes_are_counted_and_passed_over(
     sink.append([make_episode(uid="b")])
     with caplog.at_level(logging.WARNING):
         assert [episode.uid for episode in reader.read(2, timeout_s=0)] == ["a", "b"]
-    assert reader.num_malformed == 3
+    assert reader.counts.num_malformed == 3
     assert len(caplog.records) == 3
     store(sink, [(f"{n}", b"garbage") for n in range(100)])
     with caplog.at_level(logging.WARNING):
         assert reader.read(10, timeout_s=0) == []
-    assert reader.num_malformed == 103
+    assert reader.counts.num_malformed == 103
     assert len(caplog.records) == 20
     assert caplog.records[-1].message.endswith("no more warnings")
 
@@ -124,7 +124,7 @@ def test_a_skipped_record_is_kept_with_the_reason_and_the_place_it_came_from(
         b"size": str(len(future)).encode(),
     }
     assert b"not a msgpack record" in second[b"why"]
-    assert reader.num_malformed == reader.num_quarantined == 2
+    assert reader.counts.num_malformed == reader.counts.num_quarantined == 2
     reader.read(5, timeout_s=0)
     assert client.xlen(keys.quarantine) == 2
 
@@ -134,7 +134,7 @@ def test_the_quarantine_stays_small_whatever_comes(client: redis.Redis, run_id: 
     sink = RedisEpisodeLog(client, run_id, CONFIG)
     for n in range(3 * QUARANTINE_ENTRIES):
         store(sink, [(str(n), b"%d " % n + bytes(2 * QUARANTINE_RECORD_BYTES))])
-    while reader.num_malformed < 3 * QUARANTINE_ENTRIES:
+    while reader.counts.num_malformed < 3 * QUARANTINE_ENTRIES:
         assert reader.read(20, timeout_s=0) == []
     kept = [fields for _, fields in client.xrange(keys.quarantine)]
     assert [int(fields[b"e"].split()[0]) for fields in kept] == list(
@@ -175,7 +175,7 @@ def test_reading_goes_on_where_no_copy_can_be_kept(
             client.mget = stopping_after_the_reply(client.mget, server)
         with caplog.at_level(logging.WARNING):
             assert [episode.uid for episode in reader.read(2, timeout_s=0)] in (["a"], [])
-        assert (reader.num_malformed, reader.num_quarantined) == (1, 0)
+        assert (reader.counts.num_malformed, reader.counts.num_quarantined) == (1, 0)
         assert sum("could not be copied" in record.message for record in caplog.records) == 1
 
 

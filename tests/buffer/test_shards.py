@@ -19,6 +19,7 @@ from mara.buffer.connection import check_stores, connect
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.server import EmbeddedServer, find_server
 from mara.buffer.shards import ShardedEpisodeReader, open_reader
+from mara.common.contracts import ReadCounts
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 
@@ -182,7 +183,7 @@ def test_counts_are_those_of_all_shards(servers: list[EmbeddedServer], make_epis
     reader = reader_of(config)
     while len(reader.read(10, 0)) > 0:
         pass
-    assert (reader.num_malformed, reader.num_quarantined, reader.num_duplicates) == (3, 3, 1 + 2 + 3)
+    assert reader.counts == ReadCounts(num_malformed=3, num_quarantined=3, num_duplicates=1 + 2 + 3)
 
 
 def test_each_shard_keeps_its_part_of_the_bound(

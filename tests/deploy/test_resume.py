@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mara.buffer.lease import Use, hold_lease
+from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
+from mara.deploy import resume as resume_module
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.console import View
@@ -104,6 +109,18 @@ def test_a_run_that_had_learnt_nothing_begins_at_the_beginning(run: Path) -> Non
         assert where_it_goes_on(resumed) == (
             "the run had learnt nothing yet: training begins at the beginning"
         )
+
+
+def test_the_server_of_a_run_is_asked_for_where_its_password_is_not_known(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["replay"]["redis_url"] = "redis://:***@host:6379"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(
+        UserError, match=r"at redis://:\*\*\*@host:6379, whose password .*; add replay.redis_url"
+    ):
+        find_resumed(run, [], pytest.fail)
+    own = find_resumed(run, ["replay.redis_url=redis://:secret@host:6379"], pytest.fail)
+    assert own.config.replay.redis_urls == ("redis://:secret@host:6379",)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run: Path) -> None:
@@ -206,6 +223,34 @@ def test_a_run_folder_is_held_from_its_start_and_when_it_goes_on(config: RunConf
     assert load_run(start.folder).rollout.num_actors == 3
     with pytest.raises(UserError, match="went on meanwhile"), take_run_folder(config, found({}), resumed):
         pass
+
+
+def test_a_learner_that_outlived_its_run_is_waited_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "logs").mkdir()
+    resumed = find_resumed(run, [], pytest.fail)
+    learner = hold_run(run / "logs")
+    learner.__enter__()
+    ends = threading.Timer(0.3, learner.__exit__, (None, None, None))
+    ends.start()
+    check_as_it_was(resumed, found({}))
+    assert ends.finished.is_set()
+    monkeypatch.setattr(resume_module, "PREDECESSOR_S", 0.0)
+    with hold_run(run / "logs"), pytest.raises(UserError, match="/logs is in use: its run goes on"):
+        check_as_it_was(resumed, found({}))
+
+
+@pytest.mark.parametrize(
+    ("use", "told"), [("reads", "its log is being read"), ("writes", "this run goes on still")]
+)
+def test_a_run_whose_log_somebody_uses_is_refused(run: Path, use: Use, told: str) -> None:
+    with EmbeddedServer(1 << 26) as server, hold_lease([server.url], "run-1", use, 5.0):
+        resumed = find_resumed(run, [f"replay.redis_url={server.url}"], pytest.fail)
+        with (
+            pytest.raises(UserError, match=rf"{told} \(process {os.getpid()} on .*that is known in \d+ s$"),
+            take_run_folder(resumed.config, found({}), resumed),
+        ):
+            pass
+    assert load_run(run).replay.redis_url is None  # nothing was taken over
 
 
 def test_fewer_episodes_than_it_had_are_refused(run: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -32,6 +34,17 @@ def test_a_run_is_seen_while_it_goes_on_and_keeps_others_out(tmp_path: Path) -> 
     assert who_runs(tmp_path) is None
     with hold_run(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_none(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", has_none)
+    with pytest.raises(
+        UserError, match=r"^run\.dir: .* no file locks \(No locks available\); choose a folder"
+    ):
+        hold_run(tmp_path).__enter__()
 
 
 def test_a_run_that_was_killed_is_over(tmp_path: Path) -> None:

@@ -89,6 +89,18 @@ def test_a_full_server_is_listed_and_emptied() -> None:
         assert not client.keys("mara:old:*")
 
 
+def test_a_server_that_does_not_answer_what_it_is_asked_is_named_without_its_password(url: str) -> None:
+    with connect(url) as owner:
+        owner.acl_setuser(
+            "guest", enabled=True, passwords=["+s3cret"], categories=["+@all"], commands=["-scan"], keys=["*"]
+        )
+    place = url.rpartition("@")[2]
+    status, out, error = mara("list", f"unix://guest:s3cret@{place}")
+    assert (status, out) == (2, "")
+    assert error.startswith(f"mara: error: unix://guest:***@{place} cannot be asked (")
+    assert "scan" in error and error.endswith("; look at the server\n") and len(error.splitlines()) == 1
+
+
 def test_nothing_is_deleted_where_one_run_is_in_use_or_unknown(url: str) -> None:
     before = keys_at(url)
     password = url.partition("//:")[2].partition("@")[0]

@@ -81,7 +81,10 @@ def test_a_run_survives_the_deaths_of_an_actor_and_its_server_and_leaves_everyth
     mara: Start, tmp_path: Path
 ) -> None:
     command = mara(
-        "learner.num_episodes=400", "learner.gradient_steps_per_episode=0.1", "replay.durable=true"
+        "learner.num_episodes=400",
+        "learner.gradient_steps_per_episode=0.1",
+        "learner.log_period_s=0.5",  # it is over in seconds on a quick machine
+        "replay.durable=true",
     )
     command.wait_until(lambda: is_training(command), "training")
     actors = [p for p in command.processes() if p.name().startswith("ray::RolloutHos")]

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, what is kept, what is refused."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -227,6 +228,26 @@ def test_a_run_that_goes_on_from_an_older_one_saves_the_same_step_again(tmp_path
         f"not-used-{newer.name}",
         older.name,
         newer.name,
+    ]
+
+
+def test_a_latest_that_points_to_none_of_them_is_told(tmp_path: Path, said: list[str]) -> None:
+    saved = save_checkpoint(tmp_path, Counter(3, 3))
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("not-used-step-00000004-episode-00000004")
+    with pytest.raises(UserError, match=rf"latest points to not-used-.*; point it to .* {saved.name}$"):
+        find_checkpoint(tmp_path, said.append)
+
+
+def test_of_those_set_aside_as_many_stay_as_of_the_others(tmp_path: Path) -> None:
+    """The ones that were written last, whatever their steps."""
+    for number, step in enumerate((9, 8, 7, 6)):
+        base = save_checkpoint(tmp_path, Counter(5, 5))
+        newer = save_checkpoint(tmp_path, Counter(step, step))
+        os.utime(newer, (number, number))
+        set_newer_aside(base, num_kept=2)
+    assert sorted(path.name for path in tmp_path.glob("not-used-*")) == [
+        f"not-used-step-{step:08d}-episode-{step:08d}" for step in (6, 7)
     ]
 
 

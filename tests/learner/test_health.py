@@ -1,10 +1,14 @@
 """What counts as a sign of training gone wrong."""
 
 import math
+import resource
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from mara.learner.health import messages, return_bound, signs
+from mara.common.contracts import TransitionBatch
+from mara.learner.health import messages, return_bound, save_batch, signs
 
 SOUND = {"sac/q_mean": 2.0, "sac/target_mean": 2.1, "sac/entropy": 0.3, "sac/target_entropy": 0.4}
 
@@ -29,6 +33,19 @@ def test_no_return_exceeds_rewards_and_entropy_together() -> None:
 def test_signs_of_a_row(change: dict[str, float], exploding: int, collapsed: int) -> None:
     found = signs(SOUND | change, bound=2.5)
     assert found == {"health/q_exploding": exploding, "health/entropy_collapsed": collapsed}
+
+
+def test_a_batch_for_which_the_disk_has_no_room_is_told_as_such(
+    make_batch: Callable[..., TransitionBatch], tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_batch(tmp_path / "batch.safetensors", make_batch(), "why")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gradient_step_there_is_no_sign() -> None:

@@ -21,7 +21,7 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
 from mara.common.agent import load_agent
 from mara.common.config import AgentConfig
-from mara.common.contracts import TransitionBatch
+from mara.common.contracts import ReadCounts, TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner import saving
@@ -79,7 +79,7 @@ def log_of(episodes: Sequence[Episode]) -> MemoryEpisodeLog:
 class ScriptedReader:
     """Hands out prepared answers, one for each read, then nothing; notes how long it was allowed to wait."""
 
-    num_malformed = num_quarantined = num_trimmed_unread = num_duplicates = 0
+    counts = ReadCounts()
     waited_s = 0.0
     cursor = "0"
 
@@ -573,6 +573,17 @@ def test_a_step_that_is_not_finite_now_and_then_does_not_end_the_run(make_episod
 
     learner.sac.update = breaks_every_third  # type: ignore[method-assign]
     assert learner.run().gradient_steps == 13  # of 20 earned, 7 were skipped
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_why_the_run_ends(
+    make_episode: EpisodeMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "not-finite-batch.safetensors").mkdir()
+    shaping, bad = with_nan(make_episode)
+    reader = ScriptedReader([[make_episode([1] * 8)], [], *([bad] for _ in range(9))])
+    learner = make_learner(reader, shaping=shaping, run_folder=tmp_path, max_skipped_steps=1)
+    with pytest.raises(FloatingPointError, match=r"last of 2 in a row .*; the batch could not be saved \("):
+        learner.run()
 
 
 def test_parameters_that_are_not_finite_are_not_saved_over_the_last_checkpoint(

@@ -16,6 +16,7 @@ from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryWeightChannel
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
+from mara.common.contracts import ReadCounts
 from mara.common.episode import Episode
 from mara.common.seeding import derive_seed, generator
 from mara.learner.config import LearnerConfig, SACConfig
@@ -74,7 +75,7 @@ class ToyActor:
     In step with the learner, so the run is reproducible; through the real log and weight channel.
     """
 
-    num_malformed = num_quarantined = num_trimmed_unread = num_duplicates = 0
+    counts = ReadCounts()
     waited_s = 0.0
 
     def __init__(self, task: Task, agent: Agent, channel: MemoryWeightChannel, seed: int) -> None:

@@ -135,8 +135,13 @@ def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in agent.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as partial:
         save_file(tensors, partial)
-    content = {"hidden_size": agent.hidden_size, "agent": agent.config.model_dump(mode="json"), **card}
-    _write_card(folder, content)
+    own = {
+        "hidden_size": agent.hidden_size,
+        "agent": agent.config.model_dump(mode="json"),
+        "num_parameters": sum(t.numel() for t in tensors.values()),
+        "dtype": str(tensors["ln.weight"].dtype).removeprefix("torch."),
+    }
+    _write_card(folder, {**own, **card, **own})  # A card that was loaded does not say what these weights are.
 
 
 def seal_agent(folder: Path) -> None:

@@ -13,10 +13,10 @@ import transformers
 from mara.actors.llm import FINAL_NORM
 from mara.deploy.config import AgentUse, RunConfig, portable_name
 from mara.deploy.console import warn
-from mara.deploy.model_shape import find_template_digest, is_same_llm
-from mara.deploy.preflight import warn_of_another_llm
+from mara.deploy.model_shape import LLMIdentity, find_identity, is_same_llm
+from mara.deploy.preflight import Checked, warn_of_another_llm
 
-OF_THE_LLM = ("llm.revision", "llm.gguf_file")
+REVISION, GGUF_FILE = "llm.revision", "llm.gguf_file"
 """Settings that mean something only beside the name of their LLM."""
 LIKE_IN_TRAINING = (
     "llm.quantization",
@@ -30,16 +30,14 @@ SHOWN = 60
 """Characters of a value in a message."""
 
 
-def use_card(config: AgentUse, template_digest: str | None) -> dict[str, Any]:
-    """What it takes to use an agent as it was trained: LLM, decoding, what a state is; and who wrote this.
-
-    ``template_digest`` is the SHA-256 of the LLM's chat template, None where it has none.
-    """
+def use_card(config: AgentUse, llm: LLMIdentity) -> dict[str, Any]:
+    """What it takes to use an agent as it was trained: LLM, decoding, what a state is; and who wrote this."""
     kept: dict[str, Any] = {"llm": True, "decoding": True, "rollout": {"max_prompt_tokens"}}
     prompt = config.llm.system_prompt
     return config.model_dump(mode="json", include=kept) | {
         "states": {"layer": "last", "final_norm": FINAL_NORM},
-        "chat_template_sha256": template_digest,
+        "llm_commit": llm.commit,
+        "chat_template_sha256": llm.template_digest,
         "system_prompt_sha256": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
         "versions": {
             "mara": version("mara-rl"),
@@ -49,23 +47,18 @@ def use_card(config: AgentUse, template_digest: str | None) -> dict[str, Any]:
     }
 
 
-def agent_card(
-    config: RunConfig,
-    head_digests: Mapping[str, Mapping[str, str]],
-    template_digest: str | None,
-    num_prompts: int,
-) -> dict[str, Any]:
+def agent_card(config: RunConfig, checked: Checked, run_id: str) -> dict[str, Any]:
     """What is kept beside an agent: what it was trained with and belongs to, as another machine can tell it.
 
-    Of each reward head the weight, the name, and the SHA-256 of its files, ``head_digests``: not its folder,
-    which is this machine's affair. Of the prompts the name, SHA-256 and number; of a run that trained on the
-    episodes of another one, that run's name instead.
+    Of each reward head the weight, the name, and the SHA-256 of its files: not its folder, which is this
+    machine's affair. Of the prompts the name, SHA-256 and number; of a run that trained on the episodes of
+    another one, that run's name instead.
     """
     rewards = {
         name: {
             "head": portable_name(head.path),
             "weight": head.weight,
-            "sha256": dict(head_digests[name]),
+            "sha256": dict(checked.head_digests[name]),
         }
         for name, head in config.rewards.items()
     }
@@ -73,13 +66,16 @@ def agent_card(
     if config.replay.from_run is not None:
         data = {"episodes_of": config.replay.from_run.name}
     else:
-        path = config.prompts.train
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        data = {"prompts": portable_name(path), "sha256": digest, "num_prompts": num_prompts}
-    return use_card(config, template_digest) | {
+        data = {
+            "prompts": portable_name(config.prompts.train),
+            "sha256": checked.prompts_digest,
+            "num_prompts": len(checked.prompts),
+        }
+    return use_card(config, checked.llm) | {
         "rewards": rewards,
         "training_data": data,
         "seed": config.run.seed,
+        "run_id": run_id,
     }
 
 
@@ -115,8 +111,17 @@ def warn_of_other_use(card: Mapping[str, Any], config: AgentUse) -> None:
 
 
 def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool) -> Iterator[str]:
-    settings = config.model_dump(mode="json")
-    for name in (*(OF_THE_LLM if is_same_model else ()), *LIKE_IN_TRAINING):
+    settings, llm = config.model_dump(mode="json"), find_identity(config.llm)
+    names = [*((REVISION, GGUF_FILE) if is_same_model else ()), *LIKE_IN_TRAINING]
+    commit = card.get("llm_commit")
+    if is_same_model and commit is not None and llm.commit is not None:
+        names.remove(REVISION)  # A branch may have moved, and two names may mean one commit.
+        if llm.commit != commit:
+            yield (
+                f"{config.llm.model} is at commit {llm.commit}, the agent was trained with {_shown(commit)}; "
+                f"give {REVISION}={_shown(commit)}, or look at `mara eval` before you rely on its answers"
+            )
+    for name in names:
         for theirs in _at(card, name):
             for ours in _at(settings, name):
                 if theirs != ours:
@@ -131,11 +136,11 @@ def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool)
                 f"is {FINAL_NORM}; train an agent on these, its answers mean little"
             )
     for theirs in _at(card, "chat_template_sha256"):
-        ours = find_template_digest(config.llm)
-        if theirs != ours:
+        if theirs != llm.template_digest:
             yield (
-                f"the LLM's chat template is {_digest(ours)}, the agent was trained with {_digest(theirs)}; "
-                "use the LLM's files of then, or look at `mara eval` before you rely on its answers"
+                f"the LLM's chat template is {_digest(llm.template_digest)}, the agent was trained with "
+                f"{_digest(theirs)}; use the LLM's files of then, or look at `mara eval` before you rely on "
+                "its answers"
             )
 
 

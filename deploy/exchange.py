@@ -17,7 +17,7 @@ from mara.deploy.agent_card import use_card, warn_of_untrained
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import make_settings
 from mara.deploy.console import say, warn
-from mara.deploy.model_shape import find_hidden_size, find_template_digest
+from mara.deploy.model_shape import find_hidden_size, find_identity
 from mara.deploy.preflight import check_writable
 from mara.deploy.run_folder import agent_folder
 from mara.deploy.run_lock import who_runs
@@ -69,7 +69,7 @@ def import_agent(file: Path, config: AgentUse, out: Path) -> None:
         )
     _warn_of_local_llm(config.llm.model)
     source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    card = use_card(config, find_template_digest(config.llm)) | {"rewards": {}, "imported_from": source}
+    card = use_card(config, find_identity(config.llm)) | {"rewards": {}, "imported_from": source}
     _write(agent, card, out)
 
 

@@ -1,4 +1,4 @@
-"""Hidden size and chat template of an LLM, found without loading it, and whether two names mean one LLM."""
+"""What an LLM is, found without loading it, and whether two names mean one LLM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -45,15 +45,33 @@ def find_hidden_size(config: LLMConfig) -> int:
         ) from error
 
 
-def find_template_digest(config: LLMConfig) -> str | None:
-    """SHA-256, in hex, of the chat template in the LLM's tokenizer or GGUF file; None: it has none.
+class LLMIdentity(NamedTuple):
+    """What tells an LLM, as an agent meets it, from others of the same name."""
+
+    commit: str | None
+    """Of a Hub model; None for a folder or a package."""
+    template_digest: str | None
+    """SHA-256, in hex, of the chat template in its tokenizer or GGUF file; None: it has none."""
+
+
+def find_identity(config: LLMConfig) -> LLMIdentity:
+    """Commit and chat template of the LLM.
 
     Raises:
         UserError: the model or its tokenizer cannot be read.
     """
     name, gguf_file = locate_model(config)
+    folder, commit = Path(name), None
+    if not folder.is_dir():
+        folder = _from_hub(config, gguf_file or "config.json").parent
+        # The Hub's cache keeps a model in NAME/snapshots/COMMIT.
+        commit = next((at.name for at in (folder, *folder.parents) if at.parent.name == "snapshots"), None)
+    return LLMIdentity(commit, _template_digest(config, folder))
+
+
+def _template_digest(config: LLMConfig, folder: Path) -> str | None:
+    name, gguf_file = locate_model(config)
     if gguf_file is not None:
-        folder = Path(name) if Path(name).is_dir() else _from_hub(config, gguf_file).parent
         template = read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
     else:
         from transformers import AutoTokenizer

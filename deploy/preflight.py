@@ -18,7 +18,7 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import warn
 from mara.deploy.finished_run import FinishedLog, find_log
-from mara.deploy.model_shape import find_hidden_size, find_template_digest, is_same_llm
+from mara.deploy.model_shape import LLMIdentity, find_hidden_size, find_identity, is_same_llm
 from mara.deploy.recorder import check_wandb
 from mara.learner.loop import check_start, learner_device
 
@@ -36,8 +36,8 @@ class Checked:
     """SHA-256 of their file."""
     hidden_size: int
     """Of the LLM."""
-    template_digest: str | None
-    """SHA-256 of the LLM's chat template; None where it has none."""
+    llm: LLMIdentity
+    """Its commit and chat template."""
     head_digests: dict[str, dict[str, str]]
     """Reward head → file → SHA-256."""
     base_scores: dict[str, dict[str, float]]
@@ -78,7 +78,7 @@ def preflight(
         check_stores(config.replay, config.rollout.num_actors, run_id)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
-    template_digest = find_template_digest(config.llm)
+    llm = find_identity(config.llm)
     digests, base_scores = {}, {}
     for name, head in config.rewards.items():
         check_head(name, head.path, hidden_size)
@@ -96,9 +96,7 @@ def preflight(
                     f"rewards.{name}.path is another head than the one that scored the episodes of "
                     f"{log.run_folder}; training goes by their scores, the evaluation by this head"
                 )
-    return Checked(
-        tuple(prompts), prompts_digest, hidden_size, template_digest, digests, base_scores, unpacks_llm, log
-    )
+    return Checked(tuple(prompts), prompts_digest, hidden_size, llm, digests, base_scores, unpacks_llm, log)
 
 
 def check_cache(config: RunConfig) -> bool:

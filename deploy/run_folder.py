@@ -162,6 +162,12 @@ def load_use(folder: Path, overrides: Sequence[str] = ()) -> AgentUse:
         content = _use_on_card(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"agent: {path} cannot be read ({error}); fetch it again") from error
+    # Settings may name variables of the environment. In a file from somebody else they would hand a secret
+    # over: as part of the name of a model that is then asked for, say.
+    if "${" in json.dumps(content):
+        raise UserError(
+            f"agent: {path} has ${{…}} in a setting, which a card must not; write the value there"
+        )
     return make_settings(AgentUse, content, overrides, folder)
 
 

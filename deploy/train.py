@@ -207,7 +207,7 @@ class _Training:
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = self._run_id
         checked = self._checked
-        card = agent_card(config, checked.head_digests, checked.template_digest, len(checked.prompts))
+        card = agent_card(config, checked, self._start.record.run_id)
         checkpoint = self._start.checkpoint_name
         learner = LearnerSpec(LEARNER, config, run_id, self._folder, checked.hidden_size, card, checkpoint)
         rollouts = [

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from mara.actors.head_config import HeadShape
-from mara.actors.heads import RewardHead, head_digests, save_head
+from mara.actors.heads import RewardHead, save_head
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 from mara.deploy.agent_card import agent_card
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
-from mara.deploy.model_shape import find_template_digest
+from mara.deploy.preflight import preflight
 from mara.deploy.run_folder import CONFIG_FILE
 from mara.learner.saving import AGENT_FOLDER
 
@@ -72,8 +72,7 @@ def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
     agent = Agent(32, AgentConfig(widths=(16, 8)))
     torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
     config = load_config(tmp_path / "tiny.yaml")
-    digests = {name: head_digests(head.path) for name, head in config.rewards.items()}
-    card = agent_card(config, digests, find_template_digest(config.llm), num_prompts=1)
+    card = agent_card(config, preflight(config), "run-1")
     training = {"gradient_steps": 40, "policy_steps": 30, "episodes": 20, "complete": True}
     save_agent(agent, folder / AGENT_FOLDER, {**card, "training": training})
     (folder / CONFIG_FILE).write_text(dump_config(config))

@@ -12,7 +12,8 @@ from mara.common.agent import Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
 from mara.deploy.agent_card import agent_card
 from mara.deploy.config_file import find_config, load_config
-from mara.deploy.preflight import preflight
+from mara.deploy.model_shape import LLMIdentity
+from mara.deploy.preflight import Checked, preflight
 
 
 def test_a_head_is_named_without_its_place_and_known_by_its_content(
@@ -23,7 +24,7 @@ def test_a_head_is_named_without_its_place_and_known_by_its_content(
         folder = tmp_path / place / "kind"
         save_head(folder, head, {})
         config = load_config(config_path, [f"rewards.helpful.path={folder}", "rewards.helpful.weight=0.5"])
-        cards.append(agent_card(config, preflight(config).head_digests, None, 2)["rewards"])
+        cards.append(agent_card(config, preflight(config), "run-1")["rewards"])
     assert cards[0] == cards[1]
     told = cards[0]["helpful"]
     assert (told["head"], told["weight"]) == ("kind", 0.5)
@@ -37,7 +38,10 @@ def test_a_head_is_named_without_its_place_and_known_by_its_content(
 
 def test_a_shipped_head_has_the_name_that_a_configuration_gives_it(tmp_path: Path) -> None:
     config = load_config(find_config("quickstart"))
-    card = agent_card(config, {name: {} for name in config.rewards}, None, 2)
+    checked = Checked(
+        (), "", 576, LLMIdentity(None, None), {name: {} for name in config.rewards}, {}, False, None
+    )
+    card = agent_card(config, checked, "run-1")
     assert card["rewards"]["helpful"]["head"] == "mara:heads/helpful-smollm2-135m-instruct"
     given = [f"rewards.{name}.path={head['head']}" for name, head in card["rewards"].items()]
     assert load_config(find_config("quickstart"), given).rewards == config.rewards

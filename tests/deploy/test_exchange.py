@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from mara.actors.config import LLMConfig
 from mara.common.agent import Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
+from mara.deploy.model_shape import find_identity
 from mara.deploy.run_lock import hold_run
 from mara.learner.saving import AGENT_FOLDER
 
@@ -53,6 +56,8 @@ def test_an_exported_agent_is_the_runs_own_and_its_card_tells_what_it_was_traine
     card = json.loads((exported / "agent.json").read_text())
     assert card["weights_sha256"] == hashlib.sha256(content).hexdigest()
     assert (card["hidden_size"], card["agent"]["widths"]) == (32, [16, 8])
+    num_parameters = sum(value.numel() for value in load_file(exported / "agent.safetensors").values())
+    assert (card["num_parameters"], card["dtype"], card["run_id"]) == (num_parameters, "float32", "run-1")
     assert (card["llm"]["model"], card["llm"]["revision"]) == (config.llm.model, None)
     assert card["states"] == {"layer": "last", "final_norm": "applied"}
     template = (Path(config.llm.model) / "chat_template.jinja").read_text()
@@ -151,6 +156,17 @@ def test_a_card_that_cannot_be_used_is_one_line(exported: Path, content: str) ->
     assert len(lines) == 1 and "agent.json cannot be read" in lines[0]
 
 
+def test_a_card_from_somebody_else_reads_no_variables_of_the_environment(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_TOKEN", "s3cret")
+    card = json.loads((exported / "agent.json").read_text())
+    card["llm"]["model"] = "nobody/${oc.env:A_TOKEN}"
+    (exported / "agent.json").write_text(json.dumps(card))
+    _, (line,) = mara("generate", exported, "why", status=2)
+    assert "agent.json has ${…} in a setting" in line and "s3cret" not in line
+
+
 @pytest.mark.parametrize("command", ["run", "exported"])
 def test_what_differs_from_the_training_is_a_line_each_with_both_values_and_what_to_do(
     tiny_run: Run, exported: Path, make_llm_folder: Callable[..., Path], command: str
@@ -185,6 +201,27 @@ def test_an_agent_of_other_hidden_states_is_told_of(exported: Path) -> None:
     (exported / "agent.json").write_text(json.dumps(card))
     _, (line,) = mara("generate", exported, "why")
     assert "final norm not applied, here it is applied" in line
+
+
+def test_another_commit_of_a_hub_model_is_told_of_and_other_names_of_one_commit_are_not(
+    exported: Path, tmp_path: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "models--org--tiny"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(llm_folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "refs" / "v2").write_text("b" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, card = load_agent(exported)
+    assert find_identity(LLMConfig(model="org/tiny")).commit == "a" * 40
+    card["llm"]["model"], card["llm_commit"] = "org/tiny", "a" * 40
+    (exported / "agent.json").write_text(json.dumps(card))
+    assert mara("generate", exported, "why")[1] == []
+    assert mara("generate", exported, "why", "llm.revision=" + "a" * 40)[1] == []
+    _, (line,) = mara("generate", exported, "why", "llm.revision=v2")
+    assert f"org/tiny is at commit {'b' * 40}, the agent was trained with {'a' * 40}; give llm.rev" in line
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from mara.deploy import resume as resume_module
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.console import View
+from mara.deploy.model_shape import LLMIdentity
 from mara.deploy.preflight import Checked
 from mara.deploy.recorder import Recorder, cut_back
 from mara.deploy.resume import (
@@ -184,7 +185,9 @@ def test_a_complete_run_whose_last_checkpoint_is_missing_does_the_rest_again(
 
 def found(heads: dict[str, dict[str, str]], hidden_size: int = 32, prompts_digest: str = "p") -> Checked:
     """What the checks of a start found out."""
-    return Checked((), prompts_digest, hidden_size, None, heads, {}, unpacks_llm=False, log=None)
+    return Checked(
+        (), prompts_digest, hidden_size, LLMIdentity(None, None), heads, {}, unpacks_llm=False, log=None
+    )
 
 
 def test_a_run_that_is_no_longer_what_it_was_is_refused(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of the run in ``folder``, with ``key=value`` overrides.
 
     Raises:
-        UserError: it is not a run folder.
+        UserError: it is not a run folder, or a setting has ``${``: what a run saves is resolved.
     """
     if folder.name == LATEST and not folder.exists():
         raise UserError(
@@ -146,6 +147,8 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
+    with contextlib.suppress(OSError, ValueError):  # load_config says what is wrong with the file
+        _check_resolved(folder / CONFIG_FILE, (folder / CONFIG_FILE).read_text())
     return load_config(folder / CONFIG_FILE, overrides)
 
 
@@ -162,13 +165,21 @@ def load_use(folder: Path, overrides: Sequence[str] = ()) -> AgentUse:
         content = _use_on_card(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"agent: {path} cannot be read ({error}); fetch it again") from error
-    # Settings may name variables of the environment. In a file from somebody else they would hand a secret
-    # over: as part of the name of a model that is then asked for, say.
-    if "${" in json.dumps(content):
-        raise UserError(
-            f"agent: {path} has ${{…}} in a setting, which a card must not; write the value there"
-        )
+    _check_resolved(path, json.dumps(content))
     return make_settings(AgentUse, content, overrides, folder)
+
+
+def _check_resolved(path: Path, text: str) -> None:
+    """Refuse settings that name variables of the environment, as a configuration to start with may.
+
+    In a file from somebody else they would hand a secret over: as part of the name of a model that is then
+    asked for, say.
+
+    Raises:
+        UserError: there is one.
+    """
+    if "${" in text:
+        raise UserError(f"{path} has ${{…}} in a setting, which a saved one has not; write the value there")
 
 
 def _use_on_card(card: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ TENSOR_KEY = "$tensor"
 
 
 class Checkpointed(Protocol):
-    """What can be saved: the learner."""
+    """What can be saved: the learner, or a copy of how it was."""
 
     @property
     def gradient_step(self) -> int: ...
@@ -50,6 +50,10 @@ class Checkpointed(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Nested dictionaries with text keys; the leaves are tensors or what JSON can hold."""
         ...
+
+
+class Restored(Protocol):
+    """What can go on from a checkpoint: the learner."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -138,7 +142,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, learner: Checkpointed) -> None:
+def load_checkpoint(path: Path, learner: Restored) -> None:
     """Bring ``learner`` to the state of the checkpoint ``path``.
 
     Networks, target, optimisers, temperature, counters, the limiter, the score normaliser's memory, what the

@@ -36,9 +36,6 @@ class _Copied:
     def state_dict(self) -> dict[str, Any]:
         return self.state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a copy is only written")
-
 
 class Saver:
     """Writes agent and checkpoints into a run folder. Called from one thread."""

@@ -47,9 +47,6 @@ class AtStep:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
 
 @pytest.fixture
 def run(tmp_path: Path, config: RunConfig) -> Path:

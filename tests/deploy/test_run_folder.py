@@ -14,6 +14,7 @@ from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config
 from mara.deploy.plots import accepted_positions, draw_plots, llm_levels, read_metrics, reward_curve
 from mara.deploy.run_folder import check_agent, load_run, make_run_folder, name_latest
 
@@ -159,3 +160,15 @@ def test_a_run_without_episodes_has_no_plots(tmp_path: Path) -> None:
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, [{"time_s": 1.0}], tail='{"time_s": 2.0, "sac')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"time_s": 1.0}]
+
+
+def test_a_run_folder_of_somebody_else_reads_no_variable(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "secret")
+    text = dump_config(config).replace(f"model: {config.llm.model}", "model: x/${oc.env:TOKEN}")
+    assert "${" in text
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml has \$\{…\} in a setting") as caught:
+        load_run(tmp_path)
+    assert "secret" not in str(caught.value)

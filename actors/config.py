@@ -35,6 +35,9 @@ class LLMConfig(Config):
     """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
     system_prompt: str | None = None
     """Put before every prompt. None: what the chat template does by itself."""
+    doubled_bos: bool = False
+    """Have the tokenizer put its special tokens around the filled chat template, which gives two BOS tokens
+    where the template has one already. So does the authors' code, to which their agents are fitted."""
 
 
 class TruncationConfig(Config):

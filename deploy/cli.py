@@ -332,7 +332,10 @@ def store_list(url: StoreUrl) -> None:
 @store_app.command("delete")
 def store_delete(
     url: StoreUrl,
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="As `mara store list` names them.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or ids as `mara store list` names them."),
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would go.")] = False,
 ) -> None:
     """Delete all that runs have on a server. One that goes on, or is trained on, is refused."""

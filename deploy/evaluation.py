@@ -25,7 +25,7 @@ from mara.deploy.config import AgentUse
 from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
-from mara.deploy.preflight import check_head, warn_of_head
+from mara.deploy.preflight import check_context, check_head, warn_of_head
 from mara.deploy.run_folder import agent_folder
 
 REPORT_FILE = "report.json"
@@ -74,6 +74,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         "yardstick of fluency)"
     )
     hidden_size = find_hidden_size(config.llm)
+    check_context(config)
     agent, card = _read_agent(folder, config, hidden_size)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
     if not after_training:
@@ -115,7 +116,9 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     if not prompt.strip():
         raise UserError("PROMPT is empty; ask something")
     check_unicode(prompt, "PROMPT")
-    agent, card = _read_agent(folder, config, find_hidden_size(config.llm))
+    hidden_size = find_hidden_size(config.llm)
+    check_context(config)
+    agent, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
     llm = _load(config, complain)  # Standard output is for the answers alone.
     policies: dict[str, Policy | Plain] = {

@@ -168,6 +168,11 @@ def test_what_does_not_fit_is_said_before_the_llm_is_loaded(tiny_run, tmp_path, 
     save_head(tmp_path / "cost", RewardHead(HeadShape(hidden_size=64)), {})
     with pytest.raises(UserError, match=r"rewards\.cost\.path: .*hidden size 64, the LLM has 32"):
         run_evaluation(folder, config)
+    too_long = config.decoding.model_copy(update={"max_new_tokens": 100_000})
+    endless = config.model_copy(update={"decoding": too_long})
+    for command in (lambda: run_evaluation(folder, endless), lambda: generate(folder, endless, "why")):
+        with pytest.raises(UserError, match=r"decoding\.max_new_tokens=100000: .* can read 256 tokens"):
+            command()
     save_agent(Agent(64, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, {})
     for command in (lambda: run_evaluation(folder, config), lambda: generate(folder, config, "why")):
         with pytest.raises(UserError, match="agent: .* hidden size 64, the LLM has 32"):

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
@@ -117,9 +117,9 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     agent, card = _read_agent(folder, config, find_hidden_size(config.llm))
     warn_of_untrained(card)
     llm = _load(config, complain)  # Standard output is for the answers alone.
-    policies: dict[str, Policy | Plain] = {
+    policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
+        "agent": steered_by(agent.to(llm.device), config.decoding),
     }
     prompts = [Prompt("prompt", prompt)]
     answers = answer_prompts(

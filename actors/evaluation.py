@@ -17,7 +17,7 @@ import numpy as np
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
@@ -161,9 +161,9 @@ def evaluate(
     Raises:
         UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
     """
-    policies: dict[str, Policy | Plain] = {
+    policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent.eval(), threshold=decoding.threshold),
+        "agent": steered_by(agent.eval(), decoding),
         "base_sampled": "sample",
     }
     answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
@@ -174,7 +174,7 @@ def answer_prompts(
     llm: LLM,
     prompts: Sequence[Prompt],
     decoding: DecodingConfig,
-    policies: Mapping[str, Policy | Plain],
+    policies: Mapping[str, Policy | Plain | Gated],
     rows: int,
     max_prompt_tokens: int,
     seed: int = 0,
@@ -191,7 +191,7 @@ def answer_prompts(
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     num_answers = len(policies) * len(prompts)
     # The widest window that any policy needs: a plain one by itself would allow one candidate alone.
-    widest: Policy | Plain = "greedy"
+    widest: Policy | Plain | Gated = "greedy"
     for policy in policies.values():
         if not isinstance(policy, str):
             widest = policy

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
@@ -121,9 +121,9 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     agent, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
     llm = _load(config, complain)  # Standard output is for the answers alone.
-    policies: dict[str, Policy | Plain] = {
+    policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
+        "agent": steered_by(agent.to(llm.device), config.decoding),
     }
     prompts = [Prompt("prompt", prompt)]
     answers = answer_prompts(

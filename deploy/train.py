@@ -100,7 +100,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                     display.say("stopped before training began; there is no agent to save")
                 else:
                     display.say(
-                        "stopped before training went on; agent and checkpoints are as the run had saved them"
+                        "stopped before training went on; agent and checkpoints are as the run had saved "
+                        f"them, and `mara train --resume {resumed.folder}` goes on"
                     )
                 return
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
@@ -121,6 +122,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             say(f"no evaluation; `mara eval {folder}` does it later")
         finally:
             _print_places(folder, recorder)
+            if (remedy := how_to_go_on(summary, folder)) is not None:
+                say(remedy)
 
 
 def _reason(error: OSError) -> str:
@@ -337,6 +340,13 @@ def closing_line(summary: LearnerSummary) -> str:
         f"{summary.num_tokens} tokens, {summary.gradient_steps} gradient steps in {summary.seconds:.0f} s; "
         f"over the whole run the learner was idle {summary.idle_ratio:.0%} of the time"
     )
+
+
+def how_to_go_on(summary: LearnerSummary, folder: Path) -> str | None:
+    """How a run that was stopped goes on; None if it is complete, or has no checkpoint on this machine."""
+    if not summary.stopped or not (folder / CHECKPOINT_FOLDER).is_dir():
+        return None
+    return f"`mara train --resume {folder}` goes on with the training"
 
 
 def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None:

@@ -82,7 +82,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             try:
                 run_id = None if resumed is None else resumed.record.run_id
                 checked = preflight(config, progress.state, run_id)
-                start = exits.enter_context(take_run_folder(config, checked, resumed))
+                pause = progress.wait_out("the learner of the run before to end")
+                start = exits.enter_context(take_run_folder(config, checked, resumed, pause))
                 folder = start.folder
                 recorder = Recorder(folder, config, display.say, start.record.wandb_id, start.position)
                 exits.callback(recorder.close)

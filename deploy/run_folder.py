@@ -174,13 +174,15 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of the run in ``folder``, with ``key=value`` overrides.
 
     Raises:
-        UserError: it is not a run folder, or a setting has ``${``: what a run saves is resolved.
+        UserError: it is not there or no run folder, or a setting has ``${``: what a run saves is resolved.
     """
     if folder.name == LATEST and not folder.exists():
         raise UserError(
             f"{folder} is not there: no run in {folder.absolute().parent} has saved a trained agent yet; "
             "give the folder of a run, or train one first"
         )
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; give the folder of a run, which `mara train` makes")
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     with contextlib.suppress(OSError, ValueError):  # load_config says what is wrong with the file

@@ -120,7 +120,7 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
         (["bench", "decode", "{run}", "--json", "{tmp}"], "--json: {tmp} is a folder; give a file, such as"),
         (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
         (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
-        (["bench", "decode", "{tmp}/none"], "is not a run folder"),
+        (["bench", "decode", "{tmp}/none"], "none does not exist; give the folder of a run"),
         (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper takes the last"),
     ],
 )

@@ -122,7 +122,7 @@ def test_an_unknown_name_for_it_is_told_the_right_one(config_path: Path) -> None
 
 def test_a_folder_that_is_no_run_is_named(config_path: Path, tmp_path: Path) -> None:
     config = offline(config_path, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* is not a run folder"):
+    with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* does not exist; give"):
         find_log(config, HIDDEN_SIZE)
 
 

@@ -106,9 +106,8 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"pairs: {path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); correct it"
-            ) from error
+            where = f"pairs: {path}, line {error.lineno}, column {error.colno}"
+            raise UserError(f"{where}: not JSON ({error.msg}); correct it") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"pairs: {path}: not JSON ({error}); correct it") from error
         if not isinstance(content, list):

@@ -61,7 +61,7 @@ def _unused(wanted: Path) -> Path:
 
 
 def name_latest(folder: Path) -> bool:
-    """Point ``latest`` beside ``folder`` to it, if the agent in it has done a gradient step. Whether it has.
+    """Point ``latest`` beside ``folder`` to it, if the policy in it has moved. Whether it has.
 
     ``latest`` is what the next command is given: until a run has an agent worth using, and where it never
     gets that far, the run before keeps the name.
@@ -70,7 +70,7 @@ def name_latest(folder: Path) -> bool:
         OSError: the link cannot be written.
     """
     card = folder / AGENT_FOLDER / CARD_FILE
-    if not card.is_file() or not json.loads(card.read_text()).get("training", {}).get("gradient_steps"):
+    if not card.is_file() or not json.loads(card.read_text()).get("training", {}).get("policy_steps"):
         return False
     link = folder.with_name(f".{LATEST}.{folder.name}")
     link.unlink(missing_ok=True)

@@ -365,7 +365,7 @@ def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None
     return (
         f"the saved agent is untrained: in the first {critic_only_steps} gradient steps only the critic "
         f"learns, and the run ended after {summary.gradient_steps}; let it run longer (learner.num_episodes) "
-        "or lower learner.sac.critic_only_steps"
+        f"or lower learner.sac.critic_only_steps. {LATEST!r} does not name it"
     )
 
 

@@ -84,7 +84,7 @@ LLM's average sampled answer, 1 is one standard deviation better. It works with 
 | Left out | {left_out} |
 | Fitted to | {report.num_fit} pairs, {cut} |
 | Held out | {report.num_held_out} pairs; no prompt of theirs was fitted to |
-| Held-out pairwise accuracy | **{100 * report.accuracy:.1f} %** ({interval}, bootstrap over prompts) |
+| Held-out pairwise accuracy | **{100 * report.accuracy:.1f} %** ({interval}, Wilson's over prompts) |
 | With both answers cut | {prefixes} |
 
 ## Does it prefer real text to broken text?

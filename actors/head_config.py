@@ -102,7 +102,7 @@ class FitReport(Config):
     accuracy: float
     """Share of held-out pairs in which the chosen answer scores higher."""
     accuracy_low: float
-    """Lower end of the 95 % interval (bootstrap over prompts)."""
+    """Lower end of the 95 % interval (Wilson's, with pairs of one prompt taken together)."""
     accuracy_high: float
     prefix_accuracy: dict[int, float]
     """The same with both answers cut to so many tokens."""

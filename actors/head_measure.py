@@ -5,6 +5,9 @@ Legend: T texts, R texts cut to a limit, C comparisons.
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import torch
 
@@ -108,7 +111,7 @@ def measure(head: RewardHead, material: Material, config: FitConfig) -> FitRepor
         raise UserError(f"pairs: no pair of {config.pairs} falls into the held-out part; give more pairs")
     texts_R = table.texts_and_limits[0]
     groups = material.places_T[texts_R[torch.tensor(table.better)[pairs]]].numpy()
-    low, high = bootstrap_interval(right_C[pairs], groups)
+    low, high = wilson_interval(right_C[pairs], groups)
     used_T = in_share(material.places_T, config)
     shares = (*SALAD, *BROKEN_TEXT, *CUT, OFF_TOPIC)
     return FitReport(
@@ -135,15 +138,26 @@ def measure(head: RewardHead, material: Material, config: FitConfig) -> FitRepor
     )
 
 
-def bootstrap_interval(right: np.ndarray, groups: np.ndarray, num_draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean of ``right``, drawing whole groups: pairs of one prompt are alike."""
-    names, member = np.unique(groups, return_inverse=True)
-    sums = np.bincount(member, weights=right)
-    counts = np.bincount(member)
-    draws = np.random.default_rng(0).integers(0, len(names), (num_draws, len(names)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def wilson_interval(right_C: np.ndarray, groups_C: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the share of ``right_C``, bool [C] (Wilson's), whose ends are not the share itself
+    where all are right or all wrong.
+
+    Comparisons of one group, which are of one prompt, are alike: they count for as many as would, being
+    independent, vary as much as the groups do. Where nothing varies a group counts for one.
+    """
+    share, num = float(right_C.mean()), len(right_C)
+    names, members_C = np.unique(groups_C, return_inverse=True)
+    num_groups = len(names)
+    if 0 < share < 1 and num_groups > 1:
+        over_G = np.bincount(members_C, weights=right_C - share)
+        variance = num_groups / (num_groups - 1) * float(over_G @ over_G) / num**2
+        num_effective = min(num, share * (1 - share) / variance) if variance > 0 else num
+    else:
+        num_effective = num_groups
+    squared = NormalDist().inv_cdf(0.975) ** 2 / num_effective
+    middle = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _base_scores(head: RewardHead, material: Material) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mara.actors.prompts import check_unicode
+from mara.actors.prompts import check_unicode, parse_json
 from mara.common.errors import UserError
 
 FORMAT_HINT = (
@@ -106,10 +106,9 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"pairs: {path}, line {error.lineno}: not JSON ({error.msg}); correct it"
-            ) from error
-        except RecursionError as error:
+            where = f"pairs: {path}, line {error.lineno}, column {error.colno}"
+            raise UserError(f"{where}: not JSON ({error.msg}); correct it") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(f"pairs: {path}: not JSON ({error}); correct it") from error
         if not isinstance(content, list):
             raise UserError(f"pairs: {path} is not a JSON list; {FORMAT_HINT}")
@@ -118,11 +117,8 @@ def _file_rows(path: Path) -> list[tuple[str, Any]]:
     # Not splitlines(): JSON strings may hold U+2028 and its like.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                rows.append((f"{path}, line {number}", json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"pairs: {path}, line {number}: not JSON ({reason}); correct it") from error
+            where = f"{path}, line {number}"
+            rows.append((where, parse_json(line, f"pairs: {where}", "correct it")))
     return rows
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,21 +58,17 @@ def load_prompts(path: Path, field: str = "prompts") -> list[Prompt]:
             )
         prompts[prompt.id] = prompt
     if not prompts:
-        raise UserError(f'{field}: {path} has no prompts; put one JSON object with "prompt" on each line')
+        a_prompt = "a prompt" if _is_plain(path) else 'a JSON object with "prompt"'
+        raise UserError(f"{field}: {path} has no prompts; put {a_prompt} on each line")
     return list(prompts.values())
 
 
 def _parse(line: str, path: Path, number: int, field: str) -> Prompt:
     name = f"{path.stem}-{number}"
-    if path.suffix.lower() == ".txt":
+    if _is_plain(path):
         return Prompt(name, line.strip())
     where = f"{field}: {path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f'{where}: not JSON ({error}); write one object with "prompt" on each line'
-        ) from error
+    row = parse_json(line, where, 'write one object with "prompt" on each line')
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UserError(f'{where}: needs an object with a non-empty text "prompt", has {line.strip()[:60]!r}')
     identity = name if row.get("id") is None else str(row["id"])
@@ -83,6 +80,24 @@ def _parse(line: str, path: Path, number: int, field: str) -> Prompt:
             f"{where}: the id {identity[:20]!r}… has {num_bytes} bytes; give one of at most {MAX_ID_BYTES}"
         )
     return prompt
+
+
+def _is_plain(path: Path) -> bool:
+    return path.suffix.lower() == ".txt"
+
+
+def parse_json(line: str, where: str, remedy: str) -> Any:
+    """What one line of a file holds, which ``where`` names.
+
+    Raises:
+        UserError: it is not JSON; names ``where`` with the column.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg}); {remedy}") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all bounds
+        raise UserError(f"{where}: not JSON ({error}); {remedy}") from error
 
 
 def check_unicode(text: str, where: str) -> None:

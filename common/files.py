@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
+        partial.unlink(missing_ok=True)  # of a process that was killed
+        with readable(partial):
+            yield partial
         flush_to_disk(partial)
         partial.replace(path)
     except BaseException:
@@ -29,6 +32,21 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """The new file ``path``, which a library writes in the block, gets the permissions that the umask leaves.
+
+    safetensors writes files that nobody but their owner can read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # The umask itself cannot be asked for without changing it.
+    yield
+    path.chmod(mode)
 
 
 def write_whole(path: Path, text: str) -> None:

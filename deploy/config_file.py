@@ -226,7 +226,9 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
             case "missing":
                 near = _near_name(detail["loc"], model, content)
                 meant = "" if near is None else f"did you mean {near}? Otherwise "
-                yield f"{path} is missing; {meant}add it to the configuration or give {path}=VALUE"
+                # Of a group a setting in it is given.
+                given = next((key for key in _keys(model) if key.startswith(f"{path}.")), path)
+                yield f"{path} is missing; {meant}add it to the configuration or give {given}=VALUE"
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")
                 yield hide_passwords(message if not path or path in message else f"{path}: {message}")

@@ -26,6 +26,8 @@ from mara.common.errors import ReplayUnavailable, UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.console import warn
 from mara.deploy.model_shape import is_same_llm
+from mara.deploy.plots import read_metrics
+from mara.deploy.recorder import EPISODES, METRICS_FILE
 from mara.deploy.run_folder import REPLAY, load_run, read_log_record
 from mara.deploy.run_lock import who_runs
 
@@ -39,6 +41,8 @@ MADE_WITH = (
     "decoding.fallback",
 )
 """Settings that decide what an episode holds, beside ``llm.model`` and the names of the rewards."""
+MUCH_FORCED = 0.25
+"""Share of forced tokens above which a run's episodes are warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,30 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
         )
     log = FinishedLog(folder, record.run_id, record.heads, list(urls), None, max_bytes)
     return replace(log, num_episodes=require_episodes(log, config.replay, urls))
+
+
+def warn_of_forced(run_folder: Path) -> None:
+    """Say in one line that the agent of a run, as its record tells, rejected nearly all that it was shown.
+
+    A forced token says nothing of what accepting another one would have been worth.
+    """
+    try:
+        records = read_metrics(run_folder / METRICS_FILE)
+    except OSError:  # it is on another machine, or was deleted
+        return
+    forced = counted = num_before = 0.0
+    for record in records:
+        num_episodes, share = record.get(EPISODES) or num_before, record.get("episode/forced_rate")
+        if share is not None:  # the mean over the episodes since the record before
+            counted += num_episodes - num_before
+            forced += share * (num_episodes - num_before)
+        num_before = num_episodes
+    if counted > 0 and forced / counted > MUCH_FORCED:
+        warn(
+            f"replay.from={run_folder}: {forced / counted:.0%} of the tokens that its agent decided were "
+            "forced, as it rejected all others; such episodes teach little: train on those of a run that "
+            "rejects less (agent.accept_bias)"
+        )
 
 
 def require_episodes(log: FinishedLog, replay: ReplayConfig, urls: Sequence[str]) -> int:

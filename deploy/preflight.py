@@ -17,7 +17,7 @@ from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.console import warn
-from mara.deploy.finished_run import FinishedLog, find_log
+from mara.deploy.finished_run import FinishedLog, find_log, warn_of_forced
 from mara.deploy.model_shape import (
     LLMIdentity,
     find_hidden_size,
@@ -97,6 +97,7 @@ def preflight(
     if config.replay.from_run is not None:
         say("checking the run at replay.from")
         log = find_log(config, hidden_size)
+        warn_of_forced(log.run_folder)
         for name in sorted(digests.keys() & log.heads.keys()):
             if digests[name] != log.heads[name]:
                 warn(

@@ -42,6 +42,18 @@ class Progress:
         while not self.stop.requested and time.monotonic() < until:
             time.sleep(TICK_S)
 
+    def wait_out(self, what: str) -> Callable[[float], None]:
+        """A function that waits for some seconds of all the waiting for ``what``, and says so.
+
+        It raises :class:`StoppedEarly` once a signal has come.
+        """
+
+        def pause(seconds: float) -> None:
+            self.state(f"waiting for {what}")
+            self.pause(seconds)
+
+        return pause
+
     def wait_for(self, work: Callable[[], None], *, may_be_left: bool = False) -> None:
         """Do ``work`` in another thread, with the display alive and signals heard; raise what it raises.
 

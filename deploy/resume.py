@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -108,8 +109,16 @@ class Start(NamedTuple):
 
 
 @contextmanager
-def take_run_folder(config: RunConfig, checked: Checked, resumed: Resumed | None) -> Iterator[Start]:
+def take_run_folder(
+    config: RunConfig,
+    checked: Checked,
+    resumed: Resumed | None,
+    pause: Callable[[float], None] = time.sleep,
+) -> Iterator[Start]:
     """The folder in which a run starts, a new one or that of the run that goes on; held until the block ends.
+
+    While a learner that outlived its run is waited for, ``pause`` waits for a number of seconds, and may
+    raise to end the waiting.
 
     Raises:
         UserError: it cannot be written, another process uses it or its log, or the run is not what it was.
@@ -124,7 +133,7 @@ def take_run_folder(config: RunConfig, checked: Checked, resumed: Resumed | None
         else:
             folder, record = resumed.folder, resumed.record
             exits.enter_context(hold_run(folder))
-            check_as_it_was(resumed, checked)
+            check_as_it_was(resumed, checked, pause)
             check_unused(config, folder, record.run_id)
             take_over(resumed)
         yield Start(folder, record, resumed)
@@ -178,18 +187,18 @@ def check_may_change(overrides: Sequence[str]) -> None:
         )
 
 
-def check_as_it_was(resumed: Resumed, checked: Checked) -> None:
+def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float], None] = time.sleep) -> None:
     """Refuse to go on where the run is not what it was when it began, or when :func:`find_resumed` saw it.
 
     The caller holds the run, so that nobody else changes it any more. A learner that outlived its run is
-    waited for. ``checked`` is how things are now.
+    waited for, with ``pause``. ``checked`` is how things are now.
 
     Raises:
         UserError: a reward head, the LLM or the prompts are others, or the run went on meanwhile.
     """
     folder = resumed.folder
     if (folder / LOGS).is_dir():
-        with hold_run(folder / LOGS, PREDECESSOR_S):
+        with hold_run(folder / LOGS, PREDECESSOR_S, pause):
             pass
     record = read_run_record(folder)
     checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, lambda _damage: None)

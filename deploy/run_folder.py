@@ -61,7 +61,7 @@ def _unused(wanted: Path) -> Path:
 
 
 def name_latest(folder: Path) -> bool:
-    """Point ``latest`` beside ``folder`` to it, if the agent in it has done a gradient step. Whether it has.
+    """Point ``latest`` beside ``folder`` to it, if the policy in it has moved. Whether it has.
 
     ``latest`` is what the next command is given: until a run has an agent worth using, and where it never
     gets that far, the run before keeps the name.
@@ -70,7 +70,7 @@ def name_latest(folder: Path) -> bool:
         OSError: the link cannot be written.
     """
     card = folder / AGENT_FOLDER / CARD_FILE
-    if not card.is_file() or not json.loads(card.read_text()).get("training", {}).get("gradient_steps"):
+    if not card.is_file() or not json.loads(card.read_text()).get("training", {}).get("policy_steps"):
         return False
     link = folder.with_name(f".{LATEST}.{folder.name}")
     link.unlink(missing_ok=True)
@@ -174,13 +174,15 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of the run in ``folder``, with ``key=value`` overrides.
 
     Raises:
-        UserError: it is not a run folder, or a setting has ``${``: what a run saves is resolved.
+        UserError: it is not there or no run folder, or a setting has ``${``: what a run saves is resolved.
     """
     if folder.name == LATEST and not folder.exists():
         raise UserError(
             f"{folder} is not there: no run in {folder.absolute().parent} has saved a trained agent yet; "
             "give the folder of a run, or train one first"
         )
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; give the folder of a run, which `mara train` makes")
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     with contextlib.suppress(OSError, ValueError):  # load_config says what is wrong with the file

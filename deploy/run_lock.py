@@ -1,14 +1,18 @@
-"""Whether a run goes on: its process holds a lock in its folder, and loses it however it ends."""
+"""Whether a run goes on: its process holds a lock in its folder, and loses it however it ends.
+
+The file goes with the lock. That of a process that was killed stays, and means nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,26 +26,32 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def hold_run(folder: Path, wait_s: float = 0.0) -> Iterator[None]:
+def hold_run(
+    folder: Path, wait_s: float = 0.0, pause: Callable[[float], None] = time.sleep
+) -> Iterator[None]:
     """Keep others from running in ``folder``, and from taking its episodes for those of a finished run.
 
-    Waits up to ``wait_s`` seconds for a process that ends.
+    Waits up to ``wait_s`` seconds for a process that ends. ``pause`` waits for a number of seconds, and may
+    raise to end the waiting.
 
     Raises:
         UserError: another process holds it, or its file system has no locks.
         OSError: it cannot be written.
     """
     deadline = time.monotonic() + wait_s
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    path = folder / LOCK
+    while (descriptor := _take(path)) is None:
+        if time.monotonic() >= deadline:
+            raise UserError(f"{folder} is in use: its run goes on ({_shown(folder)}); wait for its end")
+        pause(_LOOK_S)
     try:
-        while not _locked(descriptor):
-            if time.monotonic() >= deadline:
-                raise UserError(f"{folder} is in use: its run goes on ({_shown(folder)}); wait for its end")
-            time.sleep(_LOOK_S)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if _is_same(path, descriptor):  # A person may have removed it, and another run made its own.
+                path.unlink()  # while it is held
         os.close(descriptor)  # releases the lock
 
 
@@ -62,6 +72,30 @@ def who_runs(folder: Path) -> str | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def _take(path: Path) -> int | None:
+    """A descriptor of the file ``path`` with its lock; None if another process has that."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        is_ours = False
+        try:
+            if not _locked(descriptor):
+                return None
+            # Whoever held it may have removed the file since it was opened: then this is the lock of nothing.
+            is_ours = _is_same(path, descriptor)
+        finally:
+            if not is_ours:
+                os.close(descriptor)
+        if is_ours:
+            return descriptor
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(descriptor: int) -> bool:

@@ -83,7 +83,12 @@ def open_store(
     with ExitStack() as exits:
         if checked.log is not None:
             store, num_episodes = _with_log(checked.log, config, folder, progress, exits)
-            progress.view.num_episodes = min(progress.view.num_episodes, num_episodes)
+            if num_episodes < (wanted := config.learner.num_episodes):
+                progress.view.num_episodes = num_episodes
+                progress.display.say(
+                    f"the run at replay.from has {num_episodes} episodes of the {wanted} that "
+                    "learner.num_episodes asks for: training ends after those"
+                )
             yield store
             return
         _record_log(run_id, config.replay.redis_urls, checked, folder)

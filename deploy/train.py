@@ -82,7 +82,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             try:
                 run_id = None if resumed is None else resumed.record.run_id
                 checked = preflight(config, progress.state, run_id)
-                start = exits.enter_context(take_run_folder(config, checked, resumed))
+                pause = progress.wait_out("the learner of the run before to end")
+                start = exits.enter_context(take_run_folder(config, checked, resumed, pause))
                 folder = start.folder
                 recorder = Recorder(folder, config, display.say, start.record.wandb_id, start.position)
                 exits.callback(recorder.close)
@@ -100,7 +101,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                     display.say("stopped before training began; there is no agent to save")
                 else:
                     display.say(
-                        "stopped before training went on; agent and checkpoints are as the run had saved them"
+                        "stopped before training went on; agent and checkpoints are as the run had saved "
+                        f"them, and `mara train --resume {resumed.folder}` goes on"
                     )
                 return
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
@@ -121,6 +123,8 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             say(f"no evaluation; `mara eval {folder}` does it later")
         finally:
             _print_places(folder, recorder)
+            if (remedy := how_to_go_on(summary, folder)) is not None:
+                say(remedy)
 
 
 def _reason(error: OSError) -> str:
@@ -339,6 +343,13 @@ def closing_line(summary: LearnerSummary) -> str:
     )
 
 
+def how_to_go_on(summary: LearnerSummary, folder: Path) -> str | None:
+    """How a run that was stopped goes on; None if it is complete, or has no checkpoint on this machine."""
+    if not summary.stopped or not (folder / CHECKPOINT_FOLDER).is_dir():
+        return None
+    return f"`mara train --resume {folder}` goes on with the training"
+
+
 def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None:
     """Why the saved agent is as it was at the start, with the remedy; None if it is not.
 
@@ -354,7 +365,7 @@ def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None
     return (
         f"the saved agent is untrained: in the first {critic_only_steps} gradient steps only the critic "
         f"learns, and the run ended after {summary.gradient_steps}; let it run longer (learner.num_episodes) "
-        "or lower learner.sac.critic_only_steps"
+        f"or lower learner.sac.critic_only_steps. {LATEST!r} does not name it"
     )
 
 

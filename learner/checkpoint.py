@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mara.common.errors import UserError
-from mara.common.files import flush_to_disk
+from mara.common.files import flush_to_disk, readable
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
@@ -78,7 +78,8 @@ def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> P
         state = _without_tensors(learner.state_dict(), "", tensors)
         partial = folder / f".{name}.partial"
         partial.mkdir()
-        save_file(tensors, partial / TENSORS_FILE)
+        with readable(partial / TENSORS_FILE):
+            save_file(tensors, partial / TENSORS_FILE)
         text = json.dumps({"schema": SCHEMA, "state": state}, indent=1, allow_nan=False)
         (partial / STATE_FILE).write_text(text + "\n")
         files = (TENSORS_FILE, STATE_FILE)

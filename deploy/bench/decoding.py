@@ -5,6 +5,7 @@ Legend: D hidden size. All prompts are token ids, so that a model without a toke
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,14 @@ def _decode_figure(
     aligned, generated = _Work(), _Work()
     # With the longest prompts: what grows with length has grown then.
     list(engine.generate(map(Request, prompts[-batch:])))
+    began = _now(subject.model)
     plain.answer(prompts[-batch:], _Work())
+    # Both sides take about as long; the first answers of ours find the best mode, too.
+    whole_s = 2 * (_now(subject.model) - began) * math.ceil(len(prompts) / batch) * num_rounds
+    progress(
+        f"batch {batch}: {len(prompts)} prompts by either side, {num_rounds} times; this takes about "
+        f"{whole_s / 60:.1f} minutes"
+    )
 
     def ours(number: int) -> float:
         # Longest first, as the evaluation does.

@@ -29,7 +29,7 @@ from mara.actors.head_material import (
     render_conversation,
     sample_own_answers,
 )
-from mara.actors.head_measure import bootstrap_interval, in_share, measure
+from mara.actors.head_measure import in_share, measure, wilson_interval
 from mara.actors.heads import (
     HeadRewardModel,
     RewardHead,
@@ -396,10 +396,32 @@ def test_a_long_conversation_loses_its_oldest_turns_and_never_its_last(llm):
 
 def test_the_interval_treats_pairs_of_one_prompt_as_one_observation():
     right = np.array([True] * 60 + [False] * 40)
-    alone = bootstrap_interval(right, np.arange(100))
-    grouped = bootstrap_interval(right, np.arange(100) // 20)
+    alone = wilson_interval(right, np.arange(100))
+    grouped = wilson_interval(right, np.arange(100) // 20)
     assert alone[0] == pytest.approx(0.50, abs=0.02) and alone[1] == pytest.approx(0.70, abs=0.02)
     assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
+
+
+def test_the_interval_of_a_few_that_are_all_right_or_all_wrong_is_one():
+    # Wilson's ends for 10 of 10: 1 / (1 + z²/10).
+    assert wilson_interval(np.array([True] * 10), np.arange(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(np.array([False] * 10), np.arange(10)) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(np.array([True]), np.array([0]))[0] == pytest.approx(0.2065, abs=1e-4)
+    ten_pairs_of_one_prompt = wilson_interval(np.array([True] * 10), np.zeros(10))
+    assert ten_pairs_of_one_prompt[0] == pytest.approx(0.2065, abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.85])
+def test_the_interval_covers_the_truth_as_often_as_it_says(share):
+    """Four pairs of each of 30 prompts, that come out alike half of the time."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        alike_GP = np.repeat(rng.random((30, 1)) < share, 4, 1)
+        right_GP = np.where(rng.random((30, 4)) < 0.5, alike_GP, rng.random((30, 4)) < share)
+        low, high = wilson_interval(right_GP.ravel(), np.repeat(np.arange(30), 4))
+        covered += low <= share <= high
+    assert 0.91 <= covered / 400 <= 0.99
 
 
 def write_pairs(path: Path, num: int = 160) -> str:

@@ -22,12 +22,26 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path):
     assert [p.prompt for p in load_prompts(path)] == ["Why?", "How?"]
 
 
+def test_what_an_empty_file_is_to_hold_depends_on_its_kind(tmp_path):
+    for name, remedy in (
+        ("asked.jsonl", 'put a JSON object with "prompt" on'),
+        ("asked.txt", "put a prompt on"),
+    ):
+        (tmp_path / name).write_text("\n")
+        with pytest.raises(UserError, match=f"has no prompts; {remedy} each line"):
+            load_prompts(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"", "has no prompts"),
         (b"\n\n", "has no prompts"),
-        (b'{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
+        (
+            b'{"prompt": "a"}\n{"prompt": ',
+            r"line 2, column 12: not JSON \(Expecting value\); write one object",
+        ),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
         (b'{"text": "a"}\n', "line 1: needs an object"),
         (b'{"prompt": ""}\n', "line 1: needs an object"),
         (b'["a"]\n', "line 1: needs an object"),

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mara.common.files import replacing, write_whole
 
@@ -42,3 +44,18 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> 
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_a_library_writes_can_be_read_as_the_umask_says(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "weights.safetensors"
+    leftover = tmp_path / ".weights.safetensors.partial"
+    leftover.touch(0o600)
+    before = os.umask(umask)
+    try:
+        with replacing(path) as partial:
+            save_file({"w": torch.zeros(2)}, partial)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert load_file(path)["w"].tolist() == [0.0, 0.0]

@@ -79,6 +79,9 @@ def test_decoding_is_compared_with_generate_at_each_batch(tiny_run, tmp_path):
     assert result.exit_code == 0, result.output
     assert "mara: warning: the agent is untrained: " in result.stderr
     assert "{" not in result.output, "a dictionary is for programs"
+    for batch in (1, 4):
+        told = f"batch {batch}: 8 prompts by either side, 1 times; this takes about 0."
+        assert result.output.index(told) < result.output.index(f"batch {batch}, round 1")
     (line,) = [line for line in result.output.splitlines() if "new tokens 6" in line]
     assert "dtype float32, device cpu" in line and "passes_per_token" not in result.output
     figures = json.loads(out.read_text())
@@ -120,7 +123,7 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
         (["bench", "decode", "{run}", "--json", "{tmp}"], "--json: {tmp} is a folder; give a file, such as"),
         (["bench", "decode", "{run}", "learner.batch_size=3"], "learner.batch_size changes nothing here"),
         (["bench", "decode", "{run}"], "has 4 prompts, this takes 32"),
-        (["bench", "decode", "{tmp}/none"], "is not a run folder"),
+        (["bench", "decode", "{tmp}/none"], "none does not exist; give the folder of a run"),
         (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper takes the last"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     path.write_text("llm: {}\nprompts: {train: x}\nrewards: {a: {path: x, weight: 1.0}}\n")
     assert error_of(path).startswith("llm.model is missing; add it")
     path.write_text("llm: {model: m}\nprompts: {train: x}\n")
-    assert error_of(path).startswith("rewards is missing; add it")
+    assert error_of(path) == "rewards is missing; add it to the configuration or give rewards.NAME.path=VALUE"
 
 
 def test_no_rewards_at_all_is_a_mistake(tmp_path: Path) -> None:

@@ -26,10 +26,15 @@ from mara.common.episode import Episode
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
-from mara.deploy.finished_run import find_log
-from mara.deploy.preflight import preflight
+from mara.deploy.console import PlainDisplay, View
+from mara.deploy.finished_run import find_log, warn_of_forced
+from mara.deploy.model_shape import LLMIdentity
+from mara.deploy.preflight import Checked, preflight
+from mara.deploy.progress import Progress
 from mara.deploy.run_folder import LogRecord, make_run_folder, read_log_record
 from mara.deploy.run_lock import hold_run
+from mara.deploy.signals import StopSignal
+from mara.deploy.store import open_store
 
 HIDDEN_SIZE = 32
 COLUMNS = {
@@ -122,7 +127,7 @@ def test_an_unknown_name_for_it_is_told_the_right_one(config_path: Path) -> None
 
 def test_a_folder_that_is_no_run_is_named(config_path: Path, tmp_path: Path) -> None:
     config = offline(config_path, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* is not a run folder"):
+    with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* does not exist; give"):
         find_log(config, HIDDEN_SIZE)
 
 
@@ -276,3 +281,55 @@ def test_another_head_of_the_same_name_is_warned_of(
         assert checked.prompts_digest == sha256((tmp_path / "prompts.jsonl").read_bytes()).hexdigest()
         captured = capsys.readouterr()
         assert ("is another head than the one that scored" in captured.out + captured.err) == warned
+
+
+def test_a_log_with_fewer_episodes_than_are_asked_for_is_told_of(
+    config_path: Path, make_run: MakeRun, server: EmbeddedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(redis_url=hide_password(server.url))
+    append(server.url, "run-1")
+    at = ("learner.num_episodes=1000", f"replay.redis_url={server.url}")
+    config = offline(config_path, folder, *at)
+    log = find_log(config, HIDDEN_SIZE)
+    assert log.num_episodes is not None
+    checked = Checked((), "p", HIDDEN_SIZE, LLMIdentity(None, None), {}, {}, unpacks_llm=False, log=log)
+    for wanted, is_told in ((1000, True), (log.num_episodes, False)):
+        learner = config.learner.model_copy(update={"num_episodes": wanted})
+        view = View("t", num_episodes=wanted)
+        with (
+            StopSignal() as stop,
+            open_store(
+                config.model_copy(update={"learner": learner}),
+                checked,
+                folder,
+                "run-1",
+                Progress(view, PlainDisplay(view), stop),
+            ),
+        ):
+            assert view.num_episodes == log.num_episodes
+        told = f"has {log.num_episodes} episodes of the {wanted} that learner.num_episodes asks for"
+        assert (told in capsys.readouterr().out) == is_told
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ([(10, 0.9), (1000, 0.1)], ""),  # the mean over episodes, not over rows
+        ([(100, 0.1), (1000, 0.5)], "46% of the tokens that its agent decided were forced"),
+        ([(50, None), (100, 0.6)], "60% of the tokens"),
+        ([(10, None)], ""),
+        ([], ""),
+    ],
+)
+def test_episodes_in_which_nearly_all_was_rejected_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: list[tuple[int, float | None]], told: str
+) -> None:
+    warn_of_forced(tmp_path)  # without a record nothing is known
+    assert capsys.readouterr().err == ""
+    rows = [
+        {"episodes/total": total} | ({} if r is None else {"episode/forced_rate": r}) for total, r in rates
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    warn_of_forced(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told) and all(told in line for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from mara.common.errors import UserError
 from mara.deploy import resume as resume_module
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.console import View
+from mara.deploy.console import PlainDisplay, View
 from mara.deploy.model_shape import LLMIdentity
 from mara.deploy.preflight import Checked
+from mara.deploy.progress import Progress, StoppedEarly
 from mara.deploy.recorder import Recorder, cut_back
 from mara.deploy.resume import (
     Start,
@@ -34,6 +36,7 @@ from mara.deploy.resume import (
 )
 from mara.deploy.run_folder import LogRecord, RunRecord, load_run
 from mara.deploy.run_lock import hold_run, who_runs
+from mara.deploy.signals import StopSignal
 from mara.learner.checkpoint import save_checkpoint
 
 
@@ -236,6 +239,25 @@ def test_a_learner_that_outlived_its_run_is_waited_for(run: Path, monkeypatch: p
     monkeypatch.setattr(resume_module, "PREDECESSOR_S", 0.0)
     with hold_run(run / "logs"), pytest.raises(UserError, match="/logs is in use: its run goes on"):
         check_as_it_was(resumed, found({}))
+
+
+def test_a_signal_ends_the_waiting_for_a_learner_which_is_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "logs").mkdir()
+    resumed = find_resumed(run, [], pytest.fail)
+    view = View("t", num_episodes=10)
+    with StopSignal() as stop, hold_run(run / "logs"):
+        progress = Progress(view, PlainDisplay(view), stop)
+        threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+        with (
+            pytest.raises(StoppedEarly),
+            take_run_folder(resumed.config, found({}), resumed, progress.wait_out("it")),
+        ):
+            pass
+    assert "waiting for it" in capsys.readouterr().out
+    assert who_runs(run) is None
+    assert find_resumed(run, [], pytest.fail).record == resumed.record
 
 
 @pytest.mark.parametrize(

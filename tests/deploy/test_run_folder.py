@@ -19,8 +19,8 @@ from mara.deploy.plots import accepted_positions, draw_plots, llm_levels, read_m
 from mara.deploy.run_folder import check_agent, load_run, make_run_folder, name_latest
 
 
-def save_untrained(folder: Path, gradient_steps: int) -> None:
-    card = {"training": {"gradient_steps": gradient_steps, "policy_steps": 0}}
+def save_trained(folder: Path, gradient_steps: int, policy_steps: int) -> None:
+    card = {"training": {"gradient_steps": gradient_steps, "policy_steps": policy_steps}}
     save_agent(Agent(4, AgentConfig(widths=(4, 4))), folder / "agent", card)
 
 
@@ -37,16 +37,17 @@ def test_latest_is_the_newest_run_with_an_agent_that_learnt(config: RunConfig) -
     assert not name_latest(first)
     with pytest.raises(UserError, match=f"{latest} is not there: no run in {config.run.dir} has saved"):
         load_run(latest)
-    save_untrained(first, gradient_steps=0)
-    assert not name_latest(first)
-    save_untrained(first, gradient_steps=1)
+    for gradient_steps in (0, 100):
+        save_trained(first, gradient_steps, policy_steps=0)
+        assert not name_latest(first)
+    save_trained(first, gradient_steps=101, policy_steps=1)
     assert name_latest(first)
     assert load_run(latest) == config
 
     second = make_run_folder(config)
     assert not name_latest(second)
     assert latest.resolve() == first
-    save_untrained(second, gradient_steps=1)
+    save_trained(second, gradient_steps=1, policy_steps=1)
     assert name_latest(second)
     assert latest.resolve() == second
     assert not list(config.run.dir.glob(".latest*"))

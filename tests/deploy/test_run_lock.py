@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,50 @@ def test_a_run_is_seen_while_it_goes_on_and_keeps_others_out(tmp_path: Path) -> 
         with pytest.raises(UserError, match=rf"in use: its run goes on \(process {os.getpid()} on .*wait"):
             hold_run(tmp_path).__enter__()
     assert who_runs(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
     with hold_run(tmp_path):
         pass
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_the_lock_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits has the file open already that its holder removes at the end."""
+    first = hold_run(tmp_path)
+    first.__enter__()
+    lock = fcntl.flock
+
+    def ends_in_between(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        first.__exit__(None, None, None)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ends_in_between)
+    with hold_run(tmp_path):
+        assert (who_runs(tmp_path) or "").startswith(f"process {os.getpid()} on ")
+        with pytest.raises(UserError, match="in use"):
+            hold_run(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_who_want_to_run_one_does_at_a_time(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work() -> None:
+        for _ in range(20):
+            with hold_run(tmp_path, 60.0, lambda _seconds: time.sleep(0.001)):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 80
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mara.deploy.console import View
 from mara.deploy.process import LOADING, RUNNING, STARTING, WAITING
 from mara.deploy.supervisor import Status
-from mara.deploy.train import closing_line, describe, why_untrained
+from mara.deploy.train import closing_line, describe, how_to_go_on, why_untrained
 from mara.learner.loop import LearnerSummary
 
 SUMMARY = LearnerSummary(
@@ -33,6 +34,13 @@ def test_an_agent_that_learnt_nothing_is_called_untrained_with_the_remedy() -> N
     assert "in the first 100 gradient steps only the critic" in critic_alone and "after 3;" in critic_alone
     assert "lower learner.sac.critic_only_steps" in critic_alone
     assert why_untrained(SUMMARY, 1) is None
+
+
+def test_a_run_that_was_stopped_says_how_it_goes_on_where_it_can(tmp_path: Path) -> None:
+    assert how_to_go_on(SUMMARY, tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert f"`mara train --resume {tmp_path}` goes on" in (how_to_go_on(SUMMARY, tmp_path) or "")
+    assert how_to_go_on(replace(SUMMARY, stopped=False), tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,11 @@ def check_what_a_signal_leaves(command: Any) -> None:
     _, card = load_agent(folder / "agent", hidden_size=32)
     assert card["training"]["gradient_steps"] >= 1
     assert records(command)[-1]["learner/gradient_step"] == card["training"]["gradient_steps"]
-    assert (folder.parent / "latest").resolve() == folder
+    latest = folder.parent / "latest"
+    assert latest.exists() == (card["training"]["policy_steps"] > 0)
+    assert not latest.exists() or latest.resolve() == folder
+    assert f"`mara train --resume {folder}` goes on with the training" in command.text.splitlines()[-1]
+    assert not list(folder.rglob("running.lock"))
 
 
 def test_a_run_spreads_its_log_over_two_servers_and_saves_its_agent_at_ctrl_c(mara: Start) -> None:

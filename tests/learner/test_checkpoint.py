@@ -332,3 +332,8 @@ def test_copies_beside_the_checkpoints_are_neither_used_nor_deleted(tmp_path: Pa
         newest = save_checkpoint(tmp_path, Counter(step, step))
     assert {path.name for path in tmp_path.glob("step-*1*")} == {f"{first.name}.tar", f"{first.name}.bak"}
     assert find_checkpoint(tmp_path, pytest.fail) == newest
+
+
+def test_all_files_of_a_checkpoint_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    saved = save_checkpoint(tmp_path, Counter(1))
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1

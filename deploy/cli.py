@@ -183,6 +183,35 @@ def generate(
             answer(run, settings, prompt)
 
 
+@app.command()
+def calibrate(
+    run: RunFolder,
+    overrides: EvalOverrides = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to try on. By default those the agent was trained on."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=8, help="Use the first so many.")] = 100,
+    max_interventions: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="How often the gate may step in, against the agent without one."),
+    ] = 0.5,
+) -> None:
+    """Find where the agent should step in: thresholds that keep its gain at fewer interventions."""
+    with _reported_errors():
+        from mara.deploy.run_folder import check_agent, load_use
+
+        settings = load_use(run, overrides or [])
+        check_agent(run)
+        from mara.deploy.calibration import CALIBRATION_USES, find_prompts
+        from mara.deploy.calibration import calibrate as find_gate
+        from mara.deploy.evaluation import check_used
+
+        check_used(overrides or [], CALIBRATION_USES)
+        with steady_output():
+            find_gate(run, settings, find_prompts(settings, prompts), num_prompts, max_interventions)
+
+
 @app.command("export")
 def export(run: RunFolder, out: AgentOut) -> None:
     """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
+from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.agent import Agent, load_agent
@@ -73,26 +74,18 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
         "yardstick of fluency)"
     )
-    hidden_size = find_hidden_size(config.llm)
-    check_context(config)
-    agent, card = _read_agent(folder, config, hidden_size)
-    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
-    if not after_training:
-        warn_of_untrained(card)
-        for name, head in config.rewards.items():
-            warn_of_head(name, head.path, config.llm.model)
-    llm = _load(config, say)
+    parts = load_parts(folder, config, is_told=after_training)
     report = evaluate(
-        llm,
-        agent.to(llm.device),
+        parts.llm,
+        parts.agent,
         prompts,
-        {name: head.to(llm.device) for name, head in heads.items()},
+        parts.heads,
         config.score_weights,
         config.decoding,
         rows=config.evaluation.rows,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.run.seed,
-        progress=_Progress().tell,
+        progress=AnswerProgress().tell,
     )
     content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
@@ -101,6 +94,34 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)
+
+
+class Parts(NamedTuple):
+    """What it takes to judge an agent, on the LLM's device."""
+
+    llm: LLM
+    agent: Agent
+    heads: dict[str, RewardHead]
+
+
+def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Parts:
+    """The agent in ``folder`` with its LLM and reward heads, the LLM last: what is wrong shows at once.
+
+    With ``is_told`` heads of another LLM and an untrained agent are not told of.
+
+    Raises:
+        UserError: there is no agent, or a part does not fit another.
+    """
+    hidden_size = find_hidden_size(config.llm)
+    check_context(config)
+    agent, card = _read_agent(folder, config, hidden_size)
+    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
+    if not is_told:
+        warn_of_untrained(card)
+        for name, head in config.rewards.items():
+            warn_of_head(name, head.path, config.llm.model)
+    llm = _load(config, say)
+    return Parts(llm, agent.to(llm.device), {name: head.to(llm.device) for name, head in heads.items()})
 
 
 def _keep_earlier(path: Path) -> Path | None:
@@ -276,7 +297,7 @@ def _load(config: AgentUse, tell: Callable[[str], None]) -> LLM:
     return load_llm(config.llm, pack=not config.decoding.compile)
 
 
-class _Progress:
+class AnswerProgress:
     """A line every ten seconds, and when all is done."""
 
     def __init__(self) -> None:

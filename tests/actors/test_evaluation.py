@@ -10,7 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.calibration import choose_gate, try_gates
+from mara.actors.config import DecodingConfig, GateConfig, LLMConfig, TruncationConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
@@ -319,3 +320,45 @@ def test_systems_that_are_answered_together_answer_as_each_does_alone(llm, rows)
             )
     texts = {name: [answer.response_ids for answer in answers] for name, answers in together.items()}
     assert len({str(ids) for ids in texts.values()}) == len(policies)
+
+
+def test_a_gate_is_judged_as_the_evaluation_judges_and_the_best_that_is_seldom_enough_is_chosen(llm):
+    agent = make_agent(seed=2, bias=0.0)
+    prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
+    shut = GateConfig(min_confidence=0.99)
+    half = GateConfig(max_first_probability=0.3)
+    dense, *gated = try_gates(
+        llm, agent, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60, gates=[half, shut]
+    )
+    report = evaluate(llm, agent, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
+    assert dense.joint == report.preference["joint"]
+    assert dense.perplexity == pytest.approx(report.fluency["agent"].perplexity)
+    answers = answer_prompts(
+        llm,
+        prompts,
+        DECODING,
+        {"base": "greedy", "agent": AgentPolicy(agent, DECODING.threshold)},
+        7,
+        60,
+        heads=HEADS,
+    )
+    gain = 0.0
+    for name, weight in WEIGHTS.items():
+        ours, theirs = (np.array([one.scores[name] for one in answers[of]]) for of in ("agent", "base"))
+        gain += weight * (ours - theirs).mean() / theirs.std() / sum(map(abs, WEIGHTS.values()))
+    assert dense.gain == pytest.approx(gain)
+    changed = [rank > 0 for one in answers["agent"] for rank in one.accepted_ranks]
+    assert dense.interventions == sum(changed) / sum(len(one.response_ids) for one in answers["agent"])
+    # A gate that is never open leaves the LLM's own answers.
+    assert gated[1].interventions == 0 and gated[1].joint.ties == len(prompts) and gated[1].gain == 0
+    assert 0 < gated[0].interventions < dense.interventions
+    best = replace(gated[0], gain=0.5, interventions=0.1)
+    outcomes = [
+        replace(dense, gain=0.9, interventions=0.4),
+        best,
+        replace(best, gain=0.4),
+        replace(best, gain=0.6, interventions=0.3),
+    ]
+    assert choose_gate(outcomes, 0.5) is best
+    assert choose_gate(outcomes, 0.9) is outcomes[3]
+    assert choose_gate(outcomes, 0.1) is None

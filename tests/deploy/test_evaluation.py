@@ -7,15 +7,18 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from mara.actors.calibration import CANDIDATES
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
+from mara.deploy.calibration import GATES_FILE
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
+from mara.deploy.run_folder import load_run
 from mara.learner.saving import AGENT_FOLDER
 
 
@@ -188,3 +191,23 @@ def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run, no_loading):
     without = config.model_copy(update={"prompts": config.prompts.model_copy(update={"evaluation": None})})
     with pytest.raises(UserError, match=r"prompts\.evaluation is not set"):
         run_evaluation(folder, without)
+
+
+def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(tiny_run):
+    folder, config = tiny_run
+    given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions"]
+    result = CliRunner().invoke(app, [*given, "0.9"])
+    assert result.exit_code == 0, result.output
+    content = json.loads((folder / GATES_FILE).read_text())
+    dense, *others = content["gates"]
+    assert content["prompts"] == config.prompts.train.name
+    assert dense["interventions"] > 0 and len(others) == len(CANDIDATES)
+    chosen = next(gate for gate in content["gates"] if gate["gate"] == content["chosen"])
+    assert chosen["interventions"] <= 0.9 * dense["interventions"]
+    (line,) = [line for line in result.output.splitlines() if line.startswith("use it with: ")]
+    settings = line.removeprefix("use it with: ").split()
+    run_evaluation(folder, load_run(folder, settings))
+    report = json.loads((folder / REPORT_FILE).read_text())
+    assert report["settings"]["decoding"]["gate"] == content["chosen"]
+    result = CliRunner().invoke(app, [*given, "0.9", "decoding.gate.min_confidence=0.5"])
+    assert result.exit_code == 2 and "decoding.gate.min_confidence changes nothing here" in result.output

@@ -1,0 +1,114 @@
+"""``mara calibrate``: where a trained agent should step in, found on prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mara.actors.calibration import GateOutcome, choose_gate, try_gates
+from mara.actors.config import GateConfig
+from mara.actors.prompts import load_prompts
+from mara.common.errors import UserError
+from mara.common.files import write_whole
+from mara.deploy.config import AgentUse, RunConfig
+from mara.deploy.console import say
+from mara.deploy.evaluation import AnswerProgress, load_parts
+
+CALIBRATION_USES = (
+    "llm",
+    "rewards",
+    "decoding.truncation",
+    "decoding.max_new_tokens",
+    "decoding.fallback",
+    "decoding.threshold",
+    "decoding.mode",
+    "decoding.window",
+    "rollout.max_prompt_tokens",
+    "evaluation.rows",
+)
+GATES_FILE = "gates.json"
+
+
+def calibrate(
+    folder: Path, config: AgentUse, prompts: Path, num_prompts: int, max_interventions: float
+) -> GateOutcome | None:
+    """Try gates on the first ``num_prompts`` of ``prompts``, print and save what each does, name the best.
+
+    Raises:
+        UserError: there is no agent or reward model, a head does not fit, or a score is not finite.
+    """
+    if not any(config.score_weights.values()):
+        raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
+    asked = load_prompts(prompts, "prompts")[:num_prompts]
+    say(f"calibration: {len(asked)} prompts of {prompts}")
+    parts = load_parts(folder, config)
+    outcomes = try_gates(
+        parts.llm,
+        parts.agent,
+        asked,
+        parts.heads,
+        config.score_weights,
+        config.decoding,
+        config.evaluation.rows,
+        config.rollout.max_prompt_tokens,
+        progress=AnswerProgress().tell,
+    )
+    best = choose_gate(outcomes, max_interventions)
+    print_gates(outcomes, best)
+    path = folder / GATES_FILE
+    content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
+    gates = [asdict(outcome) | {"gate": outcome.gate.model_dump()} for outcome in outcomes]
+    chosen = None if best is None else best.gate.model_dump()
+    write_whole(path, json.dumps(content | {"chosen": chosen, "gates": gates}, indent=2) + "\n")
+    if best is None:
+        say("no gate steps in so seldom; raise --max-interventions")
+    else:
+        say(f"use it with: {' '.join(gate_settings(best.gate)) or 'no gate'}")
+    say(f"gates: {path}")
+    return best
+
+
+def find_prompts(config: AgentUse, given: Path | None) -> Path:
+    """The file ``given``, or that of the run's training prompts: thresholds fitted to held-out ones would
+    make these tell too much of the agent.
+
+    Raises:
+        UserError: neither is there, as with an exported agent.
+    """
+    if given is not None:
+        return given
+    if isinstance(config, RunConfig):
+        return config.prompts.train
+    raise UserError("--prompts is missing: an exported agent brings none; give a file of prompts")
+
+
+def gate_settings(gate: GateConfig) -> Sequence[str]:
+    """``key=value`` for each threshold that does something."""
+    changed: dict[str, Any] = gate.model_dump(exclude_defaults=True)
+    return [f"decoding.gate.{name}={value:g}" for name, value in changed.items()]
+
+
+def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> None:
+    """One row for each gate; the first is open everywhere, the best has a star."""
+    table = Table(title="Agent behind each gate, against the LLM alone")
+    for column in ("", "gate", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
+        table.add_column(column, justify="left" if column in ("", "gate") else "right")
+    for outcome in outcomes:
+        settings = [setting.removeprefix("decoding.gate.") for setting in gate_settings(outcome.gate)]
+        name = ", ".join(settings) or "none: asked everywhere"
+        table.add_row(
+            "*" if outcome is best else "",
+            name,
+            f"{outcome.interventions:.1%}",
+            f"{outcome.joint.rate:+.1%}",
+            f"{outcome.joint.low:+.1%} to {outcome.joint.high:+.1%}",
+            f"{outcome.gain:+.2f}",
+            f"{outcome.perplexity:.2f}",
+        )
+    Console(width=None if Console().is_terminal else 110).print(table)

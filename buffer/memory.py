@@ -129,8 +129,6 @@ class MemoryEpisodeReader:
 class MemoryWeightChannel:
     """A weight sink and source in one. Tensors are copied on both ways, so nobody shares them."""
 
-    num_dropped = 0
-
     def __init__(self, agent_digest: str = "") -> None:
         """``agent_digest`` goes out with everything published here."""
         self._agent_digest = agent_digest

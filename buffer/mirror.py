@@ -34,6 +34,10 @@ from mara.common.contracts import TransitionBatch
 from mara.common.episode import Episode
 from mara.common.errors import UserError
 
+_PART_BYTES = 1 << 18
+"""Of states that are gathered before they are converted: with the result a part of a core's second-level
+cache."""
+
 
 class _Held(NamedTuple):
     """An episode in the ring."""
@@ -87,7 +91,8 @@ class Mirror:
         self._remembered: dict[str, _Remembered] = {}
         self._has_evicted = False
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
-        self._batch_states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._batch_states: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._part_states: torch.Tensor | None = None
         self._total_transitions = 0
         self._total_episodes = 0
         self._num_without_decisions = 0
@@ -143,13 +148,19 @@ class Mirror:
             self._held.appendleft(_Held(episode.uid, episode.num_decisions, score))
         return True
 
-    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TransitionBatch:
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        states_dtype: torch.dtype | None = None,
+    ) -> TransitionBatch:
         """Return ``batch_size`` transitions drawn as ``replay.sampling`` says, with replacement, on its
         device.
 
-        The two state tensors are overwritten by the next sample of the same size: clone them to keep them
-        (fresh memory for every batch would cost several times the copy itself). The next state of a last
-        decision is its own state: finite, and worth nothing by its discount.
+        States come in ``states_dtype``; None: as they are stored, in 16 bit. The two state tensors are
+        overwritten by the next sample of the same size and dtype: clone them to keep them (fresh memory for
+        every batch would cost several times the copy itself). The next state of a last decision is its own
+        state: finite, and worth nothing by its discount.
 
         Raises:
             ValueError: there are no transitions yet.
@@ -161,9 +172,8 @@ class Mirror:
         slots_B = places_B % self._capacity
         discounts_B = self._discounts_C[slots_B]
         next_slots_B = torch.where(discounts_B > 0, (slots_B + 1) % self._capacity, slots_B)
-        states_BD, next_states_BD = self._batch_buffers(batch_size, self._states_CD)
-        torch.index_select(self._states_CD, 0, slots_B, out=states_BD)
-        torch.index_select(self._states_CD, 0, next_slots_B, out=next_states_BD)
+        states_BD, next_states_BD = self._batch_buffers(batch_size, states_dtype or self._states_CD.dtype)
+        self._gather(self._states_CD, slots_B, next_slots_B, states_BD, next_states_BD)
         return TransitionBatch(
             states_BD=states_BD,
             next_states_BD=next_states_BD,
@@ -364,11 +374,35 @@ class Mirror:
                 f"decisions of one episode; raise it"
             )
 
-    def _batch_buffers(self, batch_size: int, states_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if batch_size not in self._batch_states:
-            shape = (batch_size, self._hidden_size)
-            self._batch_states[batch_size] = (states_CD.new_empty(shape), states_CD.new_empty(shape))
-        return self._batch_states[batch_size]
+    def _batch_buffers(self, batch_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if (batch_size, dtype) not in self._batch_states:
+            both = torch.empty((2, batch_size, self._hidden_size), dtype=dtype, device=self._device)
+            self._batch_states[batch_size, dtype] = (both[0], both[1])
+        return self._batch_states[batch_size, dtype]
+
+    def _gather(
+        self,
+        states_CD: torch.Tensor,
+        slots_B: torch.Tensor,
+        next_slots_B: torch.Tensor,
+        states_BD: torch.Tensor,
+        next_states_BD: torch.Tensor,
+    ) -> None:
+        """Fill the two batches with the states of their slots, converted to their dtype."""
+        if states_BD.dtype == states_CD.dtype:
+            torch.index_select(states_CD, 0, slots_B, out=states_BD)
+            torch.index_select(states_CD, 0, next_slots_B, out=next_states_BD)
+            return
+        # On the CPU a part at a time: what was gathered is still in the core's cache when it is converted,
+        # and next states lie beside states that were just read.
+        num_rows = len(slots_B) if states_CD.is_cuda else max(1, _PART_BYTES // states_CD[0].nbytes)
+        if self._part_states is None or len(self._part_states) < num_rows:
+            self._part_states = states_CD.new_empty((num_rows, self._hidden_size))
+        for first in range(0, len(slots_B), num_rows):
+            rows = slice(first, first + num_rows)
+            part = self._part_states[: len(slots_B[rows])]
+            states_BD[rows].copy_(torch.index_select(states_CD, 0, slots_B[rows], out=part))
+            next_states_BD[rows].copy_(torch.index_select(states_CD, 0, next_slots_B[rows], out=part))
 
     def _column(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(self._capacity, dtype=dtype, device=self._device)

@@ -43,21 +43,22 @@ class BackgroundWeights:
         self._asked: int | None = None
         """Version that the thread shall look for in the store."""
         self._is_lost = False
-        self._num_replaced = 0
+        self.num_replaced = 0
+        """Publications taken so far that a later one replaced before they were stored."""
         self._error: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="weight publisher", daemon=True)
         self._thread.start()
 
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Take a copy of ``tensors``, to be stored as soon as the store takes them; True.
+        """Take a copy of ``tensors``, to be stored as soon as the store takes them; always True.
 
         Raises whatever storing an earlier version raised.
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         with self._changed:
             self._raise_error()
-            self._num_replaced += self._waiting is not None
+            self.num_replaced += self._waiting is not None
             self._waiting = (version, copies)
             self._is_lost = False
             self._changed.notify_all()
@@ -75,11 +76,6 @@ class BackgroundWeights:
             self._asked = version
             self._changed.notify_all()
             return not self._is_lost
-
-    @property
-    def num_dropped(self) -> int:
-        """Publications that were replaced by a later one before the store took them."""
-        return self._num_replaced
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
         """End the thread once the last publication is stored, or after ``timeout_s``; warn if it is not."""
@@ -135,7 +131,7 @@ class BackgroundWeights:
         while not self._sink.publish(*publication):
             with self._changed:
                 if self._changed.wait_for(lambda: self._waiting or self._closing, _RETRY_S):
-                    self._num_replaced += self._waiting is not None
+                    self.num_replaced += self._waiting is not None
                     break
         with self._changed:
             self._in_hand = False

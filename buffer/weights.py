@@ -37,8 +37,8 @@ return false
 class RedisWeightChannel:
     """A weight sink and source in one; make one for each thread.
 
-    Nobody waits for the store. While it is away a publication is dropped, which its publisher is told, and a
-    reader hears that there is nothing newer. Once that has lasted ``max_outage_s``, both raise
+    Nobody waits for the store. While it is away a publication is not taken, which its publisher is told, and
+    a reader hears that there is nothing newer. Once that has lasted ``max_outage_s``, both raise
     :class:`~mara.common.errors.ReplayUnavailable`.
     """
 
@@ -57,11 +57,9 @@ class RedisWeightChannel:
         self._outage = Outage(config or ReplayConfig())
         # Publications without a reply: they may have been stored all the same.
         self._unanswered: set[int] = set()
-        self.num_dropped = 0
-        """Publications so far that the store did not take."""
 
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Make ``tensors`` the latest weights; False if the store is away, and the same may be tried again.
+        """Make ``tensors`` the latest weights; False, not taken, if the store is away.
 
         Raises:
             ValueError: ``version`` is not above the one published of this agent.
@@ -69,7 +67,6 @@ class RedisWeightChannel:
             UserError: it has had no memory left for as long.
         """
         if self._outage.pause_s > 0:
-            self.num_dropped += 1
             return False
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         try:
@@ -82,7 +79,6 @@ class RedisWeightChannel:
         except redis.RedisError as error:
             self._unanswered.add(version)
             self._outage.failed(error)
-            self.num_dropped += 1
             return False
         self._outage.ended()
         is_our_own = current is not None and int(current) == version and version in self._unanswered

@@ -119,22 +119,17 @@ class WeightSink(Protocol):
         """Make ``tensors`` the latest weights. ``version`` must exceed that of this agent's stored before.
 
         Weights of another agent, which somebody has published under this run's name, are replaced.
-        Returns whether they are stored, or taken by one who sees to that. If not, the same version may be
-        published again: nobody has seen it.
+        Returns whether they are taken: stored, or on their way until they are or a later version has come.
+        Weights that are not taken nobody has seen, and the same version may be published again.
         A reader sees either the previous version whole or this one whole. Never waits for the store.
         """
         ...
 
     def holds(self, version: int) -> bool:
-        """Whether weights of ``version`` or later are stored still, as far as anybody knows.
+        """Whether weights of ``version`` or later are stored still or on their way, as far as anybody knows.
 
         False once the store has lost them; the same version may then be published again.
         """
-        ...
-
-    @property
-    def num_dropped(self) -> int:
-        """Publications so far that were not stored."""
         ...
 
 
@@ -178,7 +173,7 @@ class TransitionBatch:
     """
 
     states_BD: torch.Tensor
-    """The LLM's last hidden state at the candidate, 16-bit float."""
+    """The LLM's last hidden state at the candidate, 16-bit float as it is stored, or as the sample asked."""
     next_states_BD: torch.Tensor
     """The same for the next decision; unspecified values where ``discounts_B`` is 0."""
     actions_B: torch.Tensor

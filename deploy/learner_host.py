@@ -85,7 +85,7 @@ class LearnerHost:
                 weights=weights,
                 log_is_finished=is_finished,
                 seed=config.run.seed,
-                on_metrics=self._rows.append,
+                on_metrics=lambda row: self._rows.append(row | {"weights/dropped": weights.num_replaced}),
                 run_folder=self._spec.folder,
                 agent_card=self._spec.agent_card,
             )

@@ -310,7 +310,7 @@ class Learner:
 
     def _train(self) -> None:
         began = time.monotonic()
-        batch = self.mirror.sample(self.config.batch_size, self._generator)
+        batch = self.mirror.sample(self.config.batch_size, self._generator, torch.float32)
         self._limiter.spend()
         self._num_sampled += len(batch)
         step = self.sac.step
@@ -435,7 +435,6 @@ class Learner:
             "learner/steps_owed": self._limiter.owed,
             "learner/steps_dropped": self._limiter.num_dropped,
             "learner/steps_skipped": self._num_skipped,
-            "weights/dropped": self._weights.num_dropped,
             "episodes/total": self._num_episodes,
             "tokens/total": self._num_tokens,
         }

@@ -113,7 +113,7 @@ def _live(
 ) -> Figure:
     """The whole loop while another process writes, against a step on one batch before and after that."""
     say(f"{sizes.live_s:.0f} s of training while {sizes.inserted_per_s:.0f} transitions/s are written")
-    kept = learner.mirror.sample(sizes.batch_size)
+    kept = learner.mirror.sample(sizes.batch_size, states_dtype=torch.float32)
     batch = replace(kept, states_BD=kept.states_BD.clone(), next_states_BD=kept.next_states_BD.clone())
     num_steps = max(
         3, round(sizes.live_s / 4 * per_second(lambda: learner.sac.update(batch), 3, learner.sac.device)(0))

@@ -240,6 +240,24 @@ def test_an_answer_without_decisions_has_no_dtype_to_complain_about(make_episode
     assert mirror.sample(3).states_BD.dtype == torch.float16
 
 
+def test_states_that_are_converted_while_they_are_gathered_are_those_that_are_stored(
+    make_episode: MakeEpisode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mara.buffer.mirror._PART_BYTES", 7 * 2 * 4)  # seven rows a part
+    mirror = make_mirror()
+    mirror.add([make_episode(seed=number) for number in range(3)])
+    for size in (3, 7, 30):
+        stored, converted = (
+            mirror.sample(size, torch.Generator().manual_seed(5), dtype) for dtype in (None, torch.float32)
+        )
+        assert stored.states_BD.dtype == torch.bfloat16
+        assert torch.equal(converted.states_BD, stored.states_BD.float())
+        assert torch.equal(converted.next_states_BD, stored.next_states_BD.float())
+        assert not torch.equal(stored.states_BD, stored.next_states_BD)
+        again = mirror.sample(size, states_dtype=torch.float32)
+        assert again.states_BD.data_ptr() == converted.states_BD.data_ptr(), "fresh memory for every batch"
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "recency", "prioritised"])
 def test_memory_per_transition_is_two_bytes_per_dimension_and_a_little(
     make_episode: MakeEpisode, sampling: Literal["uniform", "recency", "prioritised"]

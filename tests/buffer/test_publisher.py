@@ -40,6 +40,32 @@ class Gated(MemoryWeightChannel):
         return super().publish(version, tensors)
 
 
+class SlowToLook(MemoryWeightChannel):
+    """Has lost its weights; while its gate is closed nobody hears of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.is_looking = threading.Event()
+
+    def holds(self, version: int) -> bool:
+        found = super().holds(version)
+        self.is_looking.set()
+        assert self.gate.wait(20)
+        return found
+
+
+class Counting(RedisWeightChannel):
+    """Counts the publications that it did not take."""
+
+    num_refused = 0
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        is_taken = super().publish(version, tensors)
+        self.num_refused += not is_taken
+        return is_taken
+
+
 @pytest.fixture
 def in_background() -> Iterator[Callable[[WeightSink], BackgroundWeights]]:
     made: list[BackgroundWeights] = []
@@ -86,7 +112,7 @@ def test_while_a_store_is_slow_the_caller_goes_on_and_the_latest_wins(
     sink.gate.set()
     wait_until(lambda: sink.latest_version() == 3)
     assert sink.asked == [0, 3]
-    assert weights.num_dropped == 2
+    assert weights.num_replaced == 2
     latest = sink.fetch_newer(than=0)
     assert latest is not None and latest.tensors["w"].tolist() == [3, 3, 3]
 
@@ -122,11 +148,11 @@ def test_weights_reach_a_store_that_was_away_and_their_loss_is_noticed(
 ) -> None:
     config = ReplayConfig(retry_first_s=0.01, retry_longest_s=0.05)
     with EmbeddedServer(max_bytes=1 << 26) as server:
-        channel = RedisWeightChannel(connect(server.url), run_id, config)
+        channel = Counting(connect(server.url), run_id, config)
         weights = in_background(channel)
         kill(server)
         weights.publish(4, of(4))
-        wait_until(lambda: channel.num_dropped > 2)
+        wait_until(lambda: channel.num_refused > 2)
         server.start()
         reader = RedisWeightChannel(connect(server.url), run_id, config)
         wait_until(lambda: reader.latest_version() == 4)
@@ -136,4 +162,31 @@ def test_weights_reach_a_store_that_was_away_and_their_loss_is_noticed(
         wait_until(lambda: not weights.holds(4))
         weights.publish(4, of(4))
         wait_until(lambda: reader.latest_version() == 4)
-        assert weights.num_dropped == 0, "none was replaced"
+        assert weights.num_replaced == 0
+
+
+def test_a_loss_that_is_seen_after_the_next_publication_is_not_a_loss_of_that(
+    in_background: Callable[[WeightSink], BackgroundWeights],
+) -> None:
+    """Else it would be published twice, which a store refuses."""
+    sink = SlowToLook()
+    weights = in_background(sink)
+    weights.holds(4)
+    assert sink.is_looking.wait(20)  # and will say that there is nothing
+    weights.publish(5, of(5))
+    sink.gate.set()
+    wait_until(lambda: not (weights._waiting or weights._in_hand))
+    assert sink.latest_version() == 5
+    assert weights.holds(5)
+
+
+def test_a_loss_is_over_once_the_weights_are_published_again(
+    in_background: Callable[[WeightSink], BackgroundWeights],
+) -> None:
+    sink = SlowToLook()
+    sink.gate.set()
+    weights = in_background(sink)
+    wait_until(lambda: not weights.holds(4))
+    weights.publish(4, of(4))
+    wait_until(lambda: not (weights._waiting or weights._in_hand))
+    assert weights.holds(4)

@@ -214,7 +214,7 @@ def test_the_least_time_of_a_step_counts_each_product_and_each_weight_once():
     weights = 3 * agent["forward"]
     target = 2 * agent["forward"]
     adam, polyak = 4 * 7 * weights, 4 * 3 * target / 10
-    gradients = 2 * (2 * 3 * 10) + 4 * (weights + target) + 4 * weights
+    gradients = 4 * (2 * 3 * 10) + 4 * (weights + target) + 4 * weights
     assert floor_s(sizes, flops_per_s=1e12, bytes_per_s=1.0) == pytest.approx(
         gradients + adam + polyak, rel=1e-6
     )

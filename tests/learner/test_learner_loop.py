@@ -19,7 +19,7 @@ from safetensors import safe_open
 from mara.buffer.background import BackgroundReader
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeightChannel
-from mara.common.agent import load_agent
+from mara.common.agent import Agent, load_agent
 from mara.common.config import AgentConfig
 from mara.common.contracts import ReadCounts, TransitionBatch
 from mara.common.episode import Episode
@@ -143,7 +143,7 @@ def test_the_last_agent_is_published_whatever_the_period(make_episode: EpisodeMa
 
 
 class RefusingChannel(MemoryWeightChannel):
-    """Drops the first publications, as one on a store does that is away."""
+    """Does not take the first publications, as one on a store that is away."""
 
     def __init__(self, num_refused: int) -> None:
         super().__init__()
@@ -152,7 +152,6 @@ class RefusingChannel(MemoryWeightChannel):
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
         if self.num_refused > 0:
             self.num_refused -= 1
-            self.num_dropped += 1
             return False
         return super().publish(version, tensors)
 
@@ -172,15 +171,15 @@ class PatientActors(ScriptedReader):
         return super().read(max_episodes, timeout_s)
 
 
-def test_a_first_publication_that_was_dropped_is_made_again(make_episode: EpisodeMaker) -> None:
-    channel, rows = RefusingChannel(num_refused=3), list[dict[str, float]]()
+def test_a_first_publication_that_was_not_taken_is_made_again(make_episode: EpisodeMaker) -> None:
+    channel = RefusingChannel(num_refused=3)
     actors = PatientActors(channel, [[make_episode([1] * 8)] for _ in range(2)])
-    learner = make_learner(actors, channel, num_episodes=2, on_metrics=rows.append)
+    learner = make_learner(actors, channel, num_episodes=2)
     assert learner.run().num_episodes == 2
-    assert rows[-1]["weights/dropped"] == 3
+    assert channel.num_refused == 0
 
 
-def test_a_dropped_publication_is_made_again_when_the_next_one_is_due_and_no_earlier() -> None:
+def test_a_publication_that_was_not_taken_is_made_again_when_the_next_one_is_due_and_no_earlier() -> None:
     channel = RefusingChannel(num_refused=2)
 
     class Reader(ScriptedReader):
@@ -460,7 +459,6 @@ def test_what_got_lost_or_came_twice_is_in_the_metrics(make_episode: EpisodeMake
     make_learner(log.reader(), on_metrics=rows.append).run()
     assert rows[-1]["replay/duplicates"] == 2
     assert rows[-1]["replay/trimmed_unread"] > 100
-    assert rows[-1]["weights/dropped"] == 0
 
 
 def test_lag_is_the_gradient_step_at_reading_minus_the_version_that_decided(
@@ -856,6 +854,32 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
     learner = make_learner(reader, num_episodes=200, run_folder=tmp_path, checkpoint_period_s=1e-3)
     learner.run()
     assert written.is_set()
+
+
+def test_what_is_saved_in_the_background_is_the_agent_as_it_was_when_that_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, gate = saving.save_agent, threading.Event()
+
+    def slow_disk(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
+        assert gate.wait(20)
+        save(agent, folder, card)
+
+    monkeypatch.setattr(saving, "save_agent", slow_disk)
+    learner = make_learner(ScriptedReader([]), run_folder=tmp_path)
+    as_it_was = {name: tensor.clone() for name, tensor in learner.sac.agent.state_dict().items()}
+    learner._save(wait=False)
+    with torch.no_grad():  # the next gradient steps
+        for parameter in learner.sac.agent.parameters():
+            parameter.add_(1)
+    gate.set()
+    assert learner._saver is not None and learner._saver._writing is not None
+    learner._saver._writing.result(20)
+    saved = load_agent(tmp_path / "agent")[0].state_dict()
+    (checkpoint,) = (tmp_path / "checkpoints").glob("step-*")
+    checkpointed = read_checkpoint(checkpoint)["sac"]["agent"]
+    for name, tensor in as_it_was.items():
+        assert torch.equal(saved[name], tensor) and torch.equal(checkpointed[name], tensor), name
 
 
 def test_a_disk_that_fails_in_the_background_ends_the_run(make_episode: EpisodeMaker, tmp_path: Path) -> None:

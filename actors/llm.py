@@ -148,8 +148,8 @@ def locate_model(config: LLMConfig) -> tuple[str, str | None]:
     return config.model, config.gguf_file
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+def resolve_device(device: str, field: str = "llm.device") -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU. ``field`` is the setting that says so.
 
     Raises:
         UserError: there is no such device here.
@@ -162,7 +162,7 @@ def resolve_device(device: str) -> torch.device:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"llm.device={device} cannot be used here ({_first_line(error)}); use auto, cpu, cuda or cuda:N"
+            f"{field}={device} cannot be used here ({_first_line(error)}); use auto, cpu, cuda or cuda:N"
         ) from error
     return chosen
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from transformers import PreTrainedModel as TransformersModel
 from transformers.utils import logging as transformers_logging
 
-from mara.actors.llm import resolve_device, resolve_dtype
+from mara.actors.config import LLMConfig
+from mara.actors.llm import locate_model, resolve_device, resolve_dtype
 from mara.actors.reward_models.config import (
     BeaverRewardConfig,
     CheckpointConfig,
@@ -256,15 +257,16 @@ def _load(model_class: Any, config: CheckpointConfig) -> tuple[Any, Any, set[str
     """Tokenizer, model, and the weights of it that the checkpoint does not have."""
     device = resolve_device(config.device, "device")
     dtype = resolve_dtype(config.dtype, device)
+    name, _ = locate_model(LLMConfig(model=config.model, revision=config.revision), "")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": False}
     if config.revision is not None:
         options["revision"] = config.revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model, found = model_class.from_pretrained(
-            config.model, dtype=dtype, weights_only=True, output_loading_info=True, **options
+            name, dtype=dtype, weights_only=True, output_loading_info=True, **options
         )
     except Exception as error:
         # Damaged weights, settings and tokenizers each fail with an error of the library that reads them.

@@ -232,8 +232,10 @@ def test_a_checkpoint_of_another_layout_is_refused_instead_of_scoring_with_rando
 
 
 def test_a_damaged_or_missing_checkpoint_is_one_line(tmp_path):
-    for model in (str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(UserError, match="cannot be loaded") as caught:
+    save_body(tmp_path, score_head())
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    for model, says in ((str(tmp_path), "cannot be loaded"), (str(tmp_path / "none"), "has no config.json")):
+        with pytest.raises(UserError, match=f"^model: .*{says}") as caught:
             load_beaver(BeaverRewardConfig(model=model, **EXACT))
         assert "\n" not in str(caught.value)
 

@@ -60,7 +60,11 @@ def test_the_report_says_with_which_settings_it_was_made(tiny_run):
     run_evaluation(folder, config)
     settings = json.loads((folder / REPORT_FILE).read_text())["settings"]
     assert settings["llm"] == {**settings["llm"], "model": config.llm.model, "dtype": "float32"}
-    assert settings["rewards"]["cost"] == {"path": str(config.rewards["cost"].path), "weight": -0.5}
+    assert settings["rewards"]["cost"] == {
+        "kind": "head",
+        "path": str(config.rewards["cost"].path),
+        "weight": -0.5,
+    }
     assert settings["decoding"]["truncation"]["top_k"] == 4
     assert settings["evaluation"] == {"num_prompts": 3, "rows": 2, "num_samples": 1}
     assert settings["prompts"] == {"evaluation": str(config.prompts.evaluation)}

@@ -159,12 +159,15 @@ class RewardHandle(Handle):
 class RemoteRewardModel:
     """A reward model in processes of its own, as a :class:`~mara.common.contracts.RewardModel`.
 
-    Lives in a rollout actor. Conversations are spread over the processes.
+    Lives in a rollout actor. Conversations are spread over the processes. One that failed gets none until it
+    says that it works again: Ray would hold back what is asked of it while it starts.
     """
 
     def __init__(self, name: str, actors: Sequence[Any], timeout_s: float) -> None:
         self._name, self._actors, self._timeout_s = name, list(actors), timeout_s
         self._first = 0
+        self._away: dict[int, Any] = {}
+        """Process that failed → the report it was asked for since."""
         self._has_told = False
 
     def wait_until_loaded(self, should_stop: threading.Event) -> None:
@@ -185,19 +188,22 @@ class RemoteRewardModel:
             RayError: none of the processes gave scores; what the last one met.
         """
         scores_B = torch.full((len(conversations),), torch.nan)
-        count = min(len(self._actors), len(conversations))
-        asked = {}
+        usable = self._usable()
+        count = min(len(usable), len(conversations))
+        asked = []
         for part in range(count):
-            actor = self._actors[(self._first + part) % len(self._actors)]
-            asked[part] = actor.score.remote(list(conversations[part::count]))
+            number = usable[(self._first + part) % len(usable)]
+            ref = self._actors[number].score.remote(list(conversations[part::count]))
+            asked.append((part, number, ref))
         self._first += 1
         deadline = time.monotonic() + self._timeout_s
         errors: list[RayError] = []
-        for part, ref in asked.items():
+        for part, number, ref in asked:
             try:
                 scores = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
             except RayError as error:
                 errors.append(error)
+                self._away[number] = self._actors[number].report.remote()
             else:
                 scores_B[part::count] = torch.tensor(scores, dtype=torch.float32)
         if errors and len(errors) == count:
@@ -207,6 +213,21 @@ class RemoteRewardModel:
             self._has_told = True
             logger.warning("rewards.%s: a process of it failed (%s)", self._name, _first_line(errors[0]))
         return scores_B
+
+    def _usable(self) -> list[int]:
+        """Processes that work, as far as is known; all of them where none does."""
+        for number, report in list(self._away.items()):
+            if not _is_ready(report):
+                continue
+            del self._away[number]
+            try:
+                works = ray.get(report).phase == RUNNING
+            except RayError:
+                works = False
+            if not works:
+                self._away[number] = self._actors[number].report.remote()
+        every = range(len(self._actors))
+        return [number for number in every if number not in self._away] or list(every)
 
 
 def _first_line(error: Exception) -> str:

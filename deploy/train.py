@@ -336,7 +336,8 @@ def _who(names: Sequence[str]) -> str:
     for count, what in ((num_rewards, "reward model"), (num_actors, "rollout actor")):
         if count:
             groups.append(f"{count} {what}{'s' if count > 1 else ''}")
-    return " and ".join(groups)
+    *others, last = groups
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def closing_line(summary: LearnerSummary) -> str:

@@ -50,7 +50,7 @@ def load_function(name: str, folder: Path) -> ScoreFunction:
         sys.path.append(str(folder))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # A module can fail in any way while it is imported.
+    except (Exception, SystemExit) as error:  # A module can fail in any way while it is imported.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"function: the module of {name!r} cannot be imported ({type(error).__name__}: {reason}); name "

@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "rollout.num_cpus",
     "rollout.num_gpus",
     "rollout.num_threads",
+    "rollout.max_unscored",
     "replay.redis_url",
     "evaluation",
     "wandb.mode",

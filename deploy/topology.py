@@ -160,7 +160,7 @@ class RemoteRewardModel:
     """A reward model in processes of its own, as a :class:`~mara.common.contracts.RewardModel`.
 
     Lives in a rollout actor. Conversations are spread over the processes. One that failed gets none until it
-    says that it works again: Ray would hold back what is asked of it while it starts.
+    says that it works again: what it is asked while it loads its model would wait for that.
     """
 
     def __init__(self, name: str, actors: Sequence[Any], timeout_s: float) -> None:

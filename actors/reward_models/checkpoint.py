@@ -106,7 +106,6 @@ class ScalarHeadModel(TransformersModel):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = LlamaModel(config)
-        self.post_init()
 
     @property
     def head(self) -> torch.nn.Linear:

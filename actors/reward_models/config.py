@@ -22,8 +22,9 @@ class RewardModelConfig(Config):
     batch_size: int = Field(default=16, ge=1)
     """Conversations scored at the same time by one process. Usual range 8–64."""
     timeout_s: float = Field(default=60.0, gt=0, le=LONGEST_S)
-    """Longest wait for the scores of a batch, seconds. A later score is a failed one: its episode is dropped
-    and counted (``rollout/scores_failed``). Usual range 10–300."""
+    """Longest wait for scores, seconds, of up to 64 answers from each rollout actor at the same time. A later
+    score is a failed one: its episode is dropped and counted (``rollout/scores_failed``). Usual range 10–300.
+    """
     max_outage_s: float = Field(default=300.0, gt=0, le=LONGEST_S)
     """How long it may give no score at all before the run is given up, seconds. Usual range 60–3600."""
     replicas: int = Field(default=1, ge=1)
@@ -45,7 +46,8 @@ class CheckpointConfig(RewardModelConfig):
     revision: str | None = None
     """Branch, tag or commit of a Hub model. None: its default branch."""
     device: str = "auto"
-    """``auto`` takes a GPU if the process has one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
+    """``auto`` takes a GPU if the process has one, for which it needs ``num_gpus``; else ``cpu`` or ``cuda``.
+    """
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the weights. ``auto`` takes 16 bit where the device multiplies it itself."""
     max_length: int = Field(default=2048, ge=1)

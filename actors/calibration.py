@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from mara.actors.config import DecodingConfig, GateConfig
 from mara.actors.decoding.policies import AgentPolicy, Gated, Plain, Policy
-from mara.actors.evaluation import PreferenceRate, Progress, ScoredAnswer, answer_prompts, preference_rate
+from mara.actors.evaluation import (
+    PreferenceRate,
+    Progress,
+    ScoredAnswer,
+    answer_prompts,
+    preference_rate,
+    score_texts,
+)
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
 from mara.common.agent import Agent
+from mara.common.contracts import RewardModel
 
 DENSE = GateConfig()
 CANDIDATES = tuple(
@@ -55,14 +64,16 @@ def try_gates(
     max_prompt_tokens: int,
     gates: Sequence[GateConfig] = CANDIDATES,
     progress: Progress = lambda done, total: None,
+    models: Mapping[str, Callable[[], RewardModel]] = MappingProxyType({}),
 ) -> list[GateOutcome]:
     """What the agent does without a gate, and behind each of ``gates``, in that order.
 
     Args:
         weights: of each reward model; those with weight 0 are not looked at.
+        models: loads each of the reward models that are no heads.
 
     Raises:
-        UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
+        UserError: a prompt is too long, or a reward or the LLM gives a number that is not finite.
     """
     policy = AgentPolicy(agent.eval(), decoding.threshold)
     systems: dict[str, Policy | Plain | Gated] = {"base": "greedy"}
@@ -71,6 +82,8 @@ def try_gates(
     answers = answer_prompts(
         llm, prompts, decoding, systems, rows, max_prompt_tokens, progress=progress, heads=heads
     )
+    for name, load in models.items():
+        score_texts(name, load(), llm, prompts, answers)
     counted = {name: weight for name, weight in weights.items() if weight != 0}
     return [_outcome(gate, answers[name], answers["base"], counted) for name, gate in tried.items()]
 

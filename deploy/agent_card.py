@@ -15,6 +15,7 @@ from mara.deploy.config import AgentUse, RunConfig, portable_name
 from mara.deploy.console import warn
 from mara.deploy.model_shape import LLMIdentity, find_identity, is_same_llm
 from mara.deploy.preflight import Checked, warn_of_another_llm
+from mara.deploy.reward_models import reward_settings
 
 REVISION, GGUF_FILE = "llm.revision", "llm.gguf_file"
 """Settings that mean something only beside the name of their LLM."""
@@ -52,16 +53,24 @@ def agent_card(config: RunConfig, checked: Checked, run_id: str) -> dict[str, An
     """What is kept beside an agent: what it was trained with and belongs to, as another machine can tell it.
 
     Of each reward head the weight, the name, and the SHA-256 of its files: not its folder, which is this
-    machine's affair. Of the prompts the name, SHA-256 and number; of a run that trained on the episodes of
-    another one, that run's name instead.
+    machine's affair. Of each other reward model the weight, and the settings that a score depends on. Of the
+    prompts the name, SHA-256 and number; of a run that trained on the episodes of another one, that run's
+    name instead.
     """
     rewards = {
         name: {
             "head": portable_name(head.path),
             "weight": head.weight,
-            "sha256": dict(checked.head_digests[name]),
+            "sha256": dict(checked.reward_digests[name]),
         }
-        for name, head in config.rewards.items()
+        for name, head in config.heads.items()
+    } | {
+        name: {
+            "settings": reward_settings(reward),
+            "weight": reward.weight,
+            "sha256": dict(checked.reward_digests[name]),
+        }
+        for name, reward in config.reward_models.items()
     }
     data: dict[str, Any]
     if config.replay.from_run is not None:
@@ -109,6 +118,19 @@ def warn_of_other_use(card: Mapping[str, Any], config: AgentUse) -> None:
         warn_of_another_llm("the agent", "trained", recorded, config.llm.model)
     for difference in _differences(card, config, is_same):
         warn(difference)
+
+
+def warn_of_left_out(card: Mapping[str, Any], config: AgentUse) -> None:
+    """Say in one line which rewards of the training an evaluation leaves out: a card gives the heads alone.
+
+    A function or a server that a card from somebody else names is not called.
+    """
+    rewards = card.get("rewards")
+    if isinstance(rewards, dict) and (missing := sorted(map(str, rewards.keys() - config.rewards.keys()))):
+        warn(
+            f"the agent was trained by {', '.join(map(_shown, missing))} as well, which its card only names; "
+            "give rewards.NAME.kind and its settings to compare by them"
+        )
 
 
 def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool) -> Iterator[str]:

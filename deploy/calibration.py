@@ -58,6 +58,7 @@ def calibrate(
         config.evaluation.rows,
         config.rollout.max_prompt_tokens,
         progress=AnswerProgress().tell,
+        models=parts.models,
     )
     best = choose_gate(outcomes, max_interventions)
     print_gates(outcomes, best)

@@ -6,9 +6,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
+from mara.actors.reward_models.config import (
+    BeaverRewardConfig,
+    FunctionRewardConfig,
+    HttpRewardConfig,
+    RewardModelConfig,
+    SequenceClassifierRewardConfig,
+    UltraRMRewardConfig,
+)
 from mara.buffer.config import ReplayConfig, ShapingConfig
 from mara.common.config import LONGEST_S, AgentConfig, Config
 from mara.learner.config import LearnerConfig
@@ -69,12 +77,35 @@ class PromptsConfig(HeldOutConfig):
 
 
 class RewardHeadConfig(Config):
-    """A reward model: a small head on the frozen LLM's hidden states (Eq. 3)."""
+    """A reward model that is a small head on the frozen LLM's hidden states (Eq. 3)."""
 
+    kind: Literal["head"] = "head"
     path: DataPath
     """Folder that ``mara reward fit`` wrote, or a shipped one: ``mara:heads/NAME``."""
     weight: float
     """What one unit of its score counts in the reward (Eq. 13). Negative for a cost. Usual range -2–2."""
+
+
+HEAD = "head"
+"""The kind of a reward for which none is given."""
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("kind", HEAD))
+    return str(getattr(value, "kind", HEAD))
+
+
+RewardConfig = Annotated[
+    Annotated[RewardHeadConfig, Tag(HEAD)]
+    | Annotated[BeaverRewardConfig, Tag("beaver")]
+    | Annotated[UltraRMRewardConfig, Tag("ultrarm")]
+    | Annotated[SequenceClassifierRewardConfig, Tag("sequence_classifier")]
+    | Annotated[FunctionRewardConfig, Tag("function")]
+    | Annotated[HttpRewardConfig, Tag("http")],
+    Discriminator(_kind_of),
+]
+"""What one entry of ``rewards`` may be, told apart by its ``kind``."""
 
 
 class EvaluationConfig(Config):
@@ -134,7 +165,7 @@ class AgentUse(Config):
     """The frozen LLM."""
     prompts: HeldOutConfig = HeldOutConfig()
     """What it is asked."""
-    rewards: dict[str, RewardHeadConfig] = Field(default={})
+    rewards: dict[str, RewardConfig] = Field(default={})
     """Reward models by name. The evaluation calls a positive weight better when higher, a negative one
     better when lower."""
     decoding: DecodingConfig = DecodingConfig()
@@ -149,7 +180,17 @@ class AgentUse(Config):
     @property
     def score_weights(self) -> dict[str, float]:
         """Weight of each reward model by name."""
-        return {name: head.weight for name, head in self.rewards.items()}
+        return {name: reward.weight for name, reward in self.rewards.items()}
+
+    @property
+    def heads(self) -> dict[str, RewardHeadConfig]:
+        """The rewards that are heads on the LLM, scored where it decodes, by name."""
+        return {name: one for name, one in self.rewards.items() if isinstance(one, RewardHeadConfig)}
+
+    @property
+    def reward_models(self) -> dict[str, RewardModelConfig]:
+        """All other rewards, each with processes of its own, by name."""
+        return {name: one for name, one in self.rewards.items() if isinstance(one, RewardModelConfig)}
 
 
 class RunConfig(AgentUse):
@@ -157,7 +198,7 @@ class RunConfig(AgentUse):
 
     prompts: PromptsConfig
     """What the LLM is asked."""
-    rewards: dict[str, RewardHeadConfig]
+    rewards: dict[str, RewardConfig]
     """Reward models by name. The evaluation calls a positive weight better when higher, a negative one
     better when lower."""
     agent: AgentConfig = AgentConfig()
@@ -177,12 +218,18 @@ class RunConfig(AgentUse):
     def _consistent(self) -> RunConfig:
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one reward head with its path and weight")
-        if all(head.weight == 0 for head in self.rewards.values()):
+        if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("rewards: every weight is 0; give at least one another value")
         if self.shaping.score_weights:
             raise ValueError(
                 f"shaping.score_weights={self.shaping.score_weights} is not set here; "
                 "give each weight as rewards.NAME.weight"
+            )
+        if self.shaping.terminal == "progress" and self.reward_models:
+            name, reward = next(iter(self.reward_models.items()))
+            raise ValueError(
+                "shaping.terminal=progress needs rewards that judge unfinished answers, as heads do; "
+                f"rewards.{name} is of kind {_kind_of(reward)}: use shaping.terminal=last or spread"
             )
         if self.replay.from_run is not None and self.rollout.num_actors > 0:
             raise ValueError(
@@ -199,6 +246,21 @@ class RunConfig(AgentUse):
                 f"ray.address={self.ray.address} needs a server that all nodes reach; set replay.redis_url"
             )
         return self
+
+    @property
+    def reward_cpus(self) -> float:
+        """Cores that the processes of reward models take in all."""
+        return sum(one.replicas * one.num_cpus for one in self._placed)
+
+    @property
+    def reward_gpus(self) -> float:
+        """GPUs that the processes of reward models take in all."""
+        return sum(one.replicas * one.num_gpus for one in self._placed)
+
+    @property
+    def _placed(self) -> list[RewardModelConfig]:
+        """Reward models that get processes: without rollout actors nobody asks them."""
+        return list(self.reward_models.values()) if self.rollout.num_actors else []
 
     @property
     def weighted_shaping(self) -> ShapingConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +19,18 @@ from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, ev
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
+from mara.actors.reward_models.loading import load_reward_model
 from mara.common.agent import Agent, load_agent
+from mara.common.contracts import RewardModel
 from mara.common.errors import UserError
 from mara.common.files import write_whole
-from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
+from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
 from mara.deploy.config import AgentUse
 from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
 from mara.deploy.preflight import check_context, check_head, warn_of_head
+from mara.deploy.reward_models import check_reward_model
 from mara.deploy.run_folder import agent_folder
 
 REPORT_FILE = "report.json"
@@ -59,8 +63,8 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     untrained agent are not told of: the training has done so.
 
     Raises:
-        UserError: there is no agent, no evaluation prompts were configured, a head does not fit, or a score
-            is not finite.
+        UserError: there is no agent, no evaluation prompts were configured, a reward does not fit, or a
+            score is not finite.
     """
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of held-out prompts to compare on")
@@ -86,6 +90,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.run.seed,
         progress=AnswerProgress().tell,
+        models=parts.models,
     )
     content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
@@ -102,6 +107,8 @@ class Parts(NamedTuple):
     llm: LLM
     agent: Agent
     heads: dict[str, RewardHead]
+    models: dict[str, Callable[[], RewardModel]]
+    """Loads each of the reward models that are no heads."""
 
 
 def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Parts:
@@ -115,13 +122,19 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Part
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
     agent, card = _read_agent(folder, config, hidden_size)
-    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
+    heads = {name: check_head(name, head.path, hidden_size) for name, head in config.heads.items()}
+    models: dict[str, Callable[[], RewardModel]] = {}
+    for name, reward in config.reward_models.items():
+        check_reward_model(name, reward)
+        models[name] = partial(load_reward_model, name, reward, Path.cwd())
     if not is_told:
         warn_of_untrained(card)
-        for name, head in config.rewards.items():
+        warn_of_left_out(card, config)
+        for name, head in config.heads.items():
             warn_of_head(name, head.path, config.llm.model)
     llm = _load(config, say)
-    return Parts(llm, agent.to(llm.device), {name: head.to(llm.device) for name, head in heads.items()})
+    on_device = {name: head.to(llm.device) for name, head in heads.items()}
+    return Parts(llm, agent.to(llm.device), on_device, models)
 
 
 def _keep_earlier(path: Path) -> Path | None:

@@ -52,7 +52,7 @@ class FinishedLog:
     run_folder: Path
     run_id: str
     heads: dict[str, dict[str, str]]
-    """Reward head that scored the episodes → file → SHA-256."""
+    """Reward head, or other reward model, that scored the episodes → file, or what else → SHA-256."""
     redis_urls: list[str] | None
     """The servers of its shards; None where it is in ``data_dir``."""
     data_dir: Path | None

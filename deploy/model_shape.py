@@ -26,10 +26,6 @@ def find_hidden_size(config: LLMConfig) -> int:
     Raises:
         UserError: the model cannot be found or its description cannot be read.
     """
-    name, gguf_file = locate_model(config)
-    folder = Path(name)
-    if gguf_file is None and folder.is_dir():
-        _check_weights(folder)
     description = _description(config)
     if isinstance(description, Path):
         return read_gguf_hidden_size(description)
@@ -55,10 +51,7 @@ def find_num_positions(config: LLMConfig) -> int | None:
 
 def _description(config: LLMConfig) -> Any:
     """The path of the GGUF file, or what ``config.json`` says of the language model."""
-    name, gguf_file = locate_model(config)
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _from_hub(config, gguf_file or "config.json").parent
+    folder, gguf_file = find_folder(config), locate_model(config)[1]
     if gguf_file is not None:
         return folder / gguf_file
     from transformers import AutoConfig
@@ -72,6 +65,26 @@ def _description(config: LLMConfig) -> Any:
 
 def _bad_description(config: LLMConfig, error: Exception) -> UserError:
     return UserError(f"llm.model: config.json of {config.model!r} cannot be used: {_first_line(error)}")
+
+
+def find_folder(config: LLMConfig, prefix: str = "llm.") -> Path:
+    """The folder with the description of a model; with its weights, if it is no model of the Hub.
+
+    A Hub model is looked up in the local cache first; otherwise that one file is fetched.
+
+    Args:
+        prefix: begins the names of settings in messages: another model may be described like an LLM.
+
+    Raises:
+        UserError: the model cannot be found or its weights cannot be read.
+    """
+    name, gguf_file = locate_model(config, prefix)
+    folder = Path(name)
+    if not folder.is_dir():
+        return _from_hub(config, gguf_file or "config.json", prefix).parent
+    if gguf_file is None:
+        _check_weights(folder, prefix)
+    return folder
 
 
 class LLMIdentity(NamedTuple):
@@ -120,17 +133,17 @@ def _template_digest(config: LLMConfig, folder: Path) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, prefix: str) -> None:
     """Refuse a folder without weights, and safetensors whose header cannot be read."""
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise UserError(f"llm.model: {folder} has no weights (*.safetensors); give a complete model")
+        raise UserError(f"{prefix}model: {folder} has no weights (*.safetensors); give a complete model")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"llm.model: {path} cannot be read ({_first_line(error)}); fetch it again"
+                f"{prefix}model: {path} cannot be read ({_first_line(error)}); fetch it again"
             ) from error
 
 
@@ -138,7 +151,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _from_hub(config: LLMConfig, filename: str) -> Path:
+def _from_hub(config: LLMConfig, filename: str, prefix: str = "llm.") -> Path:
     """Path of one file of a Hub model in the cache, fetched if it is not there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -159,18 +172,18 @@ def _from_hub(config: LLMConfig, filename: str) -> Path:
         )
     except HFValidationError as error:
         raise UserError(
-            f"llm.model: {config.model!r} is neither a folder nor the name of a Hub model; correct it"
+            f"{prefix}model: {config.model!r} is neither a folder nor the name of a Hub model; correct it"
         ) from error
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
             status = error.response.status_code if error.response is not None else "no answer"
             raise UserError(
-                f"llm.model: the Hub does not give {filename} of {config.model!r} ({status}); check the "
-                "name, llm.revision and your access"
+                f"{prefix}model: the Hub does not give {filename} of {config.model!r} ({status}); check the "
+                f"name, {prefix}revision and your access"
             ) from error
         # What the network does arrives as the errors of whichever HTTP library the Hub's client uses.
         raise UserError(
-            f"llm.model: {config.model!r} is no folder and not in the local cache, and the Hub cannot be "
+            f"{prefix}model: {config.model!r} is no folder and not in the local cache, and the Hub cannot be "
             f"reached ({_first_line(error)}); correct the name, give a folder, or connect"
         ) from error
 

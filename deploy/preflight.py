@@ -13,6 +13,7 @@ import torch
 from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, check_quantization, locate_model, resolve_device, resolve_dtype
 from mara.actors.prompts import Prompt, load_prompts
+from mara.actors.reward_models.config import CheckpointConfig
 from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
 from mara.deploy.config import AgentUse, RunConfig
@@ -26,6 +27,7 @@ from mara.deploy.model_shape import (
     is_same_llm,
 )
 from mara.deploy.recorder import check_wandb, wandb_mode
+from mara.deploy.reward_models import check_reward_model
 from mara.learner.loop import check_start, learner_device
 
 CROWDED = 2
@@ -44,8 +46,8 @@ class Checked:
     """Of the LLM."""
     llm: LLMIdentity
     """Its commit and chat template."""
-    head_digests: dict[str, dict[str, str]]
-    """Reward head → file → SHA-256."""
+    reward_digests: dict[str, dict[str, str]]
+    """Reward head, or other reward model → file, or what else identifies it → SHA-256."""
     base_scores: dict[str, dict[str, float]]
     """Reward head → how the LLM's own answers were drawn → their mean score, where the head's fit measured
     them on this LLM."""
@@ -82,12 +84,14 @@ def preflight(
     if config.replay.redis_url is not None and config.replay.from_run is None:
         say("checking the server at replay.redis_url")
         check_stores(config.replay, config.rollout.num_actors, run_id)
-    say("checking the LLM and the reward heads")
+    say("checking the LLM and the rewards")
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
     llm = find_identity(config.llm)
     digests, base_scores = {}, {}
-    for name, head in config.rewards.items():
+    for name, reward in config.reward_models.items():
+        digests[name] = check_reward_model(name, reward)
+    for name, head in config.heads.items():
         check_head(name, head.path, hidden_size)
         warn_of_head(name, head.path, config.llm.model)
         digests[name] = head_digests(head.path)
@@ -100,9 +104,11 @@ def preflight(
         warn_of_forced(log.run_folder)
         for name in sorted(digests.keys() & log.heads.keys()):
             if digests[name] != log.heads[name]:
+                is_head = name in config.heads
+                what = ".path is another head" if is_head else " has another module or other settings"
                 warn(
-                    f"rewards.{name}.path is another head than the one that scored the episodes of "
-                    f"{log.run_folder}; training goes by their scores, the evaluation by this head"
+                    f"rewards.{name}{what} than the one that scored the episodes of {log.run_folder}; "
+                    f"training goes by their scores, the evaluation by this {'head' if is_head else 'one'}"
                 )
     return Checked(tuple(prompts), prompts_digest, hidden_size, llm, digests, base_scores, unpacks_llm, log)
 
@@ -195,6 +201,19 @@ def check_devices(config: RunConfig) -> None:
         raise UserError(
             f"rollout.num_gpus={config.rollout.num_gpus:g} for {config.rollout.num_actors} actors is more "
             f"than the {num_gpus} GPUs here; lower it or rollout.num_actors"
+        )
+    for name, reward in config.reward_models.items():
+        device = reward.device if isinstance(reward, CheckpointConfig) else "auto"
+        if device.startswith("cuda") and (num_gpus == 0 or reward.num_gpus == 0):
+            raise UserError(
+                f"rewards.{name}.device={device}: its num_gpus is {reward.num_gpus:g}, and there are "
+                f"{num_gpus} GPUs here; give each replica a part of one, or use cpu"
+            )
+    in_all = config.reward_gpus + config.rollout.num_actors * config.rollout.num_gpus
+    if in_all > num_gpus:
+        raise UserError(
+            f"rewards.NAME.num_gpus: reward models take {config.reward_gpus:g} GPUs, with the rollout actors "
+            f"{in_all:g}, which is more than the {num_gpus} here; lower it, or replicas"
         )
 
 

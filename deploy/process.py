@@ -1,8 +1,8 @@
 """What every process of a run has: what it is told, what it reports, and its log.
 
-The processes are plain classes (:mod:`mara.deploy.rollout_host`, :mod:`mara.deploy.learner_host`). Ray makes
-an actor of each (:mod:`mara.deploy.topology`): ``run`` blocks in one thread while ``report`` and ``stop`` are
-answered in others.
+The processes are plain classes (:mod:`mara.deploy.rollout_host`, :mod:`mara.deploy.learner_host`,
+:mod:`mara.deploy.reward_host`). Ray makes an actor of each (:mod:`mara.deploy.topology`): ``run`` blocks in
+one thread while ``report`` and ``stop`` are answered in others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ WAITING = "waiting for Ray"
 """No process has answered yet: Ray is starting it, or has no room for it."""
 STARTING = "starting"
 LOADING = "loading the LLM"
+LOADING_REWARD = "loading the reward model"
 RUNNING = "running"
 
 LEARNER = "learner"
-"""Name of the one process that is no rollout actor."""
+"""Name of the process of the learner."""
+REWARD_PREFIX = "reward-"
+"""How the names of the processes of reward models begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class HostSpec:
     """What a process has to know about its run."""
 
     name: str
-    """Unique in the run, also after restarts: ``learner``, ``actor-0``, ``actor-0-1``, …"""
+    """Unique in the run: ``learner``, ``actor-0``, ``actor-0-1`` after a restart, ``reward-NAME-0``, …"""
     config: RunConfig
     """The run's settings, with the address of the server in ``replay.redis_url``."""
     run_id: str

@@ -56,6 +56,7 @@ MAY_CHANGE = (
     "rollout.num_cpus",
     "rollout.num_gpus",
     "rollout.num_threads",
+    "rollout.max_unscored",
     "replay.redis_url",
     "evaluation",
     "wandb.mode",
@@ -216,12 +217,13 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
             f"llm.model={resumed.config.llm.model} has hidden size {checked.hidden_size}, had "
             f"{log.hidden_size} when the run began; put the old one back, or start a new run"
         )
-    for name, files in checked.head_digests.items():
+    for name, files in checked.reward_digests.items():
         if log.heads.get(name, files) != files:
+            head = resumed.config.heads.get(name)
+            what = f".path: the files of {head.path} have" if head else ": its module or its settings have"
             raise UserError(
-                f"rewards.{name}.path: the files of {resumed.config.rewards[name].path} have changed since "
-                "the run began, and its episodes have the scores of the old ones; put those back, or start "
-                "a new run"
+                f"rewards.{name}{what} changed since the run began, and its episodes have the scores of the "
+                "old ones; put those back, or start a new run"
             )
     if log.prompts_digest != checked.prompts_digest:
         raise UserError(

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import RolloutWorker
+from mara.actors.scoring import Judge
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.shared_weights import SharedWeights
 from mara.buffer.weights import RedisWeightChannel
 from mara.buffer.writer import BufferedSink
+from mara.common.contracts import RewardModel
 from mara.deploy.process import LOADING, RUNNING, STARTING, HostSpec, Report, log_to
 
 FLUSH_S = 5.0
 """How long an actor that ends goes on storing the episodes it still has, seconds."""
+
+
+class RemoteModel(RewardModel, Protocol):
+    """A reward model in processes of its own."""
+
+    def wait_until_loaded(self, should_stop: threading.Event) -> None:
+        """Wait until each of its processes has loaded its model, or ``should_stop`` is set."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +35,8 @@ class RolloutSpec(HostSpec):
     prompts: tuple[Prompt, ...]
     number: int = 0
     """Which of the run's actors this is, from 0; one that replaces another has its number."""
+    reward_models: Mapping[str, RemoteModel] = field(default_factory=dict)
+    """Reward models that are no heads, by name."""
 
 
 class RolloutHost:
@@ -50,15 +64,21 @@ class RolloutHost:
             config.decoding,
             config.rollout,
             config.agent,
-            {name: head.path for name, head in config.rewards.items()},
+            {name: head.path for name, head in config.heads.items()},
             self._spec.prompts,
             self._sink,
             weights,
             self._spec.name,
             config.run.seed,
+            {
+                name: Judge(model, config.reward_models[name].max_outage_s)
+                for name, model in self._spec.reward_models.items()
+            },
         )
         self._phase = RUNNING
         try:
+            for model in self._spec.reward_models.values():
+                model.wait_until_loaded(self._stop)
             self._worker.run(self._stop)
         finally:
             self._sink.close(FLUSH_S)

@@ -122,7 +122,7 @@ class LogRecord(NamedTuple):
     hidden_size: int
     """Of the LLM whose states it holds."""
     heads: dict[str, dict[str, str]]
-    """Reward head whose scores it holds → file → SHA-256."""
+    """Reward head, or other reward model, whose scores it holds → file, or what else → SHA-256."""
     prompts_digest: str
     """SHA-256 of the file of prompts that it answers."""
 
@@ -221,13 +221,18 @@ def _check_resolved(path: Path, text: str) -> None:
 
 
 def _use_on_card(card: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a card has. The device is of another machine; heads are looked for in the folder."""
+    """The settings that a card has. The device is of another machine; heads are looked for in the folder.
+
+    Other reward models are left out: a card from somebody else must not say what is called or loaded.
+    """
     return {
         "llm": {name: value for name, value in card["llm"].items() if name != "device"},
         "decoding": card["decoding"],
         "rollout": card["rollout"],
         "rewards": {
-            name: {"path": head["head"], "weight": head["weight"]} for name, head in card["rewards"].items()
+            name: {"path": head["head"], "weight": head["weight"]}
+            for name, head in card["rewards"].items()
+            if "head" in head
         },
         "run": {"seed": card.get("seed", 0)},
     }

@@ -166,7 +166,9 @@ def _lease(config: RunConfig, urls: Sequence[str], run_id: str, use: Use) -> Abs
 def _record_log(run_id: str, redis_urls: Sequence[str], checked: Checked, folder: Path) -> None:
     """Note for later runs where the episodes of this one are."""
     shown = [hide_password(url) for url in redis_urls] or None
-    LogRecord(run_id, shown, checked.hidden_size, checked.head_digests, checked.prompts_digest).write(folder)
+    LogRecord(run_id, shown, checked.hidden_size, checked.reward_digests, checked.prompts_digest).write(
+        folder
+    )
 
 
 def _with_log(

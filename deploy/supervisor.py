@@ -1,28 +1,31 @@
 """Keeps the processes of a run going: places them, replaces rollout actors that die, says when it is over.
 
 What a death means is decided here and nowhere else. A rollout actor is replaced and its episodes in progress
-are lost. The learner is not: its death ends the run, which keeps its last checkpoint.
+are lost. A reward model that dies is started again by Ray; the episodes that waited for its scores are lost.
+The learner is not replaced: its death ends the run, which keeps its last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from mara.common.errors import UserError
+from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import RUNNING, WAITING
-from mara.deploy.rollout_host import RolloutSpec
+from mara.deploy.reward_host import RewardSpec
+from mara.deploy.rollout_host import RemoteModel, RolloutSpec
 from mara.deploy.run_folder import what_is_saved
 from mara.learner.loop import LearnerSummary
 
 if TYPE_CHECKING:
-    from mara.deploy.topology import Ended, Handle
+    from mara.deploy.topology import Ended, Handle, RewardHandle
 
 SILENT_AFTER_S = 30.0
 
@@ -32,6 +35,10 @@ class Places(Protocol):
 
     def place_learner(self, spec: LearnerSpec) -> Handle: ...
     def place_rollout(self, spec: RolloutSpec) -> Handle: ...
+    def place_reward(self, spec: RewardSpec) -> RewardHandle: ...
+    def remote_models(
+        self, config: RunConfig, handles: Mapping[str, Sequence[RewardHandle]]
+    ) -> Mapping[str, RemoteModel]: ...
     def resources(self) -> dict[str, float]: ...
 
 
@@ -52,7 +59,7 @@ class Status:
 class _Member:
     """A process that should be there, through all its replacements."""
 
-    def __init__(self, spec: LearnerSpec | RolloutSpec, handle: Handle) -> None:
+    def __init__(self, spec: LearnerSpec | RolloutSpec | RewardSpec, handle: Handle) -> None:
         self.spec = spec
         self.handle = handle
         self.num_restarts = 0
@@ -71,8 +78,20 @@ class _Member:
         return report is not None and report.phase == RUNNING
 
 
+class _RewardMember(_Member):
+    """A process of a reward model."""
+
+    def __init__(self, spec: RewardSpec, handle: RewardHandle) -> None:
+        super().__init__(spec, handle)
+        self.reward = spec.reward
+        self.reward_handle = handle
+
+
 class Supervisor:
-    """Owns the learner and the rollout actors. Called from one thread; no call waits for a process."""
+    """Owns the learner, the rollout actors and the reward models' processes.
+
+    Called from one thread; no call waits for a process.
+    """
 
     def __init__(
         self,
@@ -80,12 +99,20 @@ class Supervisor:
         learner: LearnerSpec,
         rollouts: Sequence[RolloutSpec],
         say: Callable[[str], None],
+        rewards: Sequence[RewardSpec] = (),
     ) -> None:
         self._places = places
         self._config = learner.config
         self._say = say
         self._base_names = [spec.name for spec in rollouts]
         self._learner = _Member(learner, places.place_learner(learner))
+        self._rewards = [_RewardMember(spec, places.place_reward(spec)) for spec in rewards]
+        if self._rewards:
+            handles: dict[str, list[RewardHandle]] = {}
+            for member in self._rewards:
+                handles.setdefault(member.reward, []).append(member.reward_handle)
+            models = places.remote_models(self._config, handles)
+            rollouts = [replace(spec, reward_models=models) for spec in rollouts]
         self._rollouts = [_Member(spec, places.place_rollout(spec)) for spec in rollouts]
         self._retired: list[dict[str, float]] = []
         self._stopping = False
@@ -100,9 +127,12 @@ class Supervisor:
 
         Raises:
             UserError: a process found a mistake in the settings.
-            RunFailed: the learner died, or too many rollout actors did, or there is no room for a process.
+            RunFailed: the learner died, or too many rollout actors or reward models did, or there is no room
+                for a process.
         """
         summary = self._poll_learner()
+        for reward in self._rewards:
+            self._poll_reward(reward)
         for index, member in enumerate(self._rollouts):
             ended = member.handle.poll()
             if ended is not None and not self._stopping:
@@ -113,7 +143,7 @@ class Supervisor:
             metrics=self._fleet(),
             phases={
                 m.handle.name: m.handle.report.phase if m.handle.report else WAITING
-                for m in (self._learner, *self._rollouts)
+                for m in (self._learner, *self._rewards, *self._rollouts)
             },
             summary=summary,
         )
@@ -145,8 +175,30 @@ class Supervisor:
 
     def kill(self) -> None:
         """End every process at once."""
-        for member in (self._learner, *self._rollouts):
+        for member in (self._learner, *self._rollouts, *self._rewards):
             member.handle.kill()
+
+    def _poll_reward(self, member: _RewardMember) -> None:
+        """Hear the process of a reward model; tell of a new one in its place.
+
+        Raises:
+            RunFailed: it cannot be loaded, or dies again and again.
+        """
+        handle = member.reward_handle
+        ended = handle.poll()
+        if self._stopping:
+            return
+        if ended is not None:
+            raise self._failure(member, ended, "the reward model could not be loaded")
+        if handle.num_restarts > member.num_restarts:
+            member.num_restarts = handle.num_restarts
+            self._say(f"{handle.name} died and was started again; answers it was to score are dropped")
+            if member.num_restarts > (limit := self._config.ray.max_actor_restarts):
+                raise RunFailed(
+                    f"{handle.name} died {member.num_restarts} times, more than {limit} "
+                    f"(ray.max_actor_restarts); see {member.spec.log_file}"
+                )
+        self._check_silence(member)
 
     def _poll_learner(self) -> LearnerSummary | None:
         member = self._learner
@@ -215,6 +267,8 @@ class Supervisor:
         metrics |= self._rates.update(metrics, ("rollout/tokens", "rollout/episodes", "rollout/passes"))
         metrics["actors/alive"] = float(sum(report is not None for report in reports))
         metrics["actors/restarted"] = float(self.num_restarts)
+        if self._rewards:
+            metrics["rewards/restarted"] = float(sum(member.num_restarts for member in self._rewards))
         return metrics
 
 

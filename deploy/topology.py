@@ -10,24 +10,33 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 
+from mara.common.contracts import Conversation
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.learner_host import LearnerHost, LearnerSpec
-from mara.deploy.process import Report
+from mara.deploy.process import RUNNING, Report
+from mara.deploy.reward_host import RewardHost, RewardSpec
 from mara.deploy.rollout_host import RolloutHost, RolloutSpec
 
 NAMESPACE = "mara"
 # run, report and stop must not wait for one another.
 THREADS_PER_HOST = 4
 CONNECT_S = 5.0
+ASK_S = 0.5
+"""How often a process that loads is asked whether it has done so, seconds."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,131 @@ class Handle:
     def kill(self) -> None:
         """End the process without saving. Returns at once."""
         ray.kill(self._actor, no_restart=True)
+
+
+class RewardHandle(Handle):
+    """One placed process of a reward model, whose ``run`` loads it. Ray starts it again where it dies."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        super().__init__(name, actor)
+        self.num_restarts = 0
+        """Processes that took the place of a dead one."""
+        self._has_loaded = False
+
+    @property
+    def actor(self) -> Any:
+        """What rollout actors call."""
+        return self._actor
+
+    def poll(self) -> Ended | None:
+        """Take over a report that has come and ask for the next one; say why it could not be loaded.
+
+        None while it loads or works, and while Ray starts it again. Returns at once.
+        """
+        self.heard = False
+        if _is_ready(self._pending):
+            self._hear()
+            self._pending = self._actor.report.remote()
+        if self._run is None or not _is_ready(self._run):
+            return None
+        ended = _outcome(self._run)
+        if ended.error is not None or (ended.died and not self._has_loaded):
+            return ended
+        self._has_loaded = True
+        self._run = self._actor.run.remote() if ended.died else None
+        return None
+
+    def _hear(self) -> None:
+        try:
+            report = ray.get(self._pending)
+        except RayActorError:
+            if self._run is None:  # The next process has to load it again.
+                self._run = self._actor.run.remote()
+            return
+        self.heard = True
+        if self.report is not None and report.pid != self.report.pid:
+            self.num_restarts += 1
+            if self._run is None:
+                self._run = self._actor.run.remote()
+        self.report = report
+
+
+class RemoteRewardModel:
+    """A reward model in processes of its own, as a :class:`~mara.common.contracts.RewardModel`.
+
+    Lives in a rollout actor. Conversations are spread over the processes. One that failed gets none until it
+    says that it works again: what it is asked while it loads its model would wait for that.
+    """
+
+    def __init__(self, name: str, actors: Sequence[Any], timeout_s: float) -> None:
+        self._name, self._actors, self._timeout_s = name, list(actors), timeout_s
+        self._first = 0
+        self._away: dict[int, Any] = {}
+        """Process that failed → the report it was asked for since."""
+        self._has_told = False
+
+    def wait_until_loaded(self, should_stop: threading.Event) -> None:
+        """Wait until each process has loaded its model, or ``should_stop`` is set."""
+        for actor in self._actors:
+            while not should_stop.is_set():
+                try:
+                    if ray.get(actor.report.remote(), timeout=self._timeout_s).phase == RUNNING:
+                        break
+                except RayError:  # It is being started again, or its machine is slow.
+                    pass
+                should_stop.wait(ASK_S)
+
+    def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """Return float32 [B], NaN for those whose process failed. Blocks for ``timeout_s`` at most.
+
+        Raises:
+            RayError: none of the processes gave scores; what the last one met.
+        """
+        scores_B = torch.full((len(conversations),), torch.nan)
+        usable = self._usable()
+        count = min(len(usable), len(conversations))
+        asked = []
+        for part in range(count):
+            number = usable[(self._first + part) % len(usable)]
+            ref = self._actors[number].score.remote(list(conversations[part::count]))
+            asked.append((part, number, ref))
+        self._first += 1
+        deadline = time.monotonic() + self._timeout_s
+        errors: list[RayError] = []
+        for part, number, ref in asked:
+            try:
+                scores = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except RayError as error:
+                errors.append(error)
+                self._away[number] = self._actors[number].report.remote()
+            else:
+                scores_B[part::count] = torch.tensor(scores, dtype=torch.float32)
+        if errors and len(errors) == count:
+            cause = getattr(errors[-1], "cause", None)
+            raise cause if isinstance(cause, Exception) else errors[-1]
+        if errors and not self._has_told:
+            self._has_told = True
+            logger.warning("rewards.%s: a process of it failed (%s)", self._name, _first_line(errors[0]))
+        return scores_B
+
+    def _usable(self) -> list[int]:
+        """Processes that work, as far as is known; all of them where none does."""
+        for number, report in list(self._away.items()):
+            if not _is_ready(report):
+                continue
+            del self._away[number]
+            try:
+                works = ray.get(report).phase == RUNNING
+            except RayError:
+                works = False
+            if not works:
+                self._away[number] = self._actors[number].report.remote()
+        every = range(len(self._actors))
+        return [number for number in every if number not in self._away] or list(every)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_ready(ref: Any) -> bool:
@@ -171,6 +305,32 @@ class Cluster:
         }
         return self._place(RolloutHost, spec, options)
 
+    def place_reward(self, spec: RewardSpec) -> RewardHandle:
+        """Start a process of a reward model with the resources it asks for.
+
+        Ray starts it again where it dies, under the same handle, which the rollout actors have: the
+        supervisor counts that and says when it is too often.
+        """
+        reward = spec.config.reward_models[spec.reward]
+        remote = ray.remote(RewardHost).options(
+            num_cpus=reward.num_cpus,
+            num_gpus=reward.num_gpus,
+            runtime_env=_environment(reward.num_threads),
+            # Each rollout actor has one call under way, and one that it gave up may be another.
+            max_concurrency=THREADS_PER_HOST + 2 * spec.config.rollout.num_actors,
+            max_restarts=-1,
+        )
+        return RewardHandle(spec.name, remote.remote(spec))
+
+    def remote_models(
+        self, config: RunConfig, handles: Mapping[str, Sequence[RewardHandle]]
+    ) -> dict[str, RemoteRewardModel]:
+        """What rollout actors ask for scores, by the name of the reward model."""
+        return {
+            name: RemoteRewardModel(name, [one.actor for one in its], config.reward_models[name].timeout_s)
+            for name, its in handles.items()
+        }
+
     def _place(
         self, host: Callable[..., Any], spec: LearnerSpec | RolloutSpec, options: dict[str, Any]
     ) -> Handle:
@@ -200,18 +360,19 @@ def check_address(address: str) -> None:
 
 
 def learner_gpus(config: RunConfig, in_cluster: float) -> float:
-    """GPUs, or a fraction of one, for the learner: what the rollout actors leave, at most one.
+    """GPUs, or a fraction of one, for the learner: what rollout actors and reward models leave, at most one.
 
     Raises:
         UserError: the learner must have a GPU and none is left.
     """
     if config.learner.device == "cpu":
         return 0.0
-    left = in_cluster - config.rollout.num_actors * config.rollout.num_gpus
+    left = in_cluster - config.rollout.num_actors * config.rollout.num_gpus - config.reward_gpus
     if left <= 0 and config.learner.device.startswith("cuda"):
         raise UserError(
-            f"learner.device={config.learner.device}: the cluster has {in_cluster:g} GPUs and the rollout "
-            f"actors take {in_cluster - left:g}; lower rollout.num_gpus or use learner.device=cpu"
+            f"learner.device={config.learner.device}: the cluster has {in_cluster:g} GPUs, rollout actors "
+            f"and reward models take {in_cluster - left:g}; lower rollout.num_gpus or rewards.NAME.num_gpus, "
+            "or use learner.device=cpu"
         )
     return min(1.0, max(0.0, round(left, 4)))
 

@@ -25,11 +25,12 @@ from mara.deploy.exit import RunFailed
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
-from mara.deploy.process import LEARNER, LOADING, STARTING, WAITING
+from mara.deploy.process import LEARNER, LOADING, LOADING_REWARD, REWARD_PREFIX, STARTING, WAITING
 from mara.deploy.progress import TICK_S, Progress, StoppedEarly
 from mara.deploy.ray_head import RayHead
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.resume import Resumed, Start, take_run_folder, where_it_goes_on
+from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.run_folder import CONFIG_FILE, LATEST, LOGS, name_latest, what_is_saved
 from mara.deploy.signals import StopSignal
@@ -52,6 +53,7 @@ WAITS = {
     WAITING: "waiting for Ray to start {}",
     STARTING: "setting up {}",
     LOADING: "loading the LLM into {}",
+    LOADING_REWARD: "loading {}",
 }
 """What is said of the processes in each phase before the last."""
 
@@ -193,7 +195,7 @@ class _Training:
         if address is None:
             self._progress.state("starting Ray")
             rollout = self._config.rollout
-            num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus)
+            num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus + self._config.reward_cpus)
             head = RayHead(num_cpus, self._folder / LOGS / "ray.log")
             exits.callback(head.stop)
             self._progress.wait_for(head.start, may_be_left=True)
@@ -218,7 +220,12 @@ class _Training:
             RolloutSpec(name, config, run_id, self._folder, self._checked.prompts, number)
             for number, name in enumerate(self._start.actor_names(config.rollout.num_actors))
         ]
-        return Supervisor(cluster, learner, rollouts, self._progress.display.say)
+        rewards = [
+            RewardSpec(f"{REWARD_PREFIX}{name}-{number}", config, run_id, self._folder, name, Path.cwd())
+            for name, reward in (config.reward_models if rollouts else {}).items()
+            for number in range(reward.replicas)
+        ]
+        return Supervisor(cluster, learner, rollouts, self._progress.display.say, rewards)
 
     def _start_wandb(self, exits: ExitStack) -> None:
         """Start W&B beside the loading of the LLM: both take seconds."""
@@ -327,11 +334,14 @@ def describe(status: Status, view: View) -> str:
 
 def _who(names: Sequence[str]) -> str:
     """The processes called ``names``: "the learner and 2 rollout actors"."""
-    num_actors = sum(name != LEARNER for name in names)
+    num_rewards = sum(name.startswith(REWARD_PREFIX) for name in names)
+    num_actors = len(names) - num_rewards - (LEARNER in names)
     groups = ["the learner"] if LEARNER in names else []
-    if num_actors:
-        groups.append(f"{num_actors} rollout actor{'s' if num_actors > 1 else ''}")
-    return " and ".join(groups)
+    for count, what in ((num_rewards, "reward model"), (num_actors, "rollout actor")):
+        if count:
+            groups.append(f"{count} {what}{'s' if count > 1 else ''}")
+    *others, last = groups
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def closing_line(summary: LearnerSummary) -> str:

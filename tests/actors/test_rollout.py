@@ -15,6 +15,7 @@ from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import RolloutWorker, score_prefixes
+from mara.actors.scoring import Judge
 from mara.buffer.codec import decode_episode, encode_episode
 from mara.buffer.config import ReplayConfig
 from mara.buffer.connection import connect
@@ -32,6 +33,7 @@ AGENT = AgentConfig(widths=(8, 8), accept_bias=0.5)
 DIGEST = agent_digest(32, AGENT)
 LLM_CONFIG = {"dtype": "float32", "device": "cpu"}
 DECODING = DecodingConfig(max_new_tokens=6, truncation=TruncationConfig(top_k=4))
+NO_JUDGES: dict[str, Judge] = {}
 PROMPTS = [Prompt(f"p{number}", text) for number, text in enumerate(["why", "how so", "what is it", "when"])]
 
 
@@ -49,7 +51,7 @@ def make_worker(llm_folder, tmp_path):
     for seed, name in enumerate(("helpful", "harmless")):
         save_head(tmp_path / name, make_head(seed), {})
 
-    def make(sink, weights, seed=0, decoding=DECODING, llm=LLM_CONFIG, **rollout):
+    def make(sink, weights, seed=0, decoding=DECODING, llm=LLM_CONFIG, judges=NO_JUDGES, **rollout):
         return RolloutWorker(
             LLMConfig(model=str(llm_folder), **llm),
             decoding,
@@ -61,6 +63,7 @@ def make_worker(llm_folder, tmp_path):
             weights,
             "actor-0",
             seed,
+            judges,
         )
 
     return make
@@ -417,3 +420,64 @@ def test_an_answer_that_ends_at_once_scores_as_an_empty_one():
     made = Generation(Request([1]), 0.0)
     made.token_states, made.response_ids = [torch.randn(32)], [2]
     assert score_prefixes({"a": head}, made, [2])["a"].tolist() == [-4.0]
+
+
+class Judged:
+    """A reward model that counts letters, once it may, and refuses answers with an even number."""
+
+    def __init__(self) -> None:
+        self.asked: list = []
+        self.may = threading.Event()
+
+    def score(self, conversations):
+        self.asked += conversations
+        self.may.wait()
+        counts = [float(len(conversation.response.split())) for conversation in conversations]
+        return torch.tensor([count if count % 2 else float("nan") for count in counts])
+
+
+def test_decoding_goes_on_while_a_reward_model_thinks_and_episodes_come_with_all_scores(
+    make_worker, llm_folder
+):
+    from mara.actors.llm import load_llm
+
+    judge, stop = Judged(), threading.Event()
+    log, weights = StopAfter(20, stop), MemoryWeightChannel(DIGEST)
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    worker = make_worker(log, weights, judges={"letters": Judge(judge, 1e9)}, max_unscored=10)
+    thread = threading.Thread(target=worker.run, args=(stop,))
+    thread.start()
+    while worker.metrics()["rewards/dropped"] < 5:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    assert log.kept == [] and worker.metrics()["rewards/waiting"] == 10
+    judge.may.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    metrics = worker.metrics()
+    assert metrics["rollout/episodes_total"] == len(log.kept) >= 20
+    assert metrics["rollout/tokens_total"] == sum(episode.num_tokens for episode in log.kept)
+    assert metrics["rollout/scores_failed"] >= 1
+    llm = load_llm(LLMConfig(model=str(llm_folder), **LLM_CONFIG))
+    asked = set(judge.asked)
+    texts = {prompt.id: prompt.prompt for prompt in PROMPTS}
+    for episode in log.kept:
+        text = llm.decode(episode.response_ids_N.tolist())
+        assert (texts[episode.prompt_id], text) in asked
+        assert episode.scores.keys() == {"helpful", "harmless", "letters"}
+        assert episode.scores["letters"] == len(text.split()) and len(text.split()) % 2 == 1
+        # Of unfinished answers only the heads know something.
+        assert episode.prefix_scores.keys() == {"helpful", "harmless"}
+        assert decode_episode(encode_episode(episode)).scores == pytest.approx(episode.scores)
+
+
+def test_a_reward_model_that_gives_no_scores_ends_the_actor(make_worker):
+    class Away:
+        def score(self, conversations):
+            raise ConnectionError("away")
+
+    weights = MemoryWeightChannel(DIGEST)
+    weights.publish(0, Agent(32, AGENT).state_dict())
+    worker = make_worker(MemoryEpisodeLog(), weights, judges={"far": Judge(Away(), 0.0)})
+    with pytest.raises(UserError, match=r"rewards\.far: no score for .* \(ConnectionError: away\)"):
+        worker.run(threading.Event())

@@ -322,3 +322,62 @@ def test_settings_are_read_without_torch_ray_or_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["kind=beever"], ['rewards.cost.kind="beever": did you mean beaver?']),
+        (["kind=something"], ["rewards.cost.kind=", "allowed are head, beaver, ultrarm, sequence_cl"]),
+        (["kind=beaver"], ["rewards.cost.model is missing; add it"]),
+        (["kind=beaver", "model=m", "pth=x"], ["pth is not a setting of kind beaver; rewards.cost has"]),
+        (["kind=beaver", "model=m", "path=x"], ["rewards.cost.path is not a setting of kind beaver"]),
+        (["kind=beaver", "modle=m", "model=m"], ["did you mean rewards.cost.model?"]),
+        (["kind=beaver", "model=m", "max_length=0"], ["rewards.cost.max_length=0: must be greater than"]),
+        (["kind=sequence_classifier", "model=m", "template={x}"], ["cost: template '{x}' is not usable"]),
+        (["kind=function", "function=f"], ['rewards.cost.function="f": must match']),
+        (["kind=http", "url=host"], ["rewards.cost.url: url is not the address of a server"]),
+        (["kind=http", "url=http://h/", "protocol=v"], ["allowed are 'mara', 'vllm_score' or 'classify'"]),
+        (["path=x", "model=m"], ["rewards.cost.model is not a setting of kind head"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_reward_is_told_in_the_words_of_its_kind(
+    minimal: Path, overrides: list[str], parts: list[str]
+) -> None:
+    message = error_of(minimal, "rewards.cost.weight=-1", *(f"rewards.cost.{one}" for one in overrides))
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_secret_in_the_address_of_a_reward_is_not_shown(minimal: Path) -> None:
+    settings = ("kind=http", "weight=1", "url=http://me:s3cret@host/")
+    message = error_of(minimal, *(f"rewards.cost.{one}" for one in settings))
+    assert "rewards.cost.url" in message and "api_key_env" in message and "s3cret" not in message
+
+
+def test_rewards_of_every_kind_are_read_and_printed_as_they_are(minimal: Path, tmp_path: Path) -> None:
+    rewards = {
+        "beaver": ["kind=beaver", "model=007", "dtype=bfloat16"],
+        "ultra": ["kind=ultrarm", "model=./m", "replicas=2"],
+        "pairs": ["kind=sequence_classifier", "model=m", "template=pair"],
+        "mine": ["kind=function", "function=my.module:score"],
+        "served": ["kind=http", "url=http://host:1/x", "template=Q {prompt} A {response}"],
+    }
+    overrides = [f"rewards.{name}.{one}" for name, each in rewards.items() for one in [*each, "weight=-0.5"]]
+    config = load_config(minimal, overrides)
+    assert config.heads.keys() == {"helpful"} and config.reward_models.keys() == rewards.keys()
+    assert config.rewards["beaver"].model == "007"  # type: ignore[union-attr]
+    assert config.score_weights == {"helpful": 1.0, **dict.fromkeys(rewards, -0.5)}
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(dump_config(config))
+    assert load_config(printed, ["run.name=minimal"]) == config
+
+
+def test_paying_for_progress_is_refused_where_a_reward_judges_whole_answers_only(minimal: Path) -> None:
+    mine = ["rewards.mine.kind=function", "rewards.mine.function=m:f", "rewards.mine.weight=0"]
+    message = error_of(minimal, "shaping.terminal=progress", *mine)
+    assert "shaping.terminal=progress" in message and "rewards.mine is of kind function" in message
+    assert "\n" not in message
+    assert load_config(minimal, ["shaping.terminal=spread", *mine]).shaping.terminal == "spread"
+    assert load_config(minimal, ["shaping.terminal=progress"]).heads.keys() == {"helpful"}

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from mara.actors.calibration import CANDIDATES
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
+from mara.actors.reward_models.config import FunctionRewardConfig
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 from mara.common.errors import UserError
@@ -18,7 +19,7 @@ from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
-from mara.deploy.run_folder import load_run
+from mara.deploy.run_folder import load_run, load_use
 from mara.learner.saving import AGENT_FOLDER
 
 
@@ -63,7 +64,11 @@ def test_the_report_says_with_which_settings_it_was_made(tiny_run):
     run_evaluation(folder, config)
     settings = json.loads((folder / REPORT_FILE).read_text())["settings"]
     assert settings["llm"] == {**settings["llm"], "model": config.llm.model, "dtype": "float32"}
-    assert settings["rewards"]["cost"] == {"path": str(config.rewards["cost"].path), "weight": -0.5}
+    assert settings["rewards"]["cost"] == {
+        "kind": "head",
+        "path": str(config.rewards["cost"].path),
+        "weight": -0.5,
+    }
     assert settings["decoding"]["truncation"]["top_k"] == 4
     assert settings["evaluation"] == {"num_prompts": 3, "rows": 2, "num_samples": 1}
     assert settings["prompts"] == {"evaluation": str(config.prompts.evaluation)}
@@ -211,3 +216,56 @@ def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(
     assert report["settings"]["decoding"]["gate"] == content["chosen"]
     result = CliRunner().invoke(app, [*given, "0.9", "decoding.gate.min_confidence=0.5"])
     assert result.exit_code == 2 and "decoding.gate.min_confidence changes nothing here" in result.output
+
+
+JUDGE = "def score(prompts, responses): return [len(p) + len(r) / 64 for p, r in zip(prompts, responses)]\n"
+
+
+def test_rewards_that_are_no_heads_are_compared_by_as_well(tiny_run, tmp_path, monkeypatch, capsys):
+    folder, config = tiny_run
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge_of_evaluation.py").write_text(JUDGE)
+    reward = FunctionRewardConfig(function="judge_of_evaluation:score", weight=-2.0)
+    config = config.model_copy(update={"rewards": {**config.rewards, "letters": reward}})
+    figures = run_evaluation(folder, config)
+    content = json.loads((folder / REPORT_FILE).read_text())
+    assert {"helpful", "cost", "letters"} <= content["pairs"][0].keys()
+    assert "eval/preference/letters" in figures
+    sample, *_ = content["samples"]
+    for system, answer in sample["answers"].items():
+        assert sample["scores"][system]["letters"] == len(sample["prompt"]) + len(answer) / 64
+    assert content["settings"]["rewards"]["letters"]["kind"] == "function"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def score(p, r): raise OSError('no\\nmore')", r"rewards\.letters: no scores \(no\)"),
+        (
+            "def score(p, r): return [float('nan')] * len(p)",
+            r"rewards\.letters: the answer of 'base' .* finite",
+        ),
+    ],
+)
+def test_a_reward_that_fails_ends_the_evaluation_in_one_line(tiny_run, tmp_path, monkeypatch, code, says):
+    folder, config = tiny_run
+    monkeypatch.chdir(tmp_path)
+    name = f"judge_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    reward = FunctionRewardConfig(function=f"{name}:score", weight=1.0)
+    with pytest.raises(UserError, match=says) as caught:
+        run_evaluation(folder, config.model_copy(update={"rewards": {"letters": reward}}))
+    assert "\n" not in str(caught.value)
+    assert not (folder / REPORT_FILE).exists()
+
+
+def test_an_exported_agent_names_the_rewards_that_its_card_does_not_give(tiny_run, tmp_path, capsys):
+    folder, config = tiny_run
+    exported = folder / AGENT_FOLDER
+    card = json.loads((exported / "agent.json").read_text())
+    card["rewards"]["words"] = {"settings": {"kind": "function", "function": "os:system"}, "weight": 1.0}
+    (exported / "agent.json").write_text(json.dumps(card))
+    assert load_use(exported).rewards.keys() == {"helpful", "cost"}
+    run_evaluation(folder, config)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "the agent was trained by words as well" in told and "rewards.NAME.kind" in told

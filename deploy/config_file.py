@@ -22,11 +22,22 @@ from pydantic.fields import FieldInfo
 
 from mara.common.addresses import HIDDEN, hide_password, hide_passwords, may_hold_password
 from mara.common.errors import UserError
+from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.config import DATA_PATH, RUN_NAME, SHIPPED_DIR, RunConfig, resolve_data_path
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 CONFIGS_DIR = SHIPPED_DIR / "configs"
+COMPARISON_KEY = "systems"
+"""A configuration with this key describes a comparison, one without it a training."""
+
+
+def is_config(name: str) -> bool:
+    """Whether ``name`` is that of a configuration, there or not, and not of a folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return False
+    return path.suffix in (".yaml", ".yml") or path.is_file() or (CONFIGS_DIR / f"{name}.yaml").is_file()
 
 
 def find_config(name: str) -> Path:
@@ -53,6 +64,39 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: one line for each mistake, naming the field, the value and what is allowed.
     """
+    content = read_content(path)
+    if COMPARISON_KEY in content:
+        raise UserError(f"config: {path} describes a comparison; give it to `mara eval`")
+    config = make_settings(RunConfig, content, overrides, folder=path.parent)
+    name = name_of_run(config.run.name, path, "run.name")
+    run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
+    replay = config.replay
+    if replay.from_run is not None:  # Resolved: this run may take the name "latest" from the one it reads.
+        replay = replay.model_copy(update={"from_run": replay.from_run.expanduser().resolve()})
+    return config.model_copy(update={"run": run, "replay": replay})
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
+    """The settings of a comparison, read as :func:`load_config` reads those of a training.
+
+    Raises:
+        UserError: one line for each mistake, naming the field, the value and what is allowed.
+    """
+    content = read_content(path)
+    if COMPARISON_KEY not in content and content.keys() & {"prompts", "rewards"}:
+        raise UserError(
+            f"config: {path} describes a training; give it to `mara train`, and its run folder to `mara eval`"
+        )
+    config = make_settings(ComparisonConfig, content, overrides, folder=path.parent)
+    return config.model_copy(update={"name": name_of_run(config.name, path, "name")})
+
+
+def read_content(path: Path) -> dict[Any, Any]:
+    """The nested values of a YAML file, interpolations as they stand there.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         text = path.read_text()
         content = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
@@ -62,17 +106,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"config: {path} is not valid YAML: {_where_in_file(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
-    config = make_settings(RunConfig, content, overrides, folder=path.parent)
-    name = config.run.name or path.stem
+    return content
+
+
+def name_of_run(given: str | None, path: Path, field: str) -> str:
+    """What ``field`` says, or the name of the file ``path``.
+
+    Raises:
+        UserError: that cannot name a run.
+    """
+    name = given or path.stem
     if not re.fullmatch(RUN_NAME, name):
         raise UserError(
-            f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add run.name=NAME"
+            f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add {field}=NAME"
         )
-    run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
-    replay = config.replay
-    if replay.from_run is not None:  # Resolved: this run may take the name "latest" from the one it reads.
-        replay = replay.model_copy(update={"from_run": replay.from_run.expanduser().resolve()})
-    return config.model_copy(update={"run": run, "replay": replay})
+    return name
 
 
 def make_settings(
@@ -97,6 +145,11 @@ def make_settings(
         raise UserError(f"config: {_one_line(error)}") from error
     except ValidationError as error:
         raise UserError("\n".join(_describe(error, model, resolved))) from error
+
+
+def dump_comparison(config: ComparisonConfig) -> str:
+    """YAML that :func:`load_comparison` reads back as the same settings."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -195,11 +248,14 @@ def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
     for kind in (*_flatten(field.annotation), *field.metadata):
         if not rest:
             yield kind
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        elif _is_group(kind):
             yield from _types_at(kind, rest)
         elif typing.get_origin(kind) is dict:
-            value = typing.get_args(kind)[1]
-            yield from _types_at(value, rest[1:]) if rest[1:] else (value,)
+            for value in _flatten(typing.get_args(kind)[1]):
+                if not rest[1:]:
+                    yield value
+                elif _is_group(value):
+                    yield from _types_at(value, rest[1:])
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -207,10 +263,18 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in _fields(model).items():
         yield prefix + name
         for kind in _flatten(field.annotation):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if _is_group(kind):
                 yield from _keys(kind, f"{prefix}{name}.")
-            elif typing.get_origin(kind) is dict and issubclass(value := typing.get_args(kind)[1], BaseModel):
-                yield from _keys(value, f"{prefix}{name}.NAME.")
+            elif typing.get_origin(kind) is dict:
+                groups = filter(_is_group, _flatten(typing.get_args(kind)[1]))
+                # Groups of several kinds share some keys.
+                yield from dict.fromkeys(
+                    key for group in groups for key in _keys(group, f"{prefix}{name}.NAME.")
+                )
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 # Errors
@@ -219,19 +283,54 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[Any, Any]) -> Iterator[str]:
     """One line for each mistake in ``content``: field, value, remedy."""
     for detail in error.errors(include_url=False):
-        path = _dotted(detail["loc"])
+        location = _without_tags(detail["loc"], content, detail["type"] == "missing")
+        path = _dotted(location)
         match detail["type"]:
             case "extra_forbidden":
                 yield f"{path} is not a setting; {_suggest(path, model)}"
             case "missing":
-                near = _near_name(detail["loc"], model, content)
+                near = _near_name(location, model, content)
                 meant = "" if near is None else f"did you mean {near}? Otherwise "
                 yield f"{path} is missing; {meant}add it to the configuration or give {path}=VALUE"
+            case "union_tag_invalid" | "union_tag_not_found":
+                yield _wrong_kind(path, detail)
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")
                 yield hide_passwords(message if not path or path in message else f"{path}: {message}")
             case _:
                 yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}"
+
+
+def _without_tags(
+    location: Sequence[int | str], content: Mapping[Any, Any], is_missing: bool
+) -> list[int | str]:
+    """``location`` as a user writes it: pydantic adds the kind of a group that may be of several."""
+    node: Any = content
+    kept: list[int | str] = []
+    for place, part in enumerate(location):
+        is_last = place == len(location) - 1
+        if isinstance(node, Mapping):
+            if (part not in node or (node.get("kind") == part and not is_last)) and not (
+                is_last and is_missing
+            ):
+                continue
+            node = node.get(part)
+        elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int):
+            node = node[part] if part < len(node) else None
+        else:
+            node = None
+        kept.append(part)
+    return kept
+
+
+def _wrong_kind(path: str, detail: Mapping[str, Any]) -> str:
+    """Of a group that may be of several kinds: it is of none of them."""
+    if detail["type"] == "union_tag_not_found":
+        return f"{path}.kind is missing; add it to the configuration or give {path}.kind=VALUE"
+    allowed = detail["ctx"]["expected_tags"]
+    near = difflib.get_close_matches(detail["ctx"]["tag"], re.findall(r"'(\w+)'", allowed), n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"allowed are {allowed}"
+    return f"{path}.kind={_show(path, detail['ctx']['tag'])}: {remedy}"
 
 
 def _dotted(location: Sequence[int | str]) -> str:

@@ -215,7 +215,7 @@ def _compare(
         assert resume is not None
         settings = resumed_settings(resume, overrides)
     else:
-        settings = load_comparison(find_config(config), overrides)
+        settings = load_comparison(find_config(config, is_comparison=True), overrides)
     if dry_run:
         from mara.deploy.comparison.checks import check
 

@@ -40,13 +40,19 @@ def is_config(name: str) -> bool:
     return path.suffix in (".yaml", ".yml") or path.is_file() or (CONFIGS_DIR / f"{name}.yaml").is_file()
 
 
-def find_config(name: str) -> Path:
-    """The file ``name``, or the shipped configuration of that name (``quickstart``)."""
+def find_config(name: str, *, is_comparison: bool = False) -> Path:
+    """The file ``name``, or the shipped configuration of that name (``quickstart``).
+
+    Args:
+        is_comparison: what is wanted, for the names that are offered in place of an unknown one.
+    """
     if (path := Path(name).expanduser()).is_file():
         return path
-    shipped = sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml"))
-    if name in shipped:
-        return CONFIGS_DIR / f"{name}.yaml"
+    if (shipped_path := CONFIGS_DIR / f"{name}.yaml").is_file():
+        return shipped_path
+    shipped = sorted(
+        p.stem for p in CONFIGS_DIR.glob("*.yaml") if (COMPARISON_KEY in read_content(p)) == is_comparison
+    )
     beside = [str(Path(name).with_name(file.name)) for file in path.parent.glob("*.y*ml")]
     if near := difflib.get_close_matches(name, [*shipped, *beside], n=1):
         raise UserError(f"config: no file {name!r}; did you mean {near[0]}?")

@@ -18,6 +18,8 @@ from mara.deploy.comparison.report import Report
 MISSING = "–"
 NOT_RATES = ("a", "b", "dataset", "category", "num_prompts")
 """Keys of a pair in the report that name no judge."""
+FEWEST_PROMPTS = 5
+"""For an interval to be shown."""
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("perplexity", "perplexity", "{:.2f}".format),
     ("distinct-1", "distinct_1", "{:.3f}".format),
@@ -95,15 +97,22 @@ def _rates(pairs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for judge, rate in pair.items():
             if judge in NOT_RATES:
                 continue
-            # Resampled ties are ties: that is no interval.
-            interval = f"{rate['low']:+.1%} to {rate['high']:+.1%}"
             yield {
                 **{key: pair.get(key, "") for key in NOT_RATES},
                 "judge": judge,
                 "rate": f"{rate['rate']:+.1%}",
-                "interval": interval if rate["wins"] or rate["losses"] else "all tie",
+                "interval": _interval(rate, pair["num_prompts"]),
                 **{key: rate[key] for key in ("wins", "ties", "losses")},
             }
+
+
+def _interval(rate: dict[str, Any], num_prompts: int) -> str:
+    """Resampling says nothing where all prompts tie, or where there are hardly any."""
+    if rate["wins"] == rate["losses"] == 0:
+        return "all tie"
+    if num_prompts < FEWEST_PROMPTS:
+        return "too few prompts"
+    return f"{rate['low']:+.1%} to {rate['high']:+.1%}"
 
 
 def _figures(system: dict[str, Any]) -> list[str]:

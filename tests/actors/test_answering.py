@@ -1,4 +1,4 @@
-"""Systems that answer side by side, against each of them alone; and likelihoods against plain forward passes."""
+"""Systems that answer side by side, against each alone; likelihoods against plain forward passes."""
 
 from __future__ import annotations
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 
 import pytest
 
@@ -15,56 +12,7 @@ from mara.common.errors import UserError
 Answer = Callable[[str], tuple[int, str]]
 
 
-class Endpoint:
-    """Answers questions as ``answer`` says: question → status and text. Remembers what came."""
-
-    def __init__(self) -> None:
-        self.answer: Answer = lambda question: (200, "[[tie]]")
-        self.requests: list[dict] = []
-        self.keys: list[str | None] = []
-        self.needs_key = False
-        self.raw: bytes | None = None
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                is_refused = outer.needs_key and self.headers["Authorization"] != "Bearer key"
-                self._reply(401 if is_refused else 200, b'{"data": []}')
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append({"path": self.path, **request})
-                outer.keys.append(self.headers["Authorization"])
-                status, text = outer.answer(request["messages"][-1]["content"])
-                content = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-                said = json.dumps(content) if status == 200 else text
-                self._reply(status, outer.raw or said.encode())
-
-            def _reply(self, status: int, content: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    one = Endpoint()
-    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
-    thread.start()
-    yield one
-    one.server.shutdown()
-    one.server.server_close()
-    thread.join()
-
-
-def judge(endpoint: Endpoint, **settings) -> LLMJudge:
+def judge(endpoint, **settings) -> LLMJudge:
     return LLMJudge(endpoint.url, "big", field="judges.big", **settings)
 
 

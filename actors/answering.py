@@ -12,21 +12,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import Plain, Policy
 from mara.actors.decoding.prefill import common_prefix
-from mara.actors.heads import answer_ids
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.episode import FinishReason
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
-
-MAX_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +51,7 @@ class TimedAnswer:
     """From the reading of the prompt to the end of the answer, in a batch with others."""
     finish_reason: FinishReason
     score: float | None = None
-    """Weighted sum of scores by which it was the best; None where nothing was chosen."""
+    """By which it was the best; None where nothing was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,8 @@ class System:
     policy: Policy | Plain
     num_candidates: int = 1
     """Answers drawn to each prompt, of which the best is kept."""
-    judges: Sequence[tuple[RewardModel, float]] = ()
-    """Who decide which is the best, with their weights."""
+    judge: RewardModel | None = None
+    """Who says which is the best. Needed where several are drawn."""
     uses_chat_template: bool = True
 
 
@@ -165,15 +161,14 @@ class Answerer:
         return self._engine
 
     def _best(self, drafts: Mapping[Question, Sequence[_Draft]]) -> Iterator[TimedAnswer]:
-        """Of several answers to a question the one with the highest weighted sum of scores."""
+        """Of several answers to a question the one with the highest score; the first of equals."""
         started_s = time.time()
         for name in {question.system for question in drafts}:
             system = self.systems[name]
             asked = [question for question in drafts if question.system == name]
             said = [Conversation(q.prompt, draft.response) for q in asked for draft in drafts[q]]
-            total_N = torch.zeros(len(said))
-            for judge, weight in system.judges:
-                total_N += weight * judge.score(said)
+            assert system.judge is not None
+            total_N = system.judge.score(said)
             if not total_N.isfinite().all():
                 raise UserError(
                     f"systems.{name}.judges: a score is not finite; look at the judges, or "
@@ -212,53 +207,3 @@ def _check_finite(generation: Generation, question: Question) -> None:
             f"systems.{question.system}: the probabilities of the answer to prompt {question.id!r} are not "
             "finite; try llm.dtype=float32"
         )
-
-
-class Likelihood(NamedTuple):
-    """How probable an LLM finds a text."""
-
-    num_tokens: int
-    """Of the text, without special tokens. 0: it is empty."""
-    logprob: float
-    """Sum over its tokens, at temperature 1 over the whole vocabulary."""
-
-
-@torch.inference_mode()
-def read_likelihoods(llm: LLM, conversations: Sequence[Conversation]) -> list[Likelihood]:
-    """Of each response given its prompt, by reading it: the same for whoever wrote it.
-
-    Raises:
-        UserError: the LLM gives a number that is not finite.
-    """
-    pairs = [(llm.render(said.prompt), answer_ids(llm, said.response)) for said in conversations]
-    found = [Likelihood(0, 0.0)] * len(pairs)
-    logit_head = llm.logit_head
-    for batch in _batches([len(prompt) + len(response) for prompt, response in pairs]):
-        states = llm.hidden_states([pairs[place][0] + pairs[place][1] for place in batch])
-        for place, states_LD in zip(batch, states, strict=True):
-            prompt, response = pairs[place]
-            if not response:
-                continue
-            # The state before each token says how probable that token is.
-            logits_NV = logit_head(states_LD[len(prompt) - 1 : -1]).float()
-            tokens_N1 = torch.tensor(response, device=logits_NV.device)[:, None]
-            logprob = float(torch.log_softmax(logits_NV, -1).gather(1, tokens_N1).sum())
-            if not np.isfinite(logprob):
-                raise UserError(
-                    f"llm.model: the probabilities of the text {conversations[place].response[:40]!r} are "
-                    "not finite; try llm.dtype=float32"
-                )
-            found[place] = Likelihood(len(response), logprob)
-    return found
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of sequences of like length, each batch of at most ``MAX_BATCH_TOKENS`` once padded."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if batch and (len(batch) + 1) * lengths[place] > MAX_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

@@ -5,28 +5,26 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mara.actors.adapters import load_adapted
-from mara.actors.answering import Answerer, Question, System, TimedAnswer, read_likelihoods
+from mara.actors.answering import Answerer, Question, System, TimedAnswer
 from mara.actors.config import LLMConfig
 from mara.actors.decoding.policies import AgentPolicy
 from mara.actors.llm import LLM
 from mara.common.agent import load_agent
-from mara.common.contracts import Conversation, RewardModel
-from mara.common.errors import UserError
+from mara.common.contracts import Conversation
 from mara.deploy.comparison.config import (
-    LIKELIHOOD,
     AgentSystem,
     BestOfNSystem,
     ComparisonConfig,
     CorrectorSystem,
     LLMSystem,
 )
-from mara.deploy.comparison.judges import open_scoring_judge
+from mara.deploy.comparison.judges import Judges
 from mara.deploy.process import LOADING, RUNNING, Report, log_to
 from mara.deploy.run_folder import agent_folder
 
@@ -48,10 +46,11 @@ class Work:
     model: Model
     dataset: str
     questions: tuple[Question, ...] = ()
-    """To be answered; or, where ``judge`` is given, answers to be scored."""
+    """To be answered; or, where ``judges`` are given, answered."""
     responses: tuple[str, ...] = ()
-    """The answers, where ``judge`` is given."""
-    judge: str | None = None
+    """The answers, where ``judges`` are given."""
+    judges: tuple[str, ...] = ()
+    """Who score the answers; the likelihood counts as one."""
 
     def without(self, done: set[tuple[str, str]]) -> Work | None:
         """What is left of it when the (system, id) in ``done`` are; None if nothing is."""
@@ -64,7 +63,7 @@ class Work:
             self.dataset,
             tuple(self.questions[n] for n in left),
             tuple(self.responses[n] for n in left) if self.responses else (),
-            self.judge,
+            self.judges,
         )
 
 
@@ -90,7 +89,7 @@ class _Loaded:
     model: Model
     llm: LLM | None = None
     """None until somebody asks for it: a judge may have a model of its own."""
-    judges: dict[str, RewardModel] = field(default_factory=dict)
+    judges: Judges | None = None
     answerer: Answerer | None = None
 
 
@@ -141,7 +140,7 @@ class ComparisonHost:
 
     def _do(self, work: Work) -> Iterator[dict[str, Any]]:
         loaded = self._for(work.model)
-        if work.judge is None:
+        if not work.judges:
             for answer in self._answerer(loaded).answer(work.questions, self._count):
                 yield {"work": work.number, "system": answer.question.system, "row": _answer_row(answer)}
             return
@@ -149,8 +148,13 @@ class ComparisonHost:
             Conversation(question.prompt, response)
             for question, response in zip(work.questions, work.responses, strict=True)
         ]
-        for question, score in zip(work.questions, self._scores(loaded, work.judge, said), strict=True):
-            yield {"work": work.number, "system": question.system, "row": {"id": question.id, **score}}
+        found = self._judges(loaded).judge(work.judges, said)
+        for question, scores in zip(work.questions, found, strict=True):
+            yield {
+                "work": work.number,
+                "system": question.system,
+                "row": {"id": question.id, "scores": scores},
+            }
 
     def _count(self, num_tokens: int) -> None:
         self._num_tokens += num_tokens
@@ -169,26 +173,10 @@ class ComparisonHost:
             self._phase = RUNNING
         return loaded.llm
 
-    def _scores(
-        self, loaded: _Loaded, judge: str, said: list[Conversation]
-    ) -> Iterator[Mapping[str, float | int]]:
-        if judge == LIKELIHOOD:
-            for found in read_likelihoods(self._llm(loaded), said):
-                yield {"num_tokens": found.num_tokens, "logprob": found.logprob}
-            return
-        scores_B = self._judge(loaded, judge).score(said)
-        if not scores_B.isfinite().all():
-            raise UserError(
-                f"judges.{judge}: a score is not finite; look at the judge, or try llm.dtype=float32"
-            )
-        for score in scores_B.tolist():
-            yield {"score": score}
-
-    def _judge(self, loaded: _Loaded, name: str) -> RewardModel:
-        if name not in loaded.judges:
-            config = self._spec.config.scoring_judges[name]
-            loaded.judges[name] = open_scoring_judge(config, lambda: self._llm(loaded))
-        return loaded.judges[name]
+    def _judges(self, loaded: _Loaded) -> Judges:
+        if loaded.judges is None:
+            loaded.judges = Judges(self._spec.config.scoring_judges, lambda: self._llm(loaded))
+        return loaded.judges
 
     def _answerer(self, loaded: _Loaded) -> Answerer:
         if loaded.answerer is None:
@@ -211,10 +199,7 @@ class ComparisonHost:
                 agent.to(llm.device).requires_grad_(False)
                 return System(AgentPolicy(agent, config.decoding.threshold))
             case BestOfNSystem(n=n, judges=judges):
-                weighted = [
-                    (self._judge(loaded, judge), config.scoring_judges[judge].weight) for judge in judges
-                ]
-                return System("sample", num_candidates=n, judges=weighted)
+                return System("sample", n, self._judges(loaded).weighted(judges))
             case CorrectorSystem(chat_template=chat_template):
                 return System("greedy", uses_chat_template=chat_template)
         return None

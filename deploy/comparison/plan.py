@@ -60,21 +60,18 @@ class Planner:
     def scores(self) -> list[Work]:
         """Chunks of answers that a judge has not scored, or whose likelihood is not known."""
         config = self._config
-        model = Model(config.llm)
         return [
             Work(
                 next(self._numbers),
-                model,
+                Model(config.llm),
                 dataset,
                 tuple(question for question, _ in chunk),
                 tuple(response for _, response in chunk),
-                judge,
+                judges,
             )
-            for judge in (LIKELIHOOD, *config.scoring_judges)
             for dataset in self._prompts
-            for chunk in self._chunks(
-                list(self._unscored(dataset, judge)), SCORES_A_PROMPT * config.prompts_per_chunk
-            )
+            for judges, unscored in self._unscored(dataset).items()
+            for chunk in self._chunks(unscored, SCORES_A_PROMPT * config.prompts_per_chunk)
         ]
 
     def pairs(self, judge: str) -> Iterator[Pair]:
@@ -116,13 +113,24 @@ class Planner:
             if questions:
                 yield questions
 
-    def _unscored(self, dataset: str, judge: str) -> Iterator[tuple[Question, str]]:
-        for name in self._config.systems:
-            known = self._results.scores(dataset, name, judge)
-            answers = self._results.answers(dataset, name)
-            for prompt in self._prompts[dataset]:
-                if prompt.id not in known:
-                    yield Question(name, prompt.id, prompt.prompt), answers[prompt.id]["response"]
+    def _unscored(self, dataset: str) -> dict[tuple[str, ...], list[tuple[Question, str]]]:
+        """Answers by who has not scored them. Those to one prompt stand together: it is read once."""
+        config = self._config
+        judges = (LIKELIHOOD, *config.scoring_judges)
+        known = {
+            (name, judge): self._results.scores(dataset, name, judge)
+            for name in config.systems
+            for judge in judges
+        }
+        answers = {name: self._results.answers(dataset, name) for name in config.systems}
+        found: dict[tuple[str, ...], list[tuple[Question, str]]] = {}
+        for prompt in self._prompts[dataset]:
+            for name in config.systems:
+                missing = tuple(judge for judge in judges if prompt.id not in known[name, judge])
+                if missing:
+                    question = Question(name, prompt.id, prompt.prompt)
+                    found.setdefault(missing, []).append((question, answers[name][prompt.id]["response"]))
+        return found
 
     def _chunks(self, items: Sequence[Item], size: int) -> Iterable[Sequence[Item]]:
         """Of at most ``size``, and small enough for every actor to get one."""

@@ -239,10 +239,11 @@ class _Comparison:
 
     def _take(self, work: Work, row: dict[str, Any]) -> None:
         """Keep what was found."""
-        if work.judge is None:
-            self._results.add_answer(work.dataset, row["system"], row["row"])
-        else:
-            self._results.add_score(work.dataset, row["system"], work.judge, row["row"])
+        system, found = row["system"], row["row"]
+        if not work.judges:
+            self._results.add_answer(work.dataset, system, found)
+        for judge, score in found.get("scores", {}).items():
+            self._results.add_score(work.dataset, system, judge, {"id": found["id"], **score})
         self._count()
 
     def _count(self) -> None:

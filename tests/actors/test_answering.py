@@ -1,12 +1,11 @@
-"""Systems that answer side by side, against each alone; likelihoods against plain forward passes."""
+"""Systems that answer side by side, against each of them alone."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from mara.actors.answering import Answerer, Likelihood, Question, System, read_likelihoods
+from mara.actors.answering import Answerer, Question, System
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
 from mara.actors.decoding.policies import AgentPolicy
 from mara.actors.evaluation import answer_prompts
@@ -34,16 +33,18 @@ def make_agent(seed: int = 5) -> Agent:
     return agent
 
 
-class CountsLetter:
-    """Prefers answers with many of a letter."""
+class CountsLetters:
+    """Likes one letter and dislikes another."""
 
-    def __init__(self, letter: str) -> None:
-        self.letter = letter
+    def __init__(self) -> None:
         self.seen: list[Conversation] = []
 
     def score(self, conversations):
         self.seen += conversations
-        return torch.tensor([float(said.response.count(self.letter)) for said in conversations])
+        return torch.tensor([self.worth(said.response) for said in conversations])
+
+    def worth(self, text: str) -> float:
+        return 2.0 * text.count("a") - text.count("b")
 
 
 def answerer(llm: LLM, systems: dict[str, System], rows: int = 3, **settings) -> Answerer:
@@ -86,20 +87,18 @@ def test_an_answer_is_handed_over_when_it_is_finished(llm):
     assert len(list(answers)) == len(TEXTS) - 1
 
 
-def test_the_best_of_several_has_the_highest_weighted_score_of_all_that_were_drawn(llm):
-    likes, dislikes = CountsLetter("a"), CountsLetter("b")
-    system = System("sample", num_candidates=5, judges=[(likes, 2.0), (dislikes, -1.0)])
-    found = list(
-        answerer(llm, {"best": system, "base": System("greedy")}).answer(asked("best") + asked("base"))
-    )
+def test_the_best_of_several_has_the_highest_score_of_all_that_were_drawn(llm):
+    judge = CountsLetters()
+    system = System("sample", num_candidates=5, judge=judge)
+    machine = answerer(llm, {"best": system, "base": System("greedy")})
+    found = list(machine.answer(asked("best") + asked("base")))
     best = [answer for answer in found if answer.question.system == "best"]
     assert len(best) == len(TEXTS) and len(found) == 2 * len(TEXTS)
     several = 0
     for answer in best:
-        drawn = [said.response for said in likes.seen if said.prompt == answer.question.prompt]
+        drawn = [said.response for said in judge.seen if said.prompt == answer.question.prompt]
         assert len(drawn) == 5 and answer.response in drawn
-        scores = [2.0 * text.count("a") - text.count("b") for text in drawn]
-        assert answer.score == max(scores) == scores[drawn.index(answer.response)]
+        assert answer.score == max(map(judge.worth, drawn)) == judge.worth(answer.response)
         several += len(set(drawn)) > 1
     assert several > len(TEXTS) / 2  # its draws differ
     assert all(answer.score is None for answer in found if answer.question.system == "base")
@@ -132,23 +131,6 @@ def test_a_best_answer_needs_a_finite_score(llm):
         def score(self, conversations):
             return torch.full((len(conversations),), torch.nan)
 
-    machine = answerer(llm, {"best": System("sample", 2, [(Broken(), 1.0)])})
+    machine = answerer(llm, {"best": System("sample", 2, Broken())})
     with pytest.raises(UserError, match=r"systems\.best\.judges: a score is not finite"):
         list(machine.answer(asked("best")))
-
-
-def test_likelihoods_are_those_of_plain_forward_passes(llm, monkeypatch):
-    monkeypatch.setattr("mara.actors.answering.MAX_BATCH_TOKENS", 40)  # several batches
-    texts = ["abc", "", "a b c d e f g", "x", "the end of it all", "zz"]
-    said = [Conversation(prompt, text) for prompt, text in zip(TEXTS, texts, strict=False)]
-    found = read_likelihoods(llm, said)
-    assert found[1] == Likelihood(0, 0.0)
-    for conversation, likelihood in zip(said, found, strict=True):
-        prompt = llm.render(conversation.prompt)
-        words = list(llm.tokenizer(conversation.response, add_special_tokens=False)["input_ids"])
-        assert likelihood.num_tokens == len(words) == len(conversation.response)
-        logits_LV = llm.model(torch.tensor([prompt + words])).logits[0].double()
-        logprobs_LV = torch.log_softmax(logits_LV, -1)[len(prompt) - 1 : len(prompt) - 1 + len(words)]
-        total = sum(float(logprobs_LV[n, word]) for n, word in enumerate(words))
-        assert likelihood.logprob == pytest.approx(total, abs=1e-3)
-    assert np.isfinite([likelihood.logprob for likelihood in found]).all()

@@ -294,8 +294,9 @@ def test_every_answer_is_scored_by_every_judge_once(config, tmp_path) -> None:
         works = Planner(config, PROMPTS, results).scores()
     assert len({work.number for work in works}) == len(works)
     scored = [
-        (work.judge, work.dataset, question.system, question.id)
+        (judge, work.dataset, question.system, question.id)
         for work in works
+        for judge in work.judges
         for question, response in zip(work.questions, work.responses, strict=True)
         if response == f"{question.system} {question.id}"
     ]
@@ -311,7 +312,7 @@ def test_every_answer_is_scored_by_every_judge_once(config, tmp_path) -> None:
 
 def test_a_chunk_without_what_is_done_keeps_answers_beside_their_questions(config) -> None:
     questions = tuple(Question("base", name, name) for name in "abc")
-    work = Work(7, Model(config.llm), "d", questions, ("1", "2", "3"), "helpful")
+    work = Work(7, Model(config.llm), "d", questions, ("1", "2", "3"), ("helpful",))
     left = work.without({("base", "b"), ("mara", "a")})
     assert left is not None and (ids_of(left), left.responses, left.number) == ("ac", ("1", "3"), 7)
     assert work.without({("base", name) for name in "abc"}) is None

@@ -16,7 +16,7 @@ import numpy as np
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation, RewardModel
@@ -58,7 +58,7 @@ class TimedAnswer:
 class System:
     """How one system answers."""
 
-    policy: Policy | Plain
+    policy: Policy | Plain | Gated
     num_candidates: int = 1
     """Answers drawn to each prompt, of which the best is kept."""
     judge: RewardModel | None = None

@@ -35,6 +35,9 @@ class LLMConfig(Config):
     """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
     system_prompt: str | None = None
     """Put before every prompt. None: what the chat template does by itself."""
+    doubled_bos: bool = False
+    """Have the tokenizer put its special tokens around the filled chat template, which gives two BOS tokens
+    where the template has one already. So does the authors' code, to which their agents are fitted."""
 
 
 class TruncationConfig(Config):
@@ -46,6 +49,29 @@ class TruncationConfig(Config):
     """Smallest set of the most probable tokens whose probability reaches this. Usual range 0.8–1."""
     temperature: float = Field(default=0.8, gt=0)
     """Divides the logits after truncation: changes the reference probabilities, never the set."""
+
+
+class GateConfig(Config):
+    """Where an agent may step in when it is used, not while it is trained. By itself: everywhere.
+
+    The LLM's first candidate is taken unless all three conditions hold. Once it is rejected, the other
+    candidates of the position are decided as without a gate.
+    """
+
+    max_first_probability: float = Field(default=1.0, gt=0, le=1)
+    """The agent is asked only where the LLM itself is uncertain: where it gives its first candidate at most
+    this probability. Usual range 0.5–1."""
+    min_confidence: float = Field(default=0.0, ge=0, lt=1)
+    """The agent's rejection of the first candidate counts only from this probability on. Below
+    1 - ``decoding.threshold`` it changes nothing. Usual range 0.7–0.95."""
+    min_salience: float = Field(default=0.0, ge=0, le=2)
+    """The rejection counts only where the candidate means something: where it turns the LLM's last hidden
+    state by at least this much, 1 minus the cosine of the states before it and at it. Usual range 0–0.5."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it leaves every position to the agent."""
+        return self.max_first_probability == 1.0 and self.min_confidence == 0.0 and self.min_salience == 0.0
 
 
 class DecodingConfig(Config):
@@ -60,6 +86,8 @@ class DecodingConfig(Config):
     is asked about, and its rejection takes the first, which is recorded as a decision without a choice."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
     """Greedy decoding accepts a candidate whose acceptance probability reaches this."""
+    gate: GateConfig = GateConfig()
+    """Where greedy decoding lets the agent step in; ``mara calibrate`` finds values. Training has no gate."""
     mode: Literal["auto", "lazy", "wide"] = "auto"
     """Candidates of a row that one forward pass examines. ``lazy``: one, the fewest operations. ``wide``:
     ``window``, nearly always one pass a token, which pays where reading the LLM's weights is what takes the

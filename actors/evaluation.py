@@ -17,7 +17,7 @@ import numpy as np
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
@@ -86,12 +86,24 @@ Outcome = Literal["better", "worse", "mixed", "same"]
 class Sample:
     """One prompt with its answers and their raw scores."""
 
+    id: str
     prompt: str
+    category: str
+    """As the file of prompts names it; empty: it does not."""
     outcome: Outcome
     """Of the agent's answer against the greedy LLM's: ``better`` or ``worse`` by all reward models that have
     a weight; ``same``: the same tokens; ``mixed``: anything else. The last two are ties."""
     answers: dict[str, str]
     scores: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryRates:
+    """Preference rates over the prompts of one category."""
+
+    num_prompts: int
+    preference: dict[str, PreferenceRate]
+    """As in :class:`EvaluationReport`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,9 @@ class EvaluationReport:
     forced_share: float
     """Decided tokens at which every other candidate, or every one, was rejected."""
     samples: list[Sample] = field(default_factory=list)
+    """Every prompt, in the order of their file."""
+    categories: dict[str, CategoryRates] = field(default_factory=dict)
+    """Category → its rates, by name. Prompts without a category count in none."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +148,6 @@ def evaluate(
     rows: int,
     max_prompt_tokens: int,
     seed: int = 0,
-    num_samples: int = 4,
     progress: Progress = lambda done, total: None,
 ) -> EvaluationReport:
     """Compare the agent with the plain LLM on ``prompts``, by ``heads``; all decoding is greedy.
@@ -143,25 +157,24 @@ def evaluate(
         rows: answers decoded at the same time. In 16 bit a few greedy answers change with it and with the
             candidates examined in a pass, because the LLM rounds differently in passes of another size.
         seed: of the sampled yardstick; the greedy systems draw nothing.
-        num_samples: prompts whose answers are kept in the report, evenly spread.
 
     Raises:
         UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
     """
-    policies: dict[str, Policy | Plain] = {
+    policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent.eval(), threshold=decoding.threshold),
+        "agent": steered_by(agent.eval(), decoding),
         "base_sampled": "sample",
     }
     answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
-    return _report(llm, prompts, answers, weights, seed, num_samples)
+    return _report(llm, prompts, answers, weights, seed)
 
 
 def answer_prompts(
     llm: LLM,
     prompts: Sequence[Prompt],
     decoding: DecodingConfig,
-    policies: Mapping[str, Policy | Plain],
+    policies: Mapping[str, Policy | Plain | Gated],
     rows: int,
     max_prompt_tokens: int,
     seed: int = 0,
@@ -178,7 +191,7 @@ def answer_prompts(
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     num_answers = len(policies) * len(prompts)
     # The widest window that any policy needs: a plain one by itself would allow one candidate alone.
-    widest: Policy | Plain = "greedy"
+    widest: Policy | Plain | Gated = "greedy"
     for policy in policies.values():
         if not isinstance(policy, str):
             widest = policy
@@ -301,13 +314,18 @@ def _outcome(joint: int, differs: bool) -> Outcome:
     return "mixed" if differs else "same"
 
 
+def _preference(differences: Mapping[str, np.ndarray], seed: int) -> dict[str, PreferenceRate]:
+    """The rate by each judge, and by all of them together."""
+    rates = {name: preference_rate([values], seed) for name, values in differences.items()}
+    return rates | {"joint": preference_rate(list(differences.values()), seed)}
+
+
 def _report(
     llm: LLM,
     prompts: Sequence[Prompt],
     answers: Mapping[str, Sequence[ScoredAnswer]],
     weights: Mapping[str, float],
     seed: int,
-    num_samples: int,
 ) -> EvaluationReport:
     texts = {
         system: [llm.decode(answer.response_ids) for answer in of_system]
@@ -326,18 +344,19 @@ def _report(
         for name, weight in weights.items()
         if weight != 0
     }
-    preference = {name: preference_rate([values], seed) for name, values in differences.items()}
-    preference["joint"] = preference_rate(list(differences.values()), seed)
+    in_category = {
+        name: np.array([prompt.category == name for prompt in prompts])
+        for name in sorted({prompt.category for prompt in prompts if prompt.category})
+    }
     joint_N = outcomes(list(differences.values()))
     taken = [min(rank, NUM_RANKS) for answer in answers["agent"] for rank in answer.accepted_ranks]
     ranks = np.bincount(taken, minlength=NUM_RANKS + 1)
     num_tokens = sum(len(answer.response_ids) for answer in answers["agent"])
     num_decisions = sum(answer.num_decisions for answer in answers["agent"])
-    shown = np.linspace(0, len(prompts) - 1, min(num_samples, len(prompts))).astype(int).tolist()
     return EvaluationReport(
         num_prompts=len(prompts),
         num_different=int(differs_N.sum()),
-        preference=preference,
+        preference=_preference(differences, seed),
         fluency={system: fluency(of_system, texts[system]) for system, of_system in answers.items()},
         mean_scores={
             system: {name: float(values.mean()) for name, values in by_name.items()}
@@ -348,7 +367,9 @@ def _report(
         forced_share=sum(answer.num_forced for answer in answers["agent"]) / max(1, len(taken)),
         samples=[
             Sample(
-                prompt=prompts[index].prompt,
+                id=prompt.id,
+                prompt=prompt.prompt,
+                category=prompt.category,
                 outcome=_outcome(int(joint_N[index]), bool(differs_N[index])),
                 answers={system: texts[system][index] for system in ("base", "agent")},
                 scores={
@@ -356,6 +377,13 @@ def _report(
                     for system in ("base", "agent")
                 },
             )
-            for index in shown
+            for index, prompt in enumerate(prompts)
         ],
+        categories={
+            name: CategoryRates(
+                int(mask_N.sum()),
+                _preference({judge: values[mask_N] for judge, values in differences.items()}, seed),
+            )
+            for name, mask_N in in_category.items()
+        },
     )

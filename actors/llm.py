@@ -49,6 +49,7 @@ class LLM:
     tokenizer: Any
     name: str
     system_prompt: str | None = None
+    doubled_bos: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -91,11 +92,8 @@ class LLM:
         messages = [{"role": "user", "content": prompt}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=self.doubled_bos)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
@@ -297,7 +295,7 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
     model.eval().requires_grad_(False)
     if pack and device.type == "cpu" and config.quantization == "none" and dtype in packing.TOLERANCE:
         packing.pack_linears(model)
-    return LLM(model=model, tokenizer=tokenizer, name=config.model, system_prompt=config.system_prompt)
+    return LLM(model, tokenizer, config.model, config.system_prompt, config.doubled_bos)
 
 
 def _is_no_cast(record: logging.LogRecord) -> bool:

@@ -21,6 +21,7 @@ REVISION, GGUF_FILE = "llm.revision", "llm.gguf_file"
 LIKE_IN_TRAINING = (
     "llm.quantization",
     "llm.system_prompt",
+    "llm.doubled_bos",
     "decoding.truncation.top_k",
     "decoding.truncation.top_p",
     "decoding.truncation.temperature",

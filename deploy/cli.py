@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain, open_missing_descriptors, steady_output
-from mara.deploy.usage import CommandLine, UsageError
+from mara.deploy.usage import CommandLine, UsageError, given_once
 
 app = typer.Typer(
     cls=CommandLine,
@@ -118,7 +119,7 @@ def train(
             from mara.deploy.console import warn
             from mara.deploy.resume import find_resumed
 
-            changes = [*([] if config is None else [config]), *(overrides or [])]
+            changes = given_once([*([] if config is None else [config]), *(overrides or [])])
             if config is not None and "=" not in config:
                 raise UsageError(f"--resume goes on with the settings of {resume}, leave out {config!r}")
             resumed = find_resumed(resume, changes, warn)
@@ -126,14 +127,18 @@ def train(
         elif config is None:
             raise UsageError("missing argument 'CONFIG'")
         else:
-            settings = load_config(find_config(config), overrides or [])
+            settings = load_config(find_config(config), given_once(overrides))
         if dry_run:
-            from mara.deploy.preflight import preflight
+            from mara.deploy.preflight import preflight, settled
 
             preflight(settings, run_id=None if resumed is None else resumed.record.run_id)
             if sys.stdout is not None:
                 sys.stdout.write(dump_config(settings))
                 sys.stdout.flush()
+            # Standard output is the settings alone: they can be kept as a configuration.
+            if auto := [f"{name}={value}" for name, value in settled(settings, os.environ).items()]:
+                complain(f"mara: what is auto comes to {', '.join(auto)} here")
+            complain("mara: all checks passed; nothing was started")
             return
         from mara.deploy.train import train as run
 
@@ -176,6 +181,7 @@ def evaluate(
         if what is not None and resume is not None and "=" in what:
             changes.insert(0, what)
             what = None
+        changes = given_once(changes)
         if resume is not None or (what is not None and is_config(what)):
             _compare(what, changes, out, resume, dry_run)
             return
@@ -223,6 +229,7 @@ def _compare(
         if sys.stdout is not None:
             sys.stdout.write(dump_comparison(settings))
             sys.stdout.flush()
+        complain("mara: all checks passed; nothing was started")
         return
     with steady_output():
         compare(settings, Place(out, resume))
@@ -238,12 +245,13 @@ def generate(
     with _reported_errors():
         from mara.deploy.run_folder import check_agent, load_use
 
-        settings = load_use(run, overrides or [])
+        overrides = given_once(overrides)
+        settings = load_use(run, overrides)
         check_agent(run)
         from mara.deploy.evaluation import GENERATION_USES, check_used
         from mara.deploy.evaluation import generate as answer
 
-        check_used(overrides or [], GENERATION_USES)
+        check_used(overrides, GENERATION_USES)
         with steady_output():
             answer(run, settings, prompt)
 
@@ -273,8 +281,9 @@ def import_released(
         from mara.deploy.evaluation import GENERATION_USES, check_used
         from mara.deploy.exchange import import_agent, import_settings
 
-        check_used(overrides or [], GENERATION_USES)
-        import_agent(file, import_settings(llm, overrides or []), out)
+        overrides = given_once(overrides)
+        check_used(overrides, GENERATION_USES)
+        import_agent(file, import_settings(llm, overrides), out)
 
 
 @reward_app.command("fit")
@@ -294,7 +303,7 @@ def fit_reward(
     with _reported_errors():
         from mara.deploy.reward_fit import fit, fit_settings
 
-        fit(fit_settings(pairs, name, llm, prompts, overrides or []), out)
+        fit(fit_settings(pairs, name, llm, prompts, given_once(overrides)), out)
 
 
 @bench_app.command("decode")
@@ -312,7 +321,7 @@ def bench_decode(
         from mara.deploy.bench.runs import decode
 
         with steady_output():
-            decode(run, overrides or [], json_file, num_rounds, batches or [1, 16])
+            decode(run, given_once(overrides), json_file, num_rounds, batches or [1, 16])
 
 
 @bench_app.command("rollout")
@@ -330,7 +339,7 @@ def bench_rollout(
         from mara.deploy.bench.runs import rollout
 
         with steady_output():
-            rollout(run, overrides or [], json_file, num_rounds, peer_prompts)
+            rollout(run, given_once(overrides), json_file, num_rounds, peer_prompts)
 
 
 @bench_app.command("replay")
@@ -404,7 +413,10 @@ def store_list(url: StoreUrl) -> None:
 @store_app.command("delete")
 def store_delete(
     url: StoreUrl,
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="As `mara store list` names them.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or ids as `mara store list` names them."),
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would go.")] = False,
 ) -> None:
     """Delete all that runs have on a server. One that goes on, or is trained on, is refused."""

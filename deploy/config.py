@@ -87,7 +87,7 @@ class EvaluationConfig(Config):
     rows: int = Field(default=64, ge=1)
     """Prompts answered at the same time. Usual range 16–128."""
     num_samples: int = Field(default=4, ge=0)
-    """Answers of base and agent printed side by side. Usual range 2–10."""
+    """Prompts whose answers by base and agent are printed; ``report.json`` has all. Usual range 2–10."""
 
 
 class WandbConfig(Config):

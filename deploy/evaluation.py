@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
@@ -23,7 +25,7 @@ from mara.deploy.config import AgentUse
 from mara.deploy.console import say
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
-from mara.deploy.preflight import check_head, warn_of_head
+from mara.deploy.preflight import check_context, check_head, warn_of_head
 from mara.deploy.run_folder import agent_folder
 
 REPORT_FILE = "report.json"
@@ -72,6 +74,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         "yardstick of fluency)"
     )
     hidden_size = find_hidden_size(config.llm)
+    check_context(config)
     agent, card = _read_agent(folder, config, hidden_size)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.rewards.items()}
     if not after_training:
@@ -89,14 +92,13 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         rows=config.evaluation.rows,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.run.seed,
-        num_samples=config.evaluation.num_samples,
         progress=_Progress().tell,
     )
     content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
     kept = _keep_earlier(path)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print_report(report, config.decoding.truncation.top_k)
+    print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     return headline(report)
 
@@ -114,12 +116,14 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     if not prompt.strip():
         raise UserError("PROMPT is empty; ask something")
     check_unicode(prompt, "PROMPT")
-    agent, card = _read_agent(folder, config, find_hidden_size(config.llm))
+    hidden_size = find_hidden_size(config.llm)
+    check_context(config)
+    agent, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
     llm = _load(config, complain)  # Standard output is for the answers alone.
-    policies: dict[str, Policy | Plain] = {
+    policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
-        "agent": AgentPolicy(agent.to(llm.device), config.decoding.threshold),
+        "agent": steered_by(agent.to(llm.device), config.decoding),
     }
     prompts = [Prompt("prompt", prompt)]
     answers = answer_prompts(
@@ -156,14 +160,22 @@ def used_settings(config: AgentUse) -> dict[str, Any]:
 
 
 def report_json(report: EvaluationReport, dataset: str) -> dict[str, Any]:
-    """The report for programs: ``pairs`` of systems with their preference rates, then all the rest.
+    """The report for programs: ``pairs`` of systems with their preference rates, the same rates by category
+    of prompts (``categories``), then all the rest; ``samples`` are all prompts with their answers.
 
     Rates are fractions; ``low`` and ``high`` are the ends of the 95 % interval.
     """
     details = report.to_json()
     rates = details.pop("preference")
     pair = {"a": "agent", "b": "base", "dataset": dataset, "num_prompts": report.num_prompts, **rates}
-    return {"pairs": [pair], **details}
+    categories = {
+        name: {"num_prompts": group["num_prompts"], **group["preference"]}
+        for name, group in details.pop("categories").items()
+    }
+    for sample in details["samples"]:
+        if not sample["category"]:
+            del sample["category"]
+    return {"pairs": [pair], "categories": categories, **details}
 
 
 def headline(report: EvaluationReport) -> dict[str, float]:
@@ -177,17 +189,28 @@ def headline(report: EvaluationReport) -> dict[str, float]:
     return figures
 
 
-def print_report(report: EvaluationReport, top_k: int) -> None:
-    """The report for people: preference, fluency, accepted positions up to ``top_k``, samples."""
+def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None:
+    """The report for people: preference, in all and by category, fluency, accepted positions up to
+    ``top_k``, and ``num_samples`` of the prompts with their answers, evenly spread."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title=f"Agent against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)")
-    for column in ("judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
-        table.add_column(column, justify="left" if column == "judge" else "right")
-    for name, rate in report.preference.items():
-        interval = f"{rate.low:+.1%} to {rate.high:+.1%}"
-        if rate.wins == rate.losses == 0:  # Resampled ties are ties: that is no interval.
-            interval = "all tie" if report.num_different else "no answer differs"
-        table.add_row(name, f"{rate.rate:+.1%}", interval, str(rate.wins), str(rate.ties), str(rate.losses))
+    for column in ("prompts", "judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
+        table.add_column(column, justify="left" if column in ("prompts", "judge") else "right")
+    groups = {f"all {report.num_prompts}": report.preference}
+    # One category that holds every prompt would repeat the rows of all.
+    if any(group.num_prompts < report.num_prompts for group in report.categories.values()):
+        groups |= {
+            f"{group.num_prompts} {name}": group.preference for name, group in report.categories.items()
+        }
+    for who, rates in groups.items():
+        for number, (judge, rate) in enumerate(rates.items()):
+            interval = f"{rate.low:+.1%} to {rate.high:+.1%}"
+            if rate.wins == rate.losses == 0:  # Resampled ties are ties: that is no interval.
+                interval = "all tie" if report.num_different else "no answer differs"
+            counts = (str(rate.wins), str(rate.ties), str(rate.losses))
+            # Text: a category may hold what rich takes for markup.
+            table.add_row(Text("" if number else who), judge, f"{rate.rate:+.1%}", interval, *counts)
+        table.add_section()
     console.print(table)
     table = Table(title="Is it still language?")
     for column in (
@@ -222,7 +245,8 @@ def print_report(report: EvaluationReport, top_k: int) -> None:
             "Train it longer (learner.num_episodes).",
             highlight=False,
         )
-    for sample in report.samples:
+    places = np.linspace(0, len(report.samples) - 1, min(num_samples, len(report.samples))).astype(int)
+    for sample in (report.samples[place] for place in places):
         console.rule(style="dim")
         console.print(f"prompt: {sample.prompt}", markup=False, highlight=False)
         console.print(f"({OUTCOMES[sample.outcome]})", highlight=False)

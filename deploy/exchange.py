@@ -44,12 +44,13 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
 
 
 def import_settings(llm: str, overrides: Sequence[str]) -> AgentUse:
-    """How an agent of the authors is to be used: with ``llm``, and otherwise as the paper says.
+    """How an agent of the authors is to be used: with ``llm``, as in their evaluation, else as in the paper.
 
     Raises:
         UserError: one line for each mistake.
     """
-    return make_settings(AgentUse, {"llm": {"model": llm}}, overrides, folder=Path.cwd())
+    theirs = {"llm": {"model": llm, "doubled_bos": True}, "decoding": {"fallback": "first"}}
+    return make_settings(AgentUse, theirs, overrides, folder=Path.cwd())
 
 
 def import_agent(file: Path, config: AgentUse, out: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,21 +28,50 @@ def find_hidden_size(config: LLMConfig) -> int:
     """
     name, gguf_file = locate_model(config)
     folder = Path(name)
+    if gguf_file is None and folder.is_dir():
+        _check_weights(folder)
+    description = _description(config)
+    if isinstance(description, Path):
+        return read_gguf_hidden_size(description)
+    try:
+        return int(description.hidden_size)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _bad_description(config, error) from error
+
+
+def find_num_positions(config: LLMConfig) -> int | None:
+    """The most tokens that the LLM can read, prompt and answer together; None: its description names none.
+
+    Raises:
+        UserError: the model cannot be found or its description cannot be read.
+    """
+    description = _description(config)
+    if isinstance(description, Path):
+        value = read_gguf_value(description, _GGUF_NUM_POSITIONS)
+    else:
+        value = getattr(description, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _description(config: LLMConfig) -> Any:
+    """The path of the GGUF file, or what ``config.json`` says of the language model."""
+    name, gguf_file = locate_model(config)
+    folder = Path(name)
     if not folder.is_dir():
         folder = _from_hub(config, gguf_file or "config.json").parent
-    elif gguf_file is None:
-        _check_weights(folder)
     if gguf_file is not None:
-        return read_gguf_hidden_size(folder / gguf_file)
+        return folder / gguf_file
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(folder).get_text_config().hidden_size)
+        return AutoConfig.from_pretrained(folder).get_text_config()
     except Exception as error:
         # The description is checked by several libraries, each with errors of its own.
-        raise UserError(
-            f"llm.model: config.json of {config.model!r} cannot be used: {_first_line(error)}"
-        ) from error
+        raise _bad_description(config, error) from error
+
+
+def _bad_description(config: LLMConfig, error: Exception) -> UserError:
+    return UserError(f"llm.model: config.json of {config.model!r} cannot be used: {_first_line(error)}")
 
 
 class LLMIdentity(NamedTuple):
@@ -150,6 +179,7 @@ def _from_hub(config: LLMConfig, filename: str) -> Path:
 _GGUF_ARRAY, _GGUF_TEXT = 9, 8
 _GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_HIDDEN_SIZE = ".embedding_length"
+_GGUF_NUM_POSITIONS = ".context_length"
 _GGUF_TEMPLATE = "tokenizer.chat_template"
 
 

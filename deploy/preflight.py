@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,15 +12,21 @@ import torch
 
 from mara.actors.config import LLMConfig
 from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
-from mara.actors.llm import cache_folder, check_quantization, locate_model
+from mara.actors.llm import cache_folder, check_quantization, locate_model, resolve_device, resolve_dtype
 from mara.actors.prompts import Prompt, load_prompts
 from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
-from mara.deploy.config import RunConfig
+from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.console import warn
 from mara.deploy.finished_run import FinishedLog, find_log
-from mara.deploy.model_shape import LLMIdentity, find_hidden_size, find_identity, is_same_llm
-from mara.deploy.recorder import check_wandb
+from mara.deploy.model_shape import (
+    LLMIdentity,
+    find_hidden_size,
+    find_identity,
+    find_num_positions,
+    is_same_llm,
+)
+from mara.deploy.recorder import check_wandb, wandb_mode
 from mara.learner.loop import check_start, learner_device
 
 CROWDED = 2
@@ -79,6 +85,7 @@ def preflight(
         check_stores(config.replay, config.rollout.num_actors, run_id)
     say("checking the LLM and the reward heads")
     hidden_size = find_hidden_size(config.llm)
+    check_context(config)
     llm = find_identity(config.llm)
     digests, base_scores = {}, {}
     for name, head in config.rewards.items():
@@ -98,6 +105,41 @@ def preflight(
                     f"{log.run_folder}; training goes by their scores, the evaluation by this head"
                 )
     return Checked(tuple(prompts), prompts_digest, hidden_size, llm, digests, base_scores, unpacks_llm, log)
+
+
+def check_context(config: AgentUse) -> None:
+    """Refuse answers that the LLM cannot read to their end, whatever the prompt, if its description tells.
+
+    Prompts are measured once it is loaded: the limit on them may be more than any of them has.
+
+    Raises:
+        UserError: they are too long.
+    """
+    num_positions, answer = find_num_positions(config.llm), config.decoding.max_new_tokens
+    if num_positions is not None and answer >= num_positions:
+        raise UserError(
+            f"decoding.max_new_tokens={answer}: {config.llm.model} can read {num_positions} tokens, prompt "
+            "and answer together; lower it"
+        )
+
+
+def settled(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """What the settings that are ``auto`` come to, where that can be told without loading or measuring.
+
+    On a cluster the devices are those of its machines, which are not known here.
+    """
+    found = {}
+    if config.ray.address is None:
+        device = resolve_device(config.llm.device)
+        if config.llm.device == "auto":
+            found["llm.device"] = device.type
+        if config.llm.dtype == "auto":
+            found["llm.dtype"] = str(resolve_dtype("auto", device)).removeprefix("torch.")
+        if config.learner.device == "auto":
+            found["learner.device"] = learner_device("auto").type
+    if config.wandb.mode == "auto":
+        found["wandb.mode"] = wandb_mode(config.wandb, environment)
+    return found
 
 
 def check_cache(llm: LLMConfig, *, is_here: bool) -> bool:

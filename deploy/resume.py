@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,13 +25,22 @@ from mara.common.files import write_whole
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.preflight import Checked
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, load_run, make_run_folder, read_log_record
+from mara.deploy.run_folder import (
+    CONFIG_FILE,
+    LOGS,
+    RUN_RECORD,
+    RunRecord,
+    load_run,
+    make_run_folder,
+    new_record,
+    read_log_record,
+    read_run_record,
+)
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
 from mara.deploy.store import check_unused
 from mara.learner.checkpoint import find_checkpoint
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
-RUN_RECORD = "run.json"
 MAY_CHANGE = (
     "learner.num_episodes",
     "learner.data_timeout_s",
@@ -54,21 +62,6 @@ MAY_CHANGE = (
     "run.stop_timeout_s",
 )
 """Settings that decide how far, how fast and where a run goes on, not what it learns."""
-
-
-class RunRecord(NamedTuple):
-    """What names a run elsewhere."""
-
-    run_id: str
-    """Its keys in the store are named by it."""
-    wandb_id: str
-    """Of its W&B run."""
-    num_starts: int
-    """How often it was started, this time included. Names the actors: no two starts repeat an episode."""
-
-    def write(self, folder: Path) -> None:
-        """Keep the record in a run folder."""
-        write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
 
 
 class Resumed(NamedTuple):
@@ -114,11 +107,6 @@ class Start(NamedTuple):
         return [f"actor-{number}{mark}" for number in range(num_actors)]
 
 
-def new_record(folder: Path) -> RunRecord:
-    """The record of a run that is started for the first time."""
-    return RunRecord(f"{folder.name}-{secrets.token_hex(4)}", secrets.token_hex(4), 1)
-
-
 @contextmanager
 def take_run_folder(config: RunConfig, checked: Checked, resumed: Resumed | None) -> Iterator[Start]:
     """The folder in which a run starts, a new one or that of the run that goes on; held until the block ends.
@@ -160,7 +148,7 @@ def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None
                 f"{folder}: its episodes are on the server at {url}, whose password a run folder does not "
                 "hold; add replay.redis_url with it"
             )
-    record = _read_record(folder)
+    record = read_run_record(folder)
     checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, warn)
     if checkpoint is None and config.ray.address is not None:
         raise UserError(
@@ -203,7 +191,7 @@ def check_as_it_was(resumed: Resumed, checked: Checked) -> None:
     if (folder / LOGS).is_dir():
         with hold_run(folder / LOGS, PREDECESSOR_S):
             pass
-    record = _read_record(folder)
+    record = read_run_record(folder)
     checkpoint = find_checkpoint(folder / CHECKPOINT_FOLDER, lambda _damage: None)
     if (
         record is None
@@ -277,11 +265,3 @@ def _position(checkpoint: Path) -> tuple[int, int]:
     match = re.fullmatch(r"step-(\d+)-episode-(\d+)", checkpoint.name)
     assert match is not None, "find_checkpoint gives only such"
     return int(match[1]), int(match[2])
-
-
-def _read_record(folder: Path) -> RunRecord | None:
-    """The record in a run folder; None if there is none that can be read."""
-    try:
-        return RunRecord(**json.loads((folder / RUN_RECORD).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None

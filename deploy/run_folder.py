@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ LOGS = "logs"
 LATEST = "latest"
 REPLAY = "replay"
 """Where the run's own server keeps its append-only file, with ``replay.durable``."""
+RUN_RECORD = "run.json"
 LOG_RECORD = "replay.json"
 """Where the run's episodes are, for a run that trains from them later."""
 
@@ -95,6 +98,39 @@ def name_latest(folder: Path) -> bool:
     link.symlink_to(folder.name)
     link.replace(folder.with_name(LATEST))
     return True
+
+
+class RunRecord(NamedTuple):
+    """What names a run elsewhere."""
+
+    run_id: str
+    """Its keys in the store are named by it."""
+    wandb_id: str
+    """Of its W&B run."""
+    num_starts: int
+    """How often it was started, this time included. Names the actors: no two starts repeat an episode."""
+
+    def write(self, folder: Path) -> None:
+        """Keep the record in a run folder."""
+        write_whole(folder / RUN_RECORD, json.dumps(self._asdict(), indent=1) + "\n")
+
+
+def new_record(folder: Path) -> RunRecord:
+    """The record of a run that is started for the first time."""
+    return RunRecord(f"{folder.name}-{secrets.token_hex(4)}", secrets.token_hex(4), 1)
+
+
+def is_id_of(run_id: str, folder_name: str) -> bool:
+    """Whether a run whose folder was made with this name may have the id, as :func:`new_record` gives it."""
+    return re.fullmatch(re.escape(folder_name) + "-[0-9a-f]{8}", run_id) is not None
+
+
+def read_run_record(folder: Path) -> RunRecord | None:
+    """The record in a run folder; None if there is none that can be read."""
+    try:
+        return RunRecord(**json.loads((folder / RUN_RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class LogRecord(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import redis
 
@@ -32,8 +34,10 @@ def list_runs(url: str) -> None:
         say(_line(run, users))
 
 
-def delete_runs(url: str, run_ids: Sequence[str], *, is_meant: bool) -> None:
-    """Delete what runs have on the server at ``url``, or say what would be deleted unless it ``is_meant``.
+def delete_runs(url: str, runs: Sequence[str], *, is_meant: bool) -> None:
+    """Delete what ``runs`` have on the server at ``url``; unless it ``is_meant``, only say what would go.
+
+    A run is given by its id, or by its folder or the folder's name.
 
     Raises:
         UserError: it cannot be used, has nothing of a run, or a run is in use: nothing is deleted.
@@ -41,12 +45,8 @@ def delete_runs(url: str, run_ids: Sequence[str], *, is_meant: bool) -> None:
     with connect(url, writes=False, field="URL") as client:
         try:
             stored = {run.run_id: run for run in runs_at(client)}
+            run_ids = list(dict.fromkeys(_run_id(run, stored, url) for run in runs))
             for run_id in run_ids:
-                if run_id not in stored:
-                    raise UserError(
-                        f"{hide_password(url)} has nothing of a run {run_id!r}; `mara store list` shows what "
-                        "it has"
-                    )
                 if users := holders(client, run_id):
                     raise UserError(
                         f"run {run_id} is in use: {_used(users)}; wait for the end of that, or stop it with "
@@ -60,6 +60,34 @@ def delete_runs(url: str, run_ids: Sequence[str], *, is_meant: bool) -> None:
             raise _trouble(url, error) from error
     if not is_meant:
         say("nothing was deleted; add --yes to do it")
+
+
+def _run_id(run: str, stored: Collection[str], url: str) -> str:
+    """The id, of those that are ``stored`` at ``url``, of a run that is given by it or by its folder.
+
+    Raises:
+        UserError: none is, or more than one may be meant.
+    """
+    if run in stored:
+        return run
+    from mara.deploy.run_folder import is_id_of, read_run_record  # Imports torch.
+
+    folder = Path(run)
+    if (record := read_run_record(folder)) is not None:
+        if record.run_id in stored:
+            return record.run_id
+        raise UserError(
+            f"{hide_password(url)} has nothing of the run in {run} ({record.run_id}); `mara store list` "
+            "shows what it has"
+        )
+    of_name = [run_id for run_id in stored if is_id_of(run_id, folder.name)]
+    if len(of_name) == 1:
+        return of_name[0]
+    if of_name:
+        raise UserError(f"{run!r} may be any of {', '.join(of_name)}; give one of them")
+    near = difflib.get_close_matches(folder.name, stored, n=1)
+    remedy = f"did you mean {near[0]}?" if near else "`mara store list` shows what it has"
+    raise UserError(f"{hide_password(url)} has nothing of a run {run!r}; {remedy}")
 
 
 def _line(run: StoredRun, users: Sequence[Holder]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer import BadParameter
 from typer.core import TyperGroup
 
 from mara.common.addresses import hide_passwords
+from mara.common.errors import UserError
 from mara.deploy.exit import OK, USER_ERROR
 from mara.deploy.output import complain
 
@@ -57,6 +59,20 @@ class CommandLine(TyperGroup):
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else OK)
+
+
+def given_once(overrides: Sequence[str] | None) -> list[str]:
+    """The ``key=value`` settings of a command, each of which is given once.
+
+    Raises:
+        UserError: one line for each that is not; names the key alone, for a value may be a password.
+    """
+    keys = Counter(override.partition("=")[0].strip() for override in overrides or [])
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise UserError(
+            "\n".join(f"{key} is given {keys[key]} times; leave all but one of them out" for key in twice)
+        )
+    return list(overrides or [])
 
 
 def _in_words(error: Any) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+import torch
+
+from mara.actors.config import GateConfig
 
 Fallback = Literal["last", "first"]
 
@@ -33,3 +38,26 @@ def examine(accepts: Sequence[bool], first_rank: int, num_candidates: int, fallb
         if accepted or (fallback == "last" and first_rank + index == num_candidates - 1):
             return Verdict(index + 1, index)
     return Verdict(len(accepts), None)
+
+
+def may_ask(gate: GateConfig, first_logprob: float) -> bool:
+    """Whether the agent is asked where the LLM gives the first candidate this log-probability."""
+    return first_logprob <= math.log(gate.max_first_probability)
+
+
+def may_reject(
+    gate: GateConfig, reject_logprob: float, state_D: torch.Tensor, state_before_D: torch.Tensor
+) -> bool:
+    """Whether the agent's rejection of a first candidate counts.
+
+    Args:
+        reject_logprob: of that rejection, under the agent.
+        state_D: the LLM's last hidden state at the candidate.
+        state_before_D: the same at the token before it.
+    """
+    if math.exp(reject_logprob) < gate.min_confidence:
+        return False
+    if gate.min_salience == 0.0:
+        return True
+    cosine = torch.cosine_similarity(state_D.float(), state_before_D.float(), dim=0)
+    return 1.0 - float(cosine) >= gate.min_salience

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 from mara.actors.config import DecodingConfig
-from mara.actors.decoding.acceptance import Verdict, examine
+from mara.actors.decoding.acceptance import Verdict, examine, may_ask, may_reject
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.generation import Decision, Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import Answer, Plain, Policy, ask
+from mara.actors.decoding.policies import Answer, Gated, Plain, Policy, ask
 from mara.actors.decoding.prefill import group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, self_check
@@ -52,8 +52,8 @@ class Engine:
         model: the causal language model, in evaluation mode.
         eos_ids: tokens that end an answer.
         config: truncation, length limit, fallback and mode.
-        policy: who decides where a request does not say: a :class:`Policy`, or ``"greedy"`` or ``"sample"``,
-            the plain LLM.
+        policy: who decides where a request does not say: a :class:`Policy`, which may be :class:`Gated`, or
+            ``"greedy"`` or ``"sample"``, the plain LLM.
         num_rows: prompts decoded at the same time.
         max_prompt_tokens: the longest prompt that will be submitted.
         shared_prefix: tokens that most prompts begin with, such as a chat template's system message. They are
@@ -73,7 +73,7 @@ class Engine:
         model: Any,
         eos_ids: Iterable[int],
         config: DecodingConfig,
-        policy: Policy | Plain,
+        policy: Policy | Plain | Gated,
         num_rows: int,
         max_prompt_tokens: int,
         shared_prefix: Sequence[int] = (),
@@ -259,7 +259,7 @@ class Engine:
         for number, (index, place) in enumerate(kept):
             row = rows[index]
             row.rank += place
-            if not row.is_plain:
+            if not (row.is_plain or row.is_closed):
                 ranks.append(row.rank)
             if self._take(row, taken_BD[number]):
                 finished.append(index)
@@ -300,12 +300,15 @@ class Engine:
         parts = (candidates.num_B[:, None], *candidates[:1], *candidates[2:])
         table = torch.cat([part.double() for part in parts], dim=1).tolist()
         num_K = candidates.ids_BK.shape[1]
-        for row, numbers in zip(rows, table, strict=True):
+        for number, (row, numbers) in enumerate(zip(rows, table, strict=True)):
             num = int(numbers[0])
             row.num, row.rank, row.retaken, row.misses = num, 0, False, 0
             row.ids = [int(number) for number in numbers[1 : 1 + num]]
             row.reference_logprobs = numbers[1 + num_K : 1 + num_K + num]
             row.full_logprobs = numbers[1 + 2 * num_K : 1 + 2 * num_K + num]
+            if row.gate is not None:
+                row.is_closed = not may_ask(row.gate, row.full_logprobs[0])
+                row.state_before_D = states_BD[number]
             if row.policy == "sample":
                 weights = np.exp(np.array(row.full_logprobs))
                 row.rank = int(row.rng.choice(num, p=weights / weights.sum()))
@@ -324,7 +327,10 @@ class Engine:
         states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
         draws = [draw for row in rows if row.undecided for draw in row.draws(row.num_examined)]
         answers = ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
-        accepts = [answer.accept for answer in answers]
+        accepts = [
+            answer.accept or self._is_overruled(rows[index], q, answer, states_ND[place])
+            for place, ((index, q), answer) in enumerate(zip(asked, answers, strict=True))
+        ]
         verdicts: list[tuple[int, Row, int, Verdict]] = []
         begin = 0
         for index, row in enumerate(rows):
@@ -354,6 +360,13 @@ class Engine:
             if verdict.taken is None:
                 taken[index] = self._reject(row, states_BQD[index, 0])
         return taken
+
+    @staticmethod
+    def _is_overruled(row: Row, q: int, answer: Answer, state_D: torch.Tensor) -> bool:
+        """Whether the row's gate takes the first candidate although the policy has rejected it."""
+        if row.gate is None or row.state_before_D is None or row.rank + q > 0:
+            return False
+        return not may_reject(row.gate, answer.reject_logprob, state_D, row.state_before_D)
 
     def _decision(
         self,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mara.actors.decoding.policies import Plain, Policy
+from mara.actors.config import GateConfig
+from mara.actors.decoding.policies import Gated, Plain, Policy
 from mara.common.episode import FinishReason
 
 DRAWS_AT_A_TIME = 64
@@ -26,7 +27,7 @@ class Request:
     """Handed back with the answer."""
     max_new_tokens: int | None = None
     """Longest answer; at most the engine's own limit, which None stands for."""
-    policy: Policy | Plain | None = None
+    policy: Policy | Plain | Gated | None = None
     """Who decides about this answer. None: the engine's own."""
 
 
@@ -73,8 +74,10 @@ class Row:
     __slots__ = (
         "_draws",
         "full_logprobs",
+        "gate",
         "generation",
         "ids",
+        "is_closed",
         "length",
         "limit",
         "misses",
@@ -85,11 +88,14 @@ class Row:
         "reference_logprobs",
         "retaken",
         "rng",
+        "state_before_D",
     )
 
-    def __init__(self, generation: Generation, limit: int, policy: Policy | Plain) -> None:
+    def __init__(self, generation: Generation, limit: int, policy: Policy | Plain | Gated) -> None:
         self.generation = generation
-        self.policy = policy
+        self.policy: Policy | Plain
+        self.gate: GateConfig | None
+        self.policy, self.gate = policy if isinstance(policy, Gated) else (policy, None)
         self.limit = limit
         """Longest answer, tokens."""
         self.rng = np.random.default_rng(generation.request.seed)
@@ -103,6 +109,10 @@ class Row:
         """Candidates at this position."""
         self.rank = 0
         """The first candidate that has not been rejected."""
+        self.is_closed = False
+        """The gate leaves this position to the LLM."""
+        self.state_before_D: torch.Tensor | None = None
+        """The hidden state before this position, where there is a gate."""
         self.retaken = False
         """All were rejected, and the first is taken in their place."""
         self.num_examined = 1
@@ -113,7 +123,7 @@ class Row:
     @property
     def undecided(self) -> bool:
         """Whether anybody is to be asked about the candidate."""
-        return self.num > 1 and not self.retaken and not self.is_plain
+        return self.num > 1 and not (self.retaken or self.is_closed or self.is_plain)
 
     @property
     def is_plain(self) -> bool:

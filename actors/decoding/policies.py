@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from mara.actors.config import DecodingConfig, GateConfig
 from mara.common.agent import ACCEPT, REJECT, Agent
 
 
@@ -58,6 +59,19 @@ class AgentPolicy:
 Plain = Literal["greedy", "sample"]
 """The LLM without an agent: its most probable token, or one drawn from its candidate set at
 temperature 1. Neither asks anybody, so each token costs one forward pass."""
+
+
+class Gated(NamedTuple):
+    """A policy that may step in only where its gate is open; elsewhere the LLM's first candidate is taken."""
+
+    policy: Policy
+    gate: GateConfig
+
+
+def steered_by(agent: Agent, decoding: DecodingConfig) -> Policy | Gated:
+    """How ``agent`` is used once it is trained: greedy, with the gate of ``decoding`` if it has one."""
+    policy = AgentPolicy(agent, decoding.threshold)
+    return policy if decoding.gate.is_open else Gated(policy, decoding.gate)
 
 
 class Answer(NamedTuple):

@@ -17,7 +17,7 @@ from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import AgentPolicy, Policy
+from mara.actors.decoding.policies import AgentPolicy, Gated, Policy, steered_by
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.packing import is_packed
 from mara.common.agent import Agent
@@ -82,7 +82,7 @@ def _decode_figure(
     subject: Subject, decoding: DecodingConfig, batch: int, num_rounds: int, progress: Progress
 ) -> Figure:
     prompts = sorted(subject.prompts[: max(8, 2 * batch)], key=len)
-    policy = AgentPolicy(subject.agent, decoding.threshold)
+    policy = steered_by(subject.agent, decoding)
     engine = _make_engine(subject, decoding, policy, batch, prompts)
     plain = _Generate(subject, batch, decoding.max_new_tokens)
     aligned, generated = _Work(), _Work()
@@ -236,7 +236,11 @@ class _Generate:
 
 
 def _make_engine(
-    subject: Subject, decoding: DecodingConfig, policy: Policy, rows: int, prompts: Sequence[list[int]]
+    subject: Subject,
+    decoding: DecodingConfig,
+    policy: Policy | Gated,
+    rows: int,
+    prompts: Sequence[list[int]],
 ) -> Engine:
     longest = max(map(len, prompts))
     return Engine(subject.model, subject.eos_ids, decoding, policy, rows, longest, common_prefix(prompts))

@@ -17,6 +17,7 @@ from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import check_used
 from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.preflight import check_context
 from mara.deploy.run_folder import check_agent, load_run
 from mara.learner.saving import AGENT_FOLDER
 
@@ -77,6 +78,7 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
             f"prompts.evaluation: {config.prompts.evaluation} has {len(prompts)} prompts, this takes "
             f"{least_prompts}; give more, or a smaller --batch or --peer-prompts"
         )
+    check_context(config)
     agent, card = load_agent(run / AGENT_FOLDER, find_hidden_size(config.llm))
     warn_of_untrained(card)
     say("loading the LLM")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mara.actors.adapters import ADAPTER_WEIGHTS, check_adapter
+from mara.actors.config import LLMConfig
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
 from mara.common.agent import WEIGHTS_FILE, load_agent
@@ -28,7 +29,7 @@ from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
 from mara.deploy.model_shape import find_hidden_size
-from mara.deploy.preflight import check_cache, check_writable
+from mara.deploy.preflight import check_cache, check_context, check_writable
 from mara.deploy.run_folder import agent_folder, check_agent
 
 FREE_TO_CHANGE = {
@@ -149,7 +150,7 @@ def _check_devices(config: ComparisonConfig) -> None:
 
 def _check_systems(config: ComparisonConfig) -> dict[str, str]:
     """Every system can be made; SHA-256 of what its answers depend on, by setting."""
-    hidden_size = find_hidden_size(config.llm)
+    hidden_size = _check_llm(config.llm, config)
     digests: dict[str, str] = {}
     for name, system in config.systems.items():
         field = f"systems.{name}"
@@ -160,7 +161,7 @@ def _check_systems(config: ComparisonConfig) -> dict[str, str]:
         elif isinstance(system, LLMSystem | CorrectorSystem):
             llm, adapter = config.llm_of(name)
             if llm != config.llm:
-                _in_field(f"{field}.model", lambda llm=llm: find_hidden_size(llm))  # type: ignore[misc]
+                _in_field(f"{field}.model", lambda llm=llm: _check_llm(llm, config))  # type: ignore[misc]
             if adapter is not None:
                 check_adapter(adapter, f"{field}.adapter")
                 weights = next(adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file())
@@ -168,12 +169,19 @@ def _check_systems(config: ComparisonConfig) -> dict[str, str]:
     return digests
 
 
+def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> int:
+    """The LLM is there and can read answers of this length; its hidden size."""
+    hidden_size = find_hidden_size(llm)
+    check_context(AgentUse(llm=llm, decoding=config.decoding))
+    return hidden_size
+
+
 def _check_agent(field: str, system: AgentSystem, config: ComparisonConfig, hidden_size: int) -> str:
     _in_field(f"{field}.path", lambda: check_agent(system.path))
     folder = agent_folder(system.path)
     _, card = _in_field(f"{field}.path", lambda: load_agent(folder, hidden_size))
     warn_of_untrained(card)
-    warn_of_other_use(card, AgentUse(llm=config.llm, decoding=config.decoding))
+    warn_of_other_use(card, AgentUse(llm=config.llm, decoding=system.steering(config.decoding)))
     return _digest((folder / WEIGHTS_FILE).read_bytes())
 
 

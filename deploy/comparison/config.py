@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from mara.actors.config import DecodingConfig, LLMConfig
+from mara.actors.config import DecodingConfig, GateConfig, LLMConfig
 from mara.common.addresses import may_hold_password
 from mara.common.config import LONGEST_S, Config
 from mara.deploy.config import RUN_NAME, DataPath, RayConfig, RewardHeadConfig
@@ -48,6 +48,15 @@ class AgentSystem(Config):
     """What makes the answers."""
     path: UserPath
     """A run, or an exported agent. Relative to the current folder."""
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """As ``decoding.threshold``, for this system. None: that one."""
+    gate: GateConfig | None = None
+    """As ``decoding.gate``, for this system. None: that one."""
+
+    def steering(self, decoding: DecodingConfig) -> DecodingConfig:
+        """``decoding`` with the settings of this system's own."""
+        own = {"threshold": self.threshold, "gate": self.gate}
+        return decoding.model_copy(update={name: value for name, value in own.items() if value is not None})
 
 
 class BestOfNSystem(Config):

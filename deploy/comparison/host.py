@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mara.actors.adapters import load_adapted
 from mara.actors.answering import Answerer, Question, System, TimedAnswer
 from mara.actors.config import LLMConfig
-from mara.actors.decoding.policies import AgentPolicy
+from mara.actors.decoding.policies import steered_by
 from mara.actors.llm import LLM
 from mara.common.agent import load_agent
 from mara.common.contracts import Conversation
@@ -194,10 +194,10 @@ class ComparisonHost:
         match config.systems[name]:
             case LLMSystem(sampling=sampling):
                 return System("sample" if sampling else "greedy")
-            case AgentSystem(path=path):
-                agent, _ = load_agent(agent_folder(path), llm.hidden_size)
+            case AgentSystem() as system:
+                agent, _ = load_agent(agent_folder(system.path), llm.hidden_size)
                 agent.to(llm.device).requires_grad_(False)
-                return System(AgentPolicy(agent, config.decoding.threshold))
+                return System(steered_by(agent, system.steering(config.decoding)))
             case BestOfNSystem(n=n, judges=judges):
                 return System("sample", n, self._judges(loaded).weighted(judges))
             case CorrectorSystem(chat_template=chat_template):

@@ -101,11 +101,12 @@ class _Found:
         return rates
 
     def categories(self) -> dict[str, list[int]]:
-        """Places of the prompts of each category; none if they have no categories."""
+        """Places of the prompts of each category. Prompts without a category are in none."""
         places: dict[str, list[int]] = {}
         for place, prompt in enumerate(self.prompts):
-            places.setdefault(prompt.category, []).append(place)
-        return {} if list(places) == [""] else dict(sorted(places.items()))
+            if prompt.category:
+                places.setdefault(prompt.category, []).append(place)
+        return dict(sorted(places.items()))
 
     def order_effects(self, a: str, b: str) -> list[dict[str, Any]]:
         """How often each LLM judge said something else in the other order, or nothing clear."""

@@ -10,12 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.config import DecodingConfig, GateConfig, TruncationConfig
 from mara.actors.decoding import engine as engine_module
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
-from mara.actors.decoding.policies import AgentPolicy, Decisions
+from mara.actors.decoding.policies import AgentPolicy, Decisions, Gated
 from mara.actors.packing import pack_linears
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
@@ -40,7 +40,7 @@ class Coin:
         return Decisions(accept_B > uniforms_B, accept_B.log(), (1 - accept_B).log(), 7)
 
 
-def sequential(model, config, policy, request, stops=(EOS,)):
+def sequential(model, config, policy, request, stops=(EOS,), gate=None):
     """Steps 1 to 4 of section 3.2: batch 1, no cache, the whole sequence anew for every candidate.
 
     Returns tokens, finish reason and (action, rank, candidates, position, forced, reference log-probability,
@@ -54,17 +54,22 @@ def sequential(model, config, policy, request, stops=(EOS,)):
         return out.logits[0, -1:], out.hidden_states[-1][0, -1]
 
     while len(tokens) < (request.max_new_tokens or config.max_new_tokens):
-        logits, _ = run(request.prompt_ids + tokens)
+        logits, before = run(request.prompt_ids + tokens)
         found = truncate(logits, config.truncation)
         ids = found.ids_BK[0, : int(found.num_B[0])].tolist()
         chosen = 0
-        if len(ids) > 1:
+        is_sure = gate is not None and logits[0].softmax(-1).max() > gate.max_first_probability
+        if len(ids) > 1 and not is_sure:
             for rank, token in enumerate(ids):
                 _, state = run(request.prompt_ids + tokens + [token])
                 forced = config.fallback == "last" and rank == len(ids) - 1
                 uniform = torch.tensor([rng.random(dtype=np.float32)])
                 said = policy.decide(state[None], uniform)
                 accept = bool(said.accept_B[0]) or forced
+                if gate is not None and rank == 0:
+                    turn = 1 - state @ before / (state.norm() * before.norm())
+                    accept |= float(said.reject_logprobs_B[0].exp()) < gate.min_confidence
+                    accept |= float(turn) < gate.min_salience
                 logprobs = (float(said.accept_logprobs_B[0]), float(said.reject_logprobs_B[0]))
                 rows.append(
                     (
@@ -182,6 +187,46 @@ def test_the_engine_equals_the_sequential_procedure(
                 found_B2 = np.exp([decision.accept_logprob, decision.reject_logprob])
                 assert found_B2 == pytest.approx(np.exp(logprobs), abs=1e-5)
                 torch.testing.assert_close(decision.state_D, state, atol=tolerance, rtol=1e-7)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    top_k=st.integers(1, 6),
+    bias=st.sampled_from([0.0, 0.5, -1.0]),
+    fallback=st.sampled_from(["last", "first"]),
+    # Near the values of a random LLM, so that a gate is open at some positions and closed at others.
+    gate=st.builds(
+        GateConfig,
+        max_first_probability=st.sampled_from([0.03, 0.05, 1.0]),
+        min_confidence=st.sampled_from([0.0, 0.4, 0.7]),
+        min_salience=st.sampled_from([0.0, 0.95, 1.1]),
+    ),
+)
+def test_a_gate_equals_the_sequential_procedure_that_has_it(
+    llama, seed, lengths, top_k, bias, fallback, gate
+):
+    config = DecodingConfig(truncation=TruncationConfig(top_k=top_k), max_new_tokens=6, fallback=fallback)
+    # Rows with and without a gate side by side, of one policy.
+    coin = Coin(bias)
+    requests = [
+        replace(request, policy=Gated(coin, gate) if request.tag % 2 == 0 else coin)
+        for request in make_requests(seed, lengths)
+    ]
+    expected = [
+        sequential(llama, config, coin, request, gate=gate if request.tag % 2 == 0 else None)
+        for request in requests
+    ]
+    for mode in ("lazy", "wide"):
+        engine = Engine(llama, [EOS], config.model_copy(update={"mode": mode}), coin, 3, 9)
+        answers = {generation.request.tag: generation for generation in engine.generate(requests)}
+        for request, (tokens, reason, decisions) in zip(requests, expected, strict=True):
+            found = answers[request.tag]
+            assert (found.response_ids, found.finish_reason) == (tokens, reason)
+            assert [(d.action, d.rank, d.num_candidates, d.position, d.forced) for d in found.decisions] == [
+                decision[:5] for decision in decisions
+            ]
 
 
 def test_always_accepting_is_greedy_generation(llama):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -114,11 +114,13 @@ def llm(llm_folder) -> LLM:
 HEADS = {name: make_head(seed) for seed, name in enumerate(WEIGHTS)}
 
 
-def run(llm: LLM, decoding: DecodingConfig = DECODING, rows: int = 4, **settings) -> EvaluationReport:
+def run(
+    llm: LLM, decoding: DecodingConfig = DECODING, rows: int = 4, prompts: list[Prompt] = PROMPTS, **settings
+) -> EvaluationReport:
     return evaluate(
         llm,
         make_agent(),
-        PROMPTS,
+        prompts,
         HEADS,
         WEIGHTS,
         decoding,
@@ -158,7 +160,7 @@ def outcome(better: list[bool], worse: list[bool]) -> int:
 @pytest.mark.parametrize("fallback", ["last", "first"])
 def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
     decoding = DECODING.model_copy(update={"fallback": fallback})
-    report = run(llm, decoding, num_samples=3)
+    report = run(llm, decoding)
     policies = {"base": "greedy", "agent": AgentPolicy(make_agent(), threshold=0.4), "base_sampled": "sample"}
     answers = {system: answers_alone(llm, decoding, policy) for system, policy in policies.items()}
     anew = {system: [read_anew(llm, one) for one in of_system] for system, of_system in answers.items()}
@@ -208,8 +210,8 @@ def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
     num_tokens = sum(len(one.response_ids) for one in answers["agent"])
     assert report.decisions_per_token == pytest.approx(len(decisions) / num_tokens)
 
-    assert [sample.prompt for sample in report.samples] == [PROMPTS[index].prompt for index in (0, 4, 9)]
-    for sample, index in zip(report.samples, (0, 4, 9), strict=True):
+    assert [Prompt(sample.id, sample.prompt, sample.category) for sample in report.samples] == PROMPTS
+    for index, sample in enumerate(report.samples):
         for system in ("base", "agent"):
             assert sample.answers[system] == llm.decode(answers[system][index].response_ids)
             assert sample.scores[system] == pytest.approx(anew[system][index][0], abs=1e-4)
@@ -221,7 +223,7 @@ def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
 
 
 def test_samples_say_who_won_as_the_joint_rate_counts_it(llm):
-    report = run(llm, num_samples=len(PROMPTS))
+    report = run(llm)
     told = [sample.outcome for sample in report.samples]
     joint = report.preference["joint"]
     assert (told.count("better"), told.count("worse")) == (joint.wins, joint.losses)
@@ -229,6 +231,22 @@ def test_samples_say_who_won_as_the_joint_rate_counts_it(llm):
         same = sample.answers["base"] == sample.answers["agent"]
         assert (sample.outcome == "same") == same
     assert {"same", "mixed"} <= set(told) and {"better", "worse"} & set(told)
+
+
+def test_the_rates_of_a_category_are_those_of_its_prompts(llm):
+    categories = ["b", "a", "", "b", "a", "b", "", "b", "a", "b"]
+    prompts = [replace(prompt, category=name) for prompt, name in zip(PROMPTS, categories, strict=True)]
+    report = run(llm, prompts=prompts)
+    assert list(report.categories) == ["a", "b"]
+    for name, group in report.categories.items():
+        told = [sample.outcome for sample in report.samples if sample.category == name]
+        joint = group.preference["joint"]
+        assert group.num_prompts == len(told) == categories.count(name)
+        assert (joint.wins, joint.losses) == (told.count("better"), told.count("worse"))
+        assert group.preference.keys() == report.preference.keys()
+    # The example would notice rates of all prompts, or of the other category.
+    rates = [group.preference["helpful"].rate for group in (report, *report.categories.values())]
+    assert len(set(rates)) == 3
 
 
 class Jitter(RewardHead):

@@ -3,11 +3,13 @@ import json
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
+from tokenizers import processors
 from transformers.utils import logging as transformers_logging
 
 from mara.actors import llm as llm_module
@@ -24,6 +26,18 @@ def test_a_prompt_is_put_into_the_chat_template(llm_folder):
     assert llm.tokenizer.decode(llm.render("why")).replace(" ", "") == "<user>why:"
     told = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu", system_prompt="be good"))
     assert told.tokenizer.decode(told.render("why")).replace(" ", "") == "<system>begood<user>why:"
+
+
+def test_a_doubled_bos_is_what_template_and_tokenizer_each_put_there(llm_folder):
+    llm = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu", doubled_bos=True))
+    once = llm.render("why")
+    llm.tokenizer.chat_template = "{{ bos_token }}" + llm.tokenizer.chat_template
+    assert llm.render("why") == [1, *once]  # this tokenizer adds nothing by itself
+    llm.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="^ $A", special_tokens=[("^", 1)]
+    )
+    assert llm.render("why") == [1, 1, *once]
+    assert replace(llm, doubled_bos=False).render("why") == [1, *once]
 
 
 def test_the_llm_is_frozen_and_knows_its_size_and_end(llm_folder):

@@ -11,7 +11,7 @@ from mara.common.errors import UserError
 def test_json_lines_give_prompts_with_ids_and_categories(tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text(
-        '{"prompt": "Why?", "id": "q1", "category": "doubt", "harmful": false}\n\n{"prompt": "How?"}\n'
+        '{"prompt": "Why?", "id": "q1", "category": "doubt", "topic": "life"}\n\n{"prompt": "How?"}\n'
     )
     assert load_prompts(path) == [Prompt("q1", "Why?", "doubt"), Prompt("asked-3", "How?", "")]
 

@@ -87,6 +87,8 @@ def test_the_checks_find_prompts_and_answers(path: Path) -> None:
         ("systems.base.adapter=nowhere", ["systems.base.adapter: ", "has no adapter_config.json"]),
         ("judges.cost.path=nowhere", ["judges.cost.path: reward head: ", "head.safetensors is missing"]),
         ("llm.model=./none", ["llm.model: none has no config.json"]),
+        ("decoding.max_new_tokens=300", ["decoding.max_new_tokens=300", "can read 256 tokens"]),
+        ("systems.mara.gate.min_confidenc=0.9", ["did you mean systems.mara.gate.min_confidence?"]),
         ("llm.device=gpu", ["llm.device=gpu is not a device"]),
         ("num_gpus=1000", ["num_gpus=1000 for 1 actors is more than"]),
         ("dir=/dev/null/none", ["dir=/dev/null/none", "is not a folder that can be written"]),

@@ -109,6 +109,16 @@ def test_systems_are_answered_in_waves_and_compared_with_the_baseline_and_as_ask
     assert (other.model, other.dtype, adapter) == ("other/llm", config.llm.dtype, None)
 
 
+def test_an_agent_may_have_a_threshold_and_a_gate_of_its_own(path: Path) -> None:
+    changes = ["systems.a.kind=agent", "systems.a.path=x", "decoding.threshold=0.4"]
+    config = load_comparison(path, changes)
+    assert config.systems["a"].steering(config.decoding) == config.decoding
+    config = load_comparison(path, [*changes, "systems.a.threshold=0.7", "systems.a.gate.min_salience=0.1"])
+    found = config.systems["a"].steering(config.decoding)
+    assert (found.threshold, found.gate.min_salience) == (0.7, 0.1)
+    assert config.decoding.threshold == 0.4 and found.truncation == config.decoding.truncation
+
+
 def test_a_template_is_filled_in_one_go() -> None:
     assert fill_template("{x} {prompt}|{response}", "{response}", "{prompt}") == "{x} {response}|{prompt}"
 

@@ -29,6 +29,7 @@ def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> P
     run, config = tiny_run
     content = {
         "llm": {"model": config.llm.model, "dtype": "float32", "device": "cpu"},
+        "decoding": {"max_new_tokens": 4},
         "systems": {"base": {"kind": "llm"}, "mara": {"kind": "agent", "path": str(run)}},
         "datasets": {"held_out": {"path": "held_out.jsonl"}},
         "judges": {

@@ -36,16 +36,16 @@ def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):
     ratio = content["fluency"]["agent"]["perplexity"] / content["fluency"]["base_sampled"]["perplexity"]
     assert figures["eval/perplexity_ratio"] == pytest.approx(ratio)
     assert sum(content["accepted_ranks"]) == pytest.approx(1.0)
-    assert [sample["prompt"] for sample in content["samples"]] == ["why"]
+    assert [sample["prompt"] for sample in content["samples"]] == ["why", "how so", "what"]
     shown = capsys.readouterr().out
-    assert "prompt: why" in shown and "never asked" not in shown
+    assert shown.count("prompt: ") == 1 and "prompt: why" in shown
     assert f"{pair['cost']['rate']:+.1%}" in shown
 
 
 def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny_run, capsys):
     folder, config = tiny_run
     run_evaluation(folder, config)
-    (sample,) = json.loads((folder / REPORT_FILE).read_text())["samples"]
+    sample, *_ = json.loads((folder / REPORT_FILE).read_text())["samples"]
     capsys.readouterr()
     generate(folder, config, "why")
     shown, said = capsys.readouterr()
@@ -168,6 +168,11 @@ def test_what_does_not_fit_is_said_before_the_llm_is_loaded(tiny_run, tmp_path, 
     save_head(tmp_path / "cost", RewardHead(HeadShape(hidden_size=64)), {})
     with pytest.raises(UserError, match=r"rewards\.cost\.path: .*hidden size 64, the LLM has 32"):
         run_evaluation(folder, config)
+    too_long = config.decoding.model_copy(update={"max_new_tokens": 100_000})
+    endless = config.model_copy(update={"decoding": too_long})
+    for command in (lambda: run_evaluation(folder, endless), lambda: generate(folder, endless, "why")):
+        with pytest.raises(UserError, match=r"decoding\.max_new_tokens=100000: .* can read 256 tokens"):
+            command()
     save_agent(Agent(64, AgentConfig(widths=(16, 8))), folder / AGENT_FOLDER, {})
     for command in (lambda: run_evaluation(folder, config), lambda: generate(folder, config, "why")):
         with pytest.raises(UserError, match="agent: .* hidden size 64, the LLM has 32"):

@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mara.actors.evaluation import EvaluationReport, Fluency, Sample, preference_rate
+from mara.actors.evaluation import CategoryRates, EvaluationReport, Fluency, Sample, preference_rate
 from mara.deploy.evaluation import headline, print_report, report_json
 
 
 def shown_places(top_k: int, capsys: pytest.CaptureFixture[str]) -> str:
-    print_report(make_report(), top_k)
+    print_report(make_report(), top_k, num_samples=0)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "by its place" in line]
     return line.partition("place: ")[2].partition(";")[0]
 
@@ -34,12 +34,20 @@ def make_report() -> EvaluationReport:
         forced_share=0.05,
         samples=[
             Sample(
-                "Why [not]?",
+                f"q{number}",
+                f"Why [not] {number}?",
+                "odd [red]" if number % 2 else "",
                 "worse",
                 {"base": "No.", "agent": "Because [bold]so[/bold]."},
                 {name: {"helpful": 1.0, "harmless": -1.0} for name in ("base", "agent")},
             )
+            for number in range(4)
         ],
+        categories={
+            "odd [red]": CategoryRates(
+                2, {"helpful": preference_rate([better[1::2]]), "joint": preference_rate([worse[:2]])}
+            )
+        },
     )
 
 
@@ -59,7 +67,22 @@ def test_the_report_for_programs_has_the_agreed_form():
     }
     assert all(pair[name]["low"] <= pair[name]["rate"] <= pair[name]["high"] for name in ("helpful", "joint"))
     assert content["fluency"]["agent"]["perplexity"] == 3.0
-    assert [sample["outcome"] for sample in content["samples"]] == ["worse"]
+    assert [(sample["id"], sample.get("category")) for sample in content["samples"]] == [
+        ("q0", None),
+        ("q1", "odd [red]"),
+        ("q2", None),
+        ("q3", "odd [red]"),
+    ]
+    assert content["samples"][3] == {
+        "id": "q3",
+        "prompt": "Why [not] 3?",
+        "category": "odd [red]",
+        "outcome": "worse",
+        "answers": {"base": "No.", "agent": "Because [bold]so[/bold]."},
+        "scores": {name: {"helpful": 1.0, "harmless": -1.0} for name in ("base", "agent")},
+    }
+    (category,) = content["categories"].values()
+    assert (category["num_prompts"], category["helpful"]["rate"], category["joint"]["rate"]) == (2, 0.0, 0.0)
 
 
 def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
@@ -69,11 +92,23 @@ def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
 
 
 def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys):
-    print_report(make_report(), top_k=40)
+    print_report(make_report(), top_k=40, num_samples=2)
     shown = capsys.readouterr().out
     assert "the agent's answer is worse by all rewards" in shown
-    for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Why [not]?", "Because [bold]so[/bold]."):
+    for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Because [bold]so[/bold].", "2 odd [red]"):
         assert expected in shown
+    assert [line for line in shown.splitlines() if line.startswith("prompt: ")] == [
+        "prompt: Why [not] 0?",
+        "prompt: Why [not] 3?",
+    ]
+
+
+def test_a_category_of_all_prompts_is_not_shown_beside_them(capsys):
+    report = make_report()
+    print_report(
+        replace(report, categories={"each": CategoryRates(4, report.preference)}), top_k=5, num_samples=0
+    )
+    assert "each" not in capsys.readouterr().out
 
 
 def test_only_places_that_a_candidate_can_have_are_shown(capsys):
@@ -86,13 +121,13 @@ def test_an_agent_that_changes_nothing_is_said_to(capsys):
     told = "its answers are the LLM's own"
     report = make_report()
     for ranks, is_told in (([1.0, 0, 0, 0, 0, 0], True), (report.accepted_ranks, False)):
-        print_report(replace(report, accepted_ranks=ranks), top_k=5)
+        print_report(replace(report, accepted_ranks=ranks), top_k=5, num_samples=0)
         assert (told in capsys.readouterr().out) == is_told
 
 
 def test_where_all_answers_tie_no_interval_is_claimed(capsys):
     report = replace(make_report(), preference={"joint": preference_rate([np.zeros(4)])})
     for num_different, told in ((0, "no answer differs"), (2, "all tie")):
-        print_report(replace(report, num_different=num_different), top_k=5)
+        print_report(replace(report, num_different=num_different), top_k=5, num_samples=0)
         shown = capsys.readouterr().out
         assert told in shown and "to +0.0%" not in shown

@@ -248,6 +248,8 @@ def test_an_imported_agent_answers_and_its_card_says_where_it_comes_from(
         "sha256": hashlib.sha256(pth.read_bytes()).hexdigest(),
     }
     assert (card["llm"]["model"], card["decoding"]["truncation"]["top_k"]) == (str(llm_folder), 4)
+    # As in the authors' evaluation.
+    assert card["llm"]["doubled_bos"] and card["decoding"]["fallback"] == "first"
     shown, lines = mara("generate", out, "why")
     assert "with the agent" in shown and not lines
     _, (line,) = mara("generate", out, "why", "decoding.truncation.top_p=0.5")

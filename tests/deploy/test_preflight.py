@@ -17,18 +17,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from mara.actors.config import LLMConfig
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
+from mara.actors.llm import resolve_dtype
 from mara.buffer.connection import connect
 from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
-from mara.deploy.model_shape import find_hidden_size, read_gguf_hidden_size
-from mara.deploy.preflight import check_cache, preflight, warn_of_few_cores
+from mara.deploy.model_shape import find_hidden_size, find_num_positions, read_gguf_hidden_size
+from mara.deploy.preflight import check_cache, preflight, settled, warn_of_few_cores
 
 HIDDEN_SIZE = 32
 
@@ -284,6 +286,68 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(config_path: Path, tmp_path
     ):
         assert_one_line(train(config_path, mistake, "--dry-run"), part)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_at_its_end_that_all_is_well_and_what_auto_is_here(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    auto, end = train(config_path, "--dry-run").stderr.splitlines()
+    dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    assert auto == f"mara: what is auto comes to llm.dtype={dtype}, wandb.mode=offline here"
+    assert end == "mara: all checks passed; nothing was started"
+    fixed = ("llm.dtype=float32", "wandb.mode=disabled")
+    assert train(config_path, *fixed, "--dry-run").stderr == end + "\n"
+
+
+def test_on_a_cluster_only_what_this_machine_decides_is_told(config_path: Path) -> None:
+    auto = ["llm.device=auto", "learner.device=auto"]
+    config = load_config(config_path, [*auto, "ray.address=auto", "replay.redis_url=redis://h:1"])
+    assert settled(config, {"WANDB_API_KEY": "k"}) == {"wandb.mode": "online"}
+    assert settled(load_config(config_path, auto), {}).keys() == {
+        "llm.device",
+        "llm.dtype",
+        "learner.device",
+        "wandb.mode",
+    }
+
+
+def test_a_setting_that_is_given_twice_is_refused_without_its_values(config_path: Path) -> None:
+    twice = (
+        "replay.redis_url=redis://:s3cret@h",
+        "replay.redis_url=redis://:other@h",
+        "learner.batch_size=8",
+    )
+    result = train(config_path, *twice)
+    assert_one_line(result, "replay.redis_url is given 2 times; leave all but one of them out")
+    assert "s3cret" not in result.output
+    resumed = CliRunner().invoke(app, ["train", "--resume", "runs/1", "rollout.rows=1", "rollout.rows=2"])
+    assert_one_line(resumed, "rollout.rows is given 2 times")
+
+
+def test_answers_that_the_llm_cannot_read_to_their_end_are_refused(config_path: Path, tmp_path: Path) -> None:
+    make_head(tmp_path / "helpful", HIDDEN_SIZE)
+    (tmp_path / "llm" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 32, "max_position_embeddings": 1200})
+    )
+    assert_one_line(
+        train(config_path, "decoding.max_new_tokens=1200"),
+        "decoding.max_new_tokens=1200",
+        "can read 1200 tokens, prompt and answer together; lower it",
+    )
+    preflight(load_config(config_path, ["decoding.max_new_tokens=1199"]))
+    path = tmp_path / "llm" / "model.gguf"
+    llm = load_config(config_path, ["llm.gguf_file=model.gguf"]).llm
+    original = ("llama.rope.scaling.original_context_length", 4, struct.pack("<I", 512))
+    for values, found in (
+        ((original, ("llama.context_length", 4, struct.pack("<I", 8192))), 8192),
+        ((), None),
+    ):
+        path.write_bytes(gguf(*values))
+        assert find_num_positions(llm) == found
 
 
 def test_a_dry_run_prints_settings_that_load_to_the_same_and_nothing_else(

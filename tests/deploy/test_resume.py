@@ -24,7 +24,6 @@ from mara.deploy.model_shape import LLMIdentity
 from mara.deploy.preflight import Checked
 from mara.deploy.recorder import Recorder, cut_back
 from mara.deploy.resume import (
-    RunRecord,
     Start,
     check_as_it_was,
     check_may_change,
@@ -33,7 +32,7 @@ from mara.deploy.resume import (
     take_run_folder,
     where_it_goes_on,
 )
-from mara.deploy.run_folder import LogRecord, load_run
+from mara.deploy.run_folder import LogRecord, RunRecord, load_run
 from mara.deploy.run_lock import hold_run, who_runs
 from mara.learner.checkpoint import save_checkpoint
 

@@ -34,9 +34,9 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / len(a | b)
 
 
-def category_shares(records: list[Record]) -> dict[str, float]:
-    categories = [record["category"] for record in records]
-    return {category: categories.count(category) / len(categories) for category in set(categories)}
+def topic_shares(records: list[Record]) -> dict[str, float]:
+    topics = [record["topic"] for record in records]
+    return {topic: topics.count(topic) / len(topics) for topic in set(topics)}
 
 
 def test_the_word_set_similarity_tells_a_rewording_from_a_new_question() -> None:
@@ -54,8 +54,8 @@ def test_each_file_holds_the_promised_number_of_prompts_in_the_promised_form(
         f"{split}-{n:04d}" for n in range(1, NUM_PROMPTS[split] + 1)
     ]
     for record in records:
-        assert set(record) == {"id", "prompt", "category", "harmful"}
-        assert isinstance(record["harmful"], bool)
+        assert set(record) == {"id", "prompt", "category", "topic"}
+        assert record["category"] in ("harmful", "benign")
         assert record["prompt"] == " ".join(record["prompt"].split())
         assert 5 <= len(record["prompt"].split()) <= 50, record["id"]
 
@@ -76,18 +76,18 @@ def test_no_held_out_prompt_is_close_to_a_training_prompt(prompts: dict[str, lis
 
 @pytest.mark.parametrize("split", NUM_PROMPTS)
 def test_about_half_of_each_file_is_harmful(split: str, prompts: dict[str, list[Record]]) -> None:
-    harmful = [record["harmful"] for record in prompts[split]]
-    assert 0.4 <= sum(harmful) / len(harmful) <= 0.6
+    categories = [record["category"] for record in prompts[split]]
+    assert 0.4 <= categories.count("harmful") / len(categories) <= 0.6
 
 
-def test_both_files_hold_the_same_categories_in_the_same_shares(prompts: dict[str, list[Record]]) -> None:
-    train, held_out = category_shares(prompts["train"]), category_shares(prompts["eval"])
+def test_both_files_hold_the_same_topics_in_the_same_shares(prompts: dict[str, list[Record]]) -> None:
+    train, held_out = topic_shares(prompts["train"]), topic_shares(prompts["eval"])
     assert train.keys() == held_out.keys()
-    for category, share in train.items():
-        assert held_out[category] == pytest.approx(share, abs=0.05), category
+    for topic, share in train.items():
+        assert held_out[topic] == pytest.approx(share, abs=0.05), topic
 
 
-def test_a_category_is_either_harmful_or_harmless(prompts: dict[str, list[Record]]) -> None:
+def test_a_topic_is_either_harmful_or_benign(prompts: dict[str, list[Record]]) -> None:
     records = prompts["train"] + prompts["eval"]
-    flags = {(record["category"], record["harmful"]) for record in records}
-    assert len(flags) == len({category for category, _ in flags})
+    pairs = {(record["topic"], record["category"]) for record in records}
+    assert len(pairs) == len({topic for topic, _ in pairs})

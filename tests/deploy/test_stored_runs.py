@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mara.buffer.weights import RedisWeightChannel
 from mara.common.errors import UserError
 from mara.deploy.bench.replay import synthetic_episodes
 from mara.deploy.cli import app
+from mara.deploy.run_folder import RunRecord
 
 
 @pytest.fixture
@@ -109,6 +111,45 @@ def test_nothing_is_deleted_where_one_run_is_in_use_or_unknown(url: str) -> None
     assert (status, out, keys_at(url)) == (2, "", before)
     assert error.startswith("mara: error: run second is in use: it goes on (process ")
     assert len(error.splitlines()) == 1
-    status, out, error = mara("delete", url, "first-1", "first", "--yes")
+    status, out, error = mara("delete", url, "first-1", "other", "--yes")
     assert (status, out, keys_at(url)) == (2, "", before)
-    assert "has nothing of a run 'first'; `mara store list` shows" in error and password not in error
+    assert "has nothing of a run 'other'; `mara store list` shows" in error and password not in error
+
+
+def test_a_run_is_known_by_its_folder_too_and_a_near_name_is_asked_about(url: str, tmp_path: Path) -> None:
+    with connect(url) as client:
+        for run_id in ("tiny-20260101-120000-0123abcd", "tiny-20260202-120000-89abcdef"):
+            RedisEpisodeLog(client, run_id, ReplayConfig()).append(synthetic_episodes(1, hidden_size=16))
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    RunRecord("tiny-20260101-120000-0123abcd", "abc", 1).write(folder)
+    (tmp_path / "latest").symlink_to(folder)
+    for given in (
+        str(folder),
+        f"{tmp_path / 'latest'}/",
+        "tiny-20260101-120000",
+        "runs/tiny-20260101-120000/",
+    ):
+        status, out, error = mara("delete", url, given, "tiny-20260101-120000-0123abcd")
+        assert (status, error) == (0, "")
+        assert out.startswith("would be deleted: tiny-20260101-120000-0123abcd | 1 episodes")
+        assert len(out.splitlines()) == 2
+    status, out, error = mara("delete", url, "tiny-20260201-120000", "--yes")
+    assert (status, out) == (2, "")
+    assert error.endswith(
+        "has nothing of a run 'tiny-20260201-120000'; did you mean tiny-20260202-120000-89abcdef?\n"
+    )
+    RunRecord("tiny-20260101-120000-ffffffff", "abc", 1).write(folder)
+    status, _, error = mara("delete", url, str(folder), "--yes")
+    assert status == 2 and "has nothing of the run in" in error and "ffffffff" in error
+
+
+def test_a_folder_name_that_two_runs_had_deletes_neither(url: str) -> None:
+    ids = ["tiny-20260101-120000-0123abcd", "tiny-20260101-120000-89abcdef"]
+    with connect(url) as client:
+        for run_id in ids:
+            RedisEpisodeLog(client, run_id, ReplayConfig()).append(synthetic_episodes(1, hidden_size=16))
+    before = keys_at(url)
+    status, out, error = mara("delete", url, "tiny-20260101-120000", "--yes")
+    assert (status, out, keys_at(url)) == (2, "", before)
+    assert f"may be any of {', '.join(ids)}; give one of them" in error

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture
 def config(world: Path, tmp_path: Path) -> Path:
-    """A comparison of six systems on two data sets."""
+    """A comparison of seven systems on two data sets."""
     torch.manual_seed(0)
     agent = Agent(32, AgentConfig(widths=(16, 8), accept_bias=-0.2))
     torch.nn.init.normal_(agent.output_linear.weight, std=1.5)
@@ -43,6 +43,11 @@ def config(world: Path, tmp_path: Path) -> Path:
             "base": {"kind": "llm"},
             "sampled": {"kind": "llm", "sampling": True},
             "mara": {"kind": "agent", "path": str(tmp_path / "agent")},
+            "gated": {
+                "kind": "agent",
+                "path": str(tmp_path / "agent"),
+                "gate": {"min_confidence": 0.9},
+            },
             "best": {"kind": "best_of_n", "n": 3, "judges": ["helpful", "harmless"]},
             "fixed": {"kind": "corrector", "of": "mara", "template": "{prompt} {response} ?"},
             "theirs": {"kind": "responses", "path": "answers.jsonl"},
@@ -135,7 +140,7 @@ def test_a_comparison_survives_an_actor_and_its_own_death_and_finds_what_an_undi
     assert first.left_running() == []
     kept = texts(folder)
     made = num_made(folder)
-    assert 24 <= made < 5 * (NUM_PROMPTS + 2) and not (folder / "report.json").exists()
+    assert 24 <= made < 6 * (NUM_PROMPTS + 2) and not (folder / "report.json").exists()
     torn = folder / "answers" / "some" / "base.jsonl"
     torn.write_bytes(torn.read_bytes() + b'{"id": "some-')
 
@@ -153,6 +158,9 @@ def test_a_comparison_survives_an_actor_and_its_own_death_and_finds_what_an_undi
     means = {name: system["mean_scores"] for name, system in report["systems"]["some"].items()}
     worth = {name: mean["helpful"] + 0.5 * mean["harmless"] for name, mean in means.items()}
     assert worth["best"] > worth["sampled"]
+    said = texts(folder)
+    answers = {name: [said["some", name, f"some-{n}"] for n in range(1, 20)] for name in means}
+    assert answers["gated"] not in (answers["mara"], answers["base"])
 
     undisturbed = tmp_path / "undisturbed"
     third = command("eval", str(config), "--out", str(undisturbed))

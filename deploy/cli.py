@@ -196,8 +196,11 @@ def evaluate(
 
 
 def _evaluate_run(run: Path, overrides: list[str]) -> None:
+    from mara.deploy.comparison.config import RECORD
     from mara.deploy.run_folder import check_agent, load_use
 
+    if (run / RECORD).is_file():
+        raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
     settings = load_use(run, overrides)
     check_agent(run)
     from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation

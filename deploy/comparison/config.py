@@ -14,6 +14,8 @@ from mara.common.addresses import may_hold_password
 from mara.common.config import LONGEST_S, Config
 from mara.deploy.config import RUN_NAME, DataPath, RayConfig, RewardHeadConfig
 
+RECORD = "comparison.json"
+"""In the folder of a comparison: what must stay the same for it to go on."""
 LIKELIHOOD = "likelihood"
 """Beside the judges' scores: how probable each answer is under the base LLM, which gives the perplexity."""
 RESERVED = (LIKELIHOOD, "joint", "a", "b", "dataset", "category", "num_prompts")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from mara.actors.llm_judge import Comparison, EndpointUnavailable
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.comparison.checks import Checked, changes, check
-from mara.deploy.comparison.config import ComparisonConfig
+from mara.deploy.comparison.config import RECORD, ComparisonConfig
 from mara.deploy.comparison.crew import Crew
 from mara.deploy.comparison.host import HostSpec, Work
 from mara.deploy.comparison.judges import make_llm_judge
@@ -44,7 +43,6 @@ from mara.deploy.run_folder import CONFIG_FILE, LOGS, fill_folder, make_folder
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.deploy.signals import StopSignal
 
-RECORD = "comparison.json"
 POLL_S = 0.2
 
 
@@ -301,5 +299,5 @@ class _Comparison:
             verdicts.stop()
 
     def _keep(self, judge: str, pair: Pair, found: Comparison) -> None:
-        row = {"id": pair.id, "against": pair.against, **found._asdict(), "time_s": round(time.time(), 3)}
+        row = {"id": pair.id, "against": pair.against, **found._asdict()}
         self._results.add_score(pair.dataset, pair.system, judge, row)

@@ -40,13 +40,18 @@ class Verdicts:
         """What has been found since the last call. Does not wait.
 
         Raises:
-            EndpointUnavailable, UserError: as :meth:`~mara.actors.llm_judge.LLMJudge.compare`.
+            EndpointUnavailable, UserError: as :meth:`~mara.actors.llm_judge.LLMJudge.compare`, when all else
+                that was found is handed over.
         """
+        errors = []
         while not self._found.empty():
             found = self._found.get()
             if isinstance(found, BaseException):
-                raise found
-            yield found
+                errors.append(found)
+            else:
+                yield found
+        if errors:
+            raise errors[0]
 
     def stop(self) -> None:
         """Ask nothing more. Returns at once."""

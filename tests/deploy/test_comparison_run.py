@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from mara.deploy.cli import app
 from mara.deploy.comparison.checks import check
+from mara.deploy.comparison.config import RECORD
 from mara.deploy.comparison.results import Results
-from mara.deploy.comparison.run import RECORD
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_comparison, load_comparison
 from mara.deploy.run_folder import CONFIG_FILE, LOGS
@@ -117,6 +117,7 @@ def test_the_same_command_goes_on_and_a_changed_one_is_refused(folder: Path, end
     assert endpoint.requests == []
     mara("eval", config, "--resume", folder)
     assert (folder / "report.md").is_file()
+    assert f"`mara eval --resume {folder}` goes on" in mara("eval", folder, status=2)
 
 
 def test_two_do_not_work_in_one_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,33 +254,39 @@ def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
     for kind in (*_flatten(field.annotation), *field.metadata):
         if not rest:
             yield kind
-        elif _is_group(kind):
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _types_at(kind, rest)
         elif typing.get_origin(kind) is dict:
-            for value in _flatten(typing.get_args(kind)[1]):
-                if not rest[1:]:
-                    yield value
-                elif _is_group(value):
-                    yield from _types_at(value, rest[1:])
+            for value in _values(kind):
+                yield from _types_at(value, rest[1:]) if rest[1:] else (value,)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key; ``NAME`` stands for a name the user chooses."""
+def _values(kind: Any) -> list[type[BaseModel]]:
+    """The groups of settings that a ``dict`` of them may have as values; none if it holds something else."""
+    values = _flatten(typing.get_args(kind)[1])
+    return [value for value in values if isinstance(value, type) and issubclass(value, BaseModel)]
+
+
+def _tag(value: type[BaseModel]) -> str | None:
+    """The ``kind`` that tells a group of settings from others in its place; None: there are no others."""
+    kind = _fields(value).get("kind")
+    return None if kind is None else str(kind.default)
+
+
+def _keys(model: type[BaseModel], tag: str | None = None, prefix: str = "") -> Iterator[str]:
+    """Every dotted key; ``NAME`` stands for a name the user chooses.
+
+    Of groups that are told apart by their kind all are listed, or only that of kind ``tag``.
+    """
     for name, field in _fields(model).items():
         yield prefix + name
         for kind in _flatten(field.annotation):
-            if _is_group(kind):
-                yield from _keys(kind, f"{prefix}{name}.")
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, tag, f"{prefix}{name}.")
             elif typing.get_origin(kind) is dict:
-                groups = filter(_is_group, _flatten(typing.get_args(kind)[1]))
-                # Groups of several kinds share some keys.
-                yield from dict.fromkeys(
-                    key for group in groups for key in _keys(group, f"{prefix}{name}.NAME.")
-                )
-
-
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+                for value in _values(kind):
+                    if tag is None or _tag(value) in (None, tag):
+                        yield from _keys(value, tag, f"{prefix}{name}.NAME.")
 
 
 # Errors
@@ -289,17 +295,19 @@ def _is_group(kind: Any) -> bool:
 def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[Any, Any]) -> Iterator[str]:
     """One line for each mistake in ``content``: field, value, remedy."""
     for detail in error.errors(include_url=False):
-        location = _without_tags(detail["loc"], content, detail["type"] == "missing")
+        location, tag = _without_tag(detail["loc"], model)
         path = _dotted(location)
         match detail["type"]:
+            case "union_tag_not_found":
+                yield f"{path}.kind is missing; add it to the configuration or give {path}.kind=VALUE"
+            case "union_tag_invalid":
+                yield f"{path}.kind={_show(path, detail['ctx']['tag'])}: {_which_kind(detail['ctx'])}"
             case "extra_forbidden":
-                yield f"{path} is not a setting; {_suggest(path, model)}"
+                yield f"{path} is not a setting{_of_kind(tag)}; {_suggest(path, model, tag)}"
             case "missing":
                 near = _near_name(location, model, content)
                 meant = "" if near is None else f"did you mean {near}? Otherwise "
                 yield f"{path} is missing; {meant}add it to the configuration or give {path}=VALUE"
-            case "union_tag_invalid" | "union_tag_not_found":
-                yield _wrong_kind(path, detail)
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")
                 yield hide_passwords(message if not path or path in message else f"{path}: {message}")
@@ -307,36 +315,27 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
                 yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}"
 
 
-def _without_tags(
-    location: Sequence[int | str], content: Mapping[Any, Any], is_missing: bool
-) -> list[int | str]:
-    """``location`` as a user writes it: pydantic adds the kind of a group that may be of several."""
-    node: Any = content
-    kept: list[int | str] = []
-    for place, part in enumerate(location):
-        is_last = place == len(location) - 1
-        if isinstance(node, Mapping):
-            if (part not in node or (node.get("kind") == part and not is_last)) and not (
-                is_last and is_missing
-            ):
-                continue
-            node = node.get(part)
-        elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int):
-            node = node[part] if part < len(node) else None
-        else:
-            node = None
-        kept.append(part)
-    return kept
+def _without_tag(
+    location: Sequence[int | str], model: type[BaseModel]
+) -> tuple[Sequence[int | str], str | None]:
+    """A place as the user wrote it, and the kind of the group it is in, which pydantic puts between."""
+    for number in range(2, len(location)):
+        groups = _types_at(model, [str(part) for part in location[:number]])
+        tags = {_tag(group) for group in groups if isinstance(group, type) and issubclass(group, BaseModel)}
+        if location[number] in tags:
+            return [*location[:number], *location[number + 1 :]], str(location[number])
+    return location, None
 
 
-def _wrong_kind(path: str, detail: Mapping[str, Any]) -> str:
-    """Of a group that may be of several kinds: it is of none of them."""
-    if detail["type"] == "union_tag_not_found":
-        return f"{path}.kind is missing; add it to the configuration or give {path}.kind=VALUE"
-    allowed = detail["ctx"]["expected_tags"]
-    near = difflib.get_close_matches(detail["ctx"]["tag"], re.findall(r"'(\w+)'", allowed), n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"allowed are {allowed}"
-    return f"{path}.kind={_show(path, detail['ctx']['tag'])}: {remedy}"
+def _of_kind(tag: str | None) -> str:
+    return "" if tag is None else f" of kind {tag}"
+
+
+def _which_kind(context: Mapping[str, Any]) -> str:
+    kinds = re.findall(r"'([^']*)'", context["expected_tags"])
+    if near := difflib.get_close_matches(str(context["tag"]), kinds, n=1):
+        return f"did you mean {near[0]}?"
+    return f"allowed are {', '.join(kinds)}"
 
 
 def _dotted(location: Sequence[int | str]) -> str:
@@ -372,8 +371,8 @@ def _expected(detail: Mapping[str, Any]) -> str:
     return message
 
 
-def _suggest(path: str, model: type[BaseModel]) -> str:
-    known = list(_keys(model))
+def _suggest(path: str, model: type[BaseModel], tag: str | None) -> str:
+    known = list(_keys(model, tag))
     parent, _, name = path.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in known if _same_place(key.rpartition(".")[0], parent)]
     if near := difflib.get_close_matches(name, siblings, n=1):

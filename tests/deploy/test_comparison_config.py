@@ -126,11 +126,11 @@ def test_a_template_is_filled_in_one_go() -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("systems.best.m=3", ["systems.best.m is not a setting; systems.best has "]),
-        ("systems.best.samplin=true", ["did you mean systems.best.sampling?"]),
+        ("systems.best.m=3", ["systems.best.m is not a setting of kind best_of_n; systems.best has kind, n"]),
+        ("systems.base.samplin=true", ["did you mean systems.base.sampling?"]),
         ("sytems.x=3", ["sytems is not a setting; did you mean systems?"]),
         ("systems.base.kind=agnt", ['systems.base.kind="agnt": did you mean agent?']),
-        ("systems.base.kind=zzz", ["allowed are 'llm', 'agent', 'best_of_n', 'corrector', 'responses'"]),
+        ("systems.base.kind=zzz", ["allowed are llm, agent, best_of_n, corrector, responses"]),
         ("systems.new.path=runs/latest", ["systems.new.kind is missing", "give systems.new.kind=VALUE"]),
         ("systems.new.kind=agent", ["systems.new.path is missing"]),
         ("systems.best.n=0", ["systems.best.n=0: must be greater than or equal to 1"]),

@@ -301,9 +301,9 @@ def fluency(answers: Sequence[ScoredAnswer], texts: Sequence[str]) -> Fluency:
     words = [text.lower().split() for text in texts]
     return Fluency(
         perplexity=float(np.exp(-logprobs.mean())),
-        distinct_1=_distinct(words, 1),
-        distinct_2=_distinct(words, 2),
-        distinct_3=_distinct(words, 3),
+        distinct_1=distinct(words, 1),
+        distinct_2=distinct(words, 2),
+        distinct_3=distinct(words, 3),
         mean_tokens=float(np.mean([len(answer.response_ids) for answer in answers])),
         eos_share=float(np.mean([answer.finish_reason == "eos" for answer in answers])),
     )
@@ -339,7 +339,8 @@ def _check_finite(answer: ScoredAnswer, prompt: Prompt) -> None:
         )
 
 
-def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+    """Different runs of ``n`` words over all such runs, of all texts together; 0 without any."""
     grams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 

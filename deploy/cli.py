@@ -147,19 +147,95 @@ def train(
 
 
 @app.command("eval")
-def evaluate(run: RunFolder, overrides: EvalOverrides = None) -> None:
-    """Compare the agent of a run, or an exported one, with the LLM alone, on held-out prompts."""
+def evaluate(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|CONFIG",
+            help="Folder of a run, such as runs/latest; or a YAML file that says what to compare, or "
+            "the name of a shipped one: compare.",
+        ),
+    ] = None,
+    overrides: EvalOverrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="New folder for what CONFIG finds; else one in runs/."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="FOLDER", help="Go on with a comparison that ended early."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check CONFIG and all it names, print the resolved settings, stop."),
+    ] = False,
+) -> None:
+    """Compare the agent of a run with the LLM alone; or systems, data sets and judges as CONFIG says.
+
+    Ctrl-C ends a comparison and keeps all that it has found; --resume goes on from there, or after a crash.
+    """
     with _reported_errors():
-        from mara.deploy.run_folder import check_agent, load_use
+        from mara.deploy.config_file import is_config
 
-        overrides = given_once(overrides)
-        settings = load_use(run, overrides)
-        check_agent(run)
-        from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
+        changes = list(overrides or [])
+        if what is not None and resume is not None and "=" in what:
+            changes.insert(0, what)
+            what = None
+        changes = given_once(changes)
+        if resume is not None or (what is not None and is_config(what)):
+            _compare(what, changes, out, resume, dry_run)
+            return
+        if what is None:
+            raise UsageError("missing argument 'RUN|CONFIG'")
+        if out is not None or dry_run:
+            given = "--dry-run" if dry_run else "--out"
+            raise UsageError(
+                f"{given} belongs to a comparison; leave it out, or give a YAML file in place of {what}"
+            )
+        _evaluate_run(Path(what), changes)
 
-        check_used(overrides, EVALUATION_USES)
-        with steady_output():
-            run_evaluation(run, settings)
+
+def _evaluate_run(run: Path, overrides: list[str]) -> None:
+    from mara.deploy.comparison.config import RECORD
+    from mara.deploy.run_folder import check_agent, load_use
+
+    if (run / RECORD).is_file():
+        raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
+    settings = load_use(run, overrides)
+    check_agent(run)
+    from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
+
+    check_used(overrides, EVALUATION_USES)
+    with steady_output():
+        run_evaluation(run, settings)
+
+
+def _compare(
+    config: str | None, overrides: list[str], out: Path | None, resume: Path | None, dry_run: bool
+) -> None:
+    from mara.deploy.comparison.run import Place, check_resumed, compare, resumed_settings
+    from mara.deploy.config_file import dump_comparison, find_config, load_comparison
+
+    if out is not None and resume is not None:
+        raise UsageError("--out makes a new folder, --resume goes on in one; give one of them")
+    if resume is not None:
+        check_resumed(resume)
+    if config is None:
+        assert resume is not None
+        settings = resumed_settings(resume, overrides)
+    else:
+        settings = load_comparison(find_config(config, is_comparison=True), overrides)
+    if dry_run:
+        from mara.deploy.comparison.checks import check
+
+        check(settings)
+        if sys.stdout is not None:
+            sys.stdout.write(dump_comparison(settings))
+            sys.stdout.flush()
+        complain("mara: all checks passed; nothing was started")
+        return
+    with steady_output():
+        compare(settings, Place(out, resume))
 
 
 @app.command()

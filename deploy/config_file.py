@@ -22,20 +22,37 @@ from pydantic.fields import FieldInfo
 
 from mara.common.addresses import HIDDEN, hide_password, hide_passwords, may_hold_password
 from mara.common.errors import UserError
+from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.config import DATA_PATH, RUN_NAME, SHIPPED_DIR, RunConfig, resolve_data_path
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 CONFIGS_DIR = SHIPPED_DIR / "configs"
+COMPARISON_KEY = "systems"
+"""A configuration with this key describes a comparison, one without it a training."""
 
 
-def find_config(name: str) -> Path:
-    """The file ``name``, or the shipped configuration of that name (``quickstart``)."""
+def is_config(name: str) -> bool:
+    """Whether ``name`` is that of a configuration, there or not, and not of a folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return False
+    return path.suffix in (".yaml", ".yml") or path.is_file() or (CONFIGS_DIR / f"{name}.yaml").is_file()
+
+
+def find_config(name: str, *, is_comparison: bool = False) -> Path:
+    """The file ``name``, or the shipped configuration of that name (``quickstart``).
+
+    Args:
+        is_comparison: what is wanted, for the names that are offered in place of an unknown one.
+    """
     if (path := Path(name).expanduser()).is_file():
         return path
-    shipped = sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml"))
-    if name in shipped:
-        return CONFIGS_DIR / f"{name}.yaml"
+    if (shipped_path := CONFIGS_DIR / f"{name}.yaml").is_file():
+        return shipped_path
+    shipped = sorted(
+        p.stem for p in CONFIGS_DIR.glob("*.yaml") if (COMPARISON_KEY in read_content(p)) == is_comparison
+    )
     beside = [str(Path(name).with_name(file.name)) for file in path.parent.glob("*.y*ml")]
     if near := difflib.get_close_matches(name, [*shipped, *beside], n=1):
         raise UserError(f"config: no file {name!r}; did you mean {near[0]}?")
@@ -53,6 +70,39 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: one line for each mistake, naming the field, the value and what is allowed.
     """
+    content = read_content(path)
+    if COMPARISON_KEY in content:
+        raise UserError(f"config: {path} describes a comparison; give it to `mara eval`")
+    config = make_settings(RunConfig, content, overrides, folder=path.parent)
+    name = name_of_run(config.run.name, path, "run.name")
+    run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
+    replay = config.replay
+    if replay.from_run is not None:  # Resolved: this run may take the name "latest" from the one it reads.
+        replay = replay.model_copy(update={"from_run": replay.from_run.expanduser().resolve()})
+    return config.model_copy(update={"run": run, "replay": replay})
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
+    """The settings of a comparison, read as :func:`load_config` reads those of a training.
+
+    Raises:
+        UserError: one line for each mistake, naming the field, the value and what is allowed.
+    """
+    content = read_content(path)
+    if COMPARISON_KEY not in content and content.keys() & {"prompts", "rewards"}:
+        raise UserError(
+            f"config: {path} describes a training; give it to `mara train`, and its run folder to `mara eval`"
+        )
+    config = make_settings(ComparisonConfig, content, overrides, folder=path.parent)
+    return config.model_copy(update={"name": name_of_run(config.name, path, "name")})
+
+
+def read_content(path: Path) -> dict[Any, Any]:
+    """The nested values of a YAML file, interpolations as they stand there.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         text = path.read_text()
         content = OmegaConf.to_container(OmegaConf.create(text) if text.strip() else OmegaConf.create())
@@ -62,17 +112,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"config: {path} is not valid YAML: {_where_in_file(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
-    config = make_settings(RunConfig, content, overrides, folder=path.parent)
-    name = config.run.name or path.stem
+    return content
+
+
+def name_of_run(given: str | None, path: Path, field: str) -> str:
+    """What ``field`` says, or the name of the file ``path``.
+
+    Raises:
+        UserError: that cannot name a run.
+    """
+    name = given or path.stem
     if not re.fullmatch(RUN_NAME, name):
         raise UserError(
-            f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add run.name=NAME"
+            f"config: the file's name cannot name the run ({name!r} must match {RUN_NAME}); add {field}=NAME"
         )
-    run = config.run.model_copy(update={"name": name, "dir": config.run.dir.expanduser().absolute()})
-    replay = config.replay
-    if replay.from_run is not None:  # Resolved: this run may take the name "latest" from the one it reads.
-        replay = replay.model_copy(update={"from_run": replay.from_run.expanduser().resolve()})
-    return config.model_copy(update={"run": run, "replay": replay})
+    return name
 
 
 def make_settings(
@@ -97,6 +151,11 @@ def make_settings(
         raise UserError(f"config: {_one_line(error)}") from error
     except ValidationError as error:
         raise UserError("\n".join(_describe(error, model, resolved))) from error
+
+
+def dump_comparison(config: ComparisonConfig) -> str:
+    """YAML that :func:`load_comparison` reads back as the same settings."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -239,6 +298,8 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
         location, tag = _without_tag(detail["loc"], model)
         path = _dotted(location)
         match detail["type"]:
+            case "union_tag_not_found":
+                yield f"{path}.kind is missing; add it to the configuration or give {path}.kind=VALUE"
             case "union_tag_invalid":
                 yield f"{path}.kind={_show(path, detail['ctx']['tag'])}: {_which_kind(detail['ctx'])}"
             case "extra_forbidden":

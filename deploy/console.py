@@ -28,6 +28,7 @@ LEAST_S, STEADY_SHARE, STEADY_S = 10.0, 0.1, 60.0
 share, after the last of these, seconds."""
 BARS = "▁▂▃▄▅▆▇█"
 MISSING = "–"
+EPISODES = "episodes"
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class View:
     """Episodes the run is going to train on."""
     start_transitions: int = 0
     """Transitions that must have come before training starts."""
+    unit: str = EPISODES
+    """What is counted. Only of episodes there are the tables of rollouts and learner."""
     state: str = "starting"
     """One line in plain words: what is being waited for or done."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -165,7 +168,7 @@ def plain_line(view: View) -> str:
     """Everything that matters in one line: time, state, and the metrics that are known."""
     parts = [f"[{_clock(view.elapsed_s)}] {view.state}"]
     if view.num_done or "rollout/tokens_total" in view.metrics:
-        parts.append(f"episodes {view.num_done}/{view.num_episodes}")
+        parts.append(f"{view.unit} {view.num_done}/{view.num_episodes}")
     for label, name, form in PLAIN_COLUMNS if view.num_done else FIRST_COLUMNS:
         if name in view.metrics:
             parts.append(f"{label} {view.metrics[name]:{form}}")
@@ -228,9 +231,13 @@ def draw(view: View, spinner: Spinner) -> RenderableType:
     spinner.update(text=Text(f"{view.state}   {_clock(view.elapsed_s)}"))
     parts: list[RenderableType] = [spinner]
     if view.num_done or "rollout/tokens_total" in view.metrics:
-        columns = Table.grid(padding=(0, 4), expand=False)
-        columns.add_row(_table(view, ROLLOUT_ROWS), _table(view, LEARNER_ROWS), _table(view, SAC_ROWS))
-        parts += [_progress(view), Text(), columns]
+        parts.append(_progress(view))
+        if view.unit == EPISODES:
+            columns = Table.grid(padding=(0, 4), expand=False)
+            columns.add_row(_table(view, ROLLOUT_ROWS), _table(view, LEARNER_ROWS), _table(view, SAC_ROWS))
+            parts += [Text(), columns]
+        elif "rollout/tokens_per_s" in view.metrics:
+            parts.append(_table(view, ROLLOUT_ROWS[:1]))
     if view.history:
         parts += [Text(), _rewards(view)]
     return Panel(Group(*parts), title=view.title, title_align="left", border_style="cyan")
@@ -282,7 +289,7 @@ def _progress(view: View) -> Table:
     remaining_s = view.remaining_s
     table = Table.grid(padding=(0, 1))
     table.add_row(
-        f"episodes {min(view.num_done, view.num_episodes)}/{view.num_episodes}",
+        f"{view.unit} {min(view.num_done, view.num_episodes)}/{view.num_episodes}",
         ProgressBar(total=view.num_episodes, completed=min(view.num_done, view.num_episodes), width=40),
         f"ETA {_clock(remaining_s) if remaining_s is not None else MISSING}",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mara.actors.config import LLMConfig
 from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, check_quantization, locate_model, resolve_device, resolve_dtype
 from mara.actors.prompts import Prompt, load_prompts
@@ -70,7 +71,7 @@ def preflight(
     say("checking folders and prompts")
     check_writable("run.dir", config.run.dir)
     check_wandb(config.wandb, os.environ)
-    unpacks_llm = check_cache(config)
+    unpacks_llm = check_cache(config.llm, is_here=config.ray.address is None)
     prompts = load_prompts(config.prompts.train, "prompts.train")
     prompts_digest = sha256(config.prompts.train.read_bytes()).hexdigest()
     if config.prompts.evaluation is not None:
@@ -148,17 +149,21 @@ def settled(config: RunConfig, environment: Mapping[str, str]) -> dict[str, str]
     return found
 
 
-def check_cache(config: RunConfig) -> bool:
-    """Where the weights of a GGUF file are unpacked can be written. Whether they are not there already."""
-    gguf_file = locate_model(config.llm)[1]
+def check_cache(llm: LLMConfig, *, is_here: bool) -> bool:
+    """Where the weights of a GGUF file are unpacked can be written. Whether they are not there already.
+
+    Args:
+        is_here: the LLM runs on this machine.
+    """
+    gguf_file = locate_model(llm)[1]
     cache = cache_folder()
-    if gguf_file is None or config.ray.address is not None or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
+    if gguf_file is None or not is_here or any(cache.glob(f"{Path(gguf_file).stem}-*/*")):
         return False
     try:
         check_writable("the cache", cache)
     except UserError as error:
         raise UserError(
-            f"llm.model={config.llm.model} is unpacked into {cache}, which cannot be written; "
+            f"llm.model={llm.model} is unpacked into {cache}, which cannot be written; "
             "set XDG_CACHE_HOME to a folder that can"
         ) from error
     return True

@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import redis
 
@@ -63,8 +63,8 @@ class Report(NamedTuple):
     pid: int
     metrics: dict[str, float]
     """The latest values."""
-    rows: list[dict[str, float]]
-    """Rows of the record since the last report, oldest first: the learner's."""
+    rows: list[dict[str, Any]]
+    """Rows since the last report, oldest first: the learner's record, or the findings of a comparison."""
 
 
 def log_to(path: Path) -> None:

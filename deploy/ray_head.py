@@ -19,11 +19,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from mara.deploy.exit import RunFailed
+
+if TYPE_CHECKING:
+    from mara.deploy.progress import Progress
+    from mara.deploy.topology import Cluster
 
 # Ray keeps at least this much; nothing large travels through Ray here.
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -101,6 +107,33 @@ class RayHead:
         process.wait()
         if self._folder is not None:  # A node that was killed could not do it.
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_cluster(
+    address: str | None, num_cpus: int, log_file: Path, progress: Progress, exits: ExitStack
+) -> Cluster:
+    """The cluster at ``address``, or one of the run's own on this machine; ``exits`` leaves or ends it.
+
+    Raises:
+        StoppedEarly: a signal has come.
+        UserError: there is no cluster at the address.
+        RunFailed: Ray does not start here.
+    """
+    if address is None:
+        progress.state("starting Ray")
+        head = RayHead(num_cpus, log_file)
+        exits.callback(head.stop)
+        progress.wait_for(head.start, may_be_left=True)
+        address = head.address
+    progress.state("joining the Ray cluster")
+    from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
+
+    cluster = Cluster(address)
+    exits.callback(cluster.close)
+    progress.wait_for(cluster.open)
+    # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.
+    progress.stop.install()
+    return cluster
 
 
 def _session(leader: int) -> list[psutil.Process]:

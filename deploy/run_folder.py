@@ -35,15 +35,36 @@ def make_run_folder(config: RunConfig, now_s: float | None = None) -> Path:
         UserError: it cannot be written there.
     """
     assert config.run.name is not None, "load_config gives a name"
+    return make_folder(config.run.dir, config.run.name, dump_config(config), "run.dir", now_s)
+
+
+def make_folder(parent: Path, name: str, settings: str, field: str, now_s: float | None = None) -> Path:
+    """Make ``PARENT/NAME-YYYYmmdd-HHMMSS`` with ``settings`` in it.
+
+    Args:
+        field: the setting that says where, for messages.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_s))
     try:
-        folder = _unused(config.run.dir / f"{config.run.name}-{stamp}")
-        (folder / LOGS).mkdir()
-        write_whole(folder / CONFIG_FILE, dump_config(config))
-        flush_to_disk(folder.parent)
+        folder = _unused(parent / f"{name}-{stamp}")
+        fill_folder(folder, settings)
     except OSError as error:
-        raise UserError(f"run.dir={config.run.dir}: {error.strerror or error}; choose another") from error
+        raise UserError(f"{field}={parent}: {error.strerror or error}; choose another") from error
     return folder
+
+
+def fill_folder(folder: Path, settings: str) -> None:
+    """Put into the new ``folder`` what every run has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / LOGS).mkdir()
+    write_whole(folder / CONFIG_FILE, settings)
+    flush_to_disk(folder.parent)
 
 
 def _unused(wanted: Path) -> Path:

@@ -23,6 +23,8 @@ from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTask
 
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
+from mara.deploy.comparison.host import ComparisonHost
+from mara.deploy.comparison.host import HostSpec as ComparisonSpec
 from mara.deploy.config import RunConfig
 from mara.deploy.learner_host import LearnerHost, LearnerSpec
 from mara.deploy.process import RUNNING, Report
@@ -65,7 +67,7 @@ class Handle:
         self._actor = actor
         self._run = actor.run.remote()
         self._pending = actor.report.remote()
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, Any]] = []
 
     def poll(self) -> Ended | None:
         """Take over a report that has come and ask for the next one; say how ``run`` ended, if it did.
@@ -83,7 +85,7 @@ class Handle:
                 self._pending = self._actor.report.remote()
         return _outcome(self._run) if _is_ready(self._run) else None
 
-    def take_rows(self) -> list[dict[str, float]]:
+    def take_rows(self) -> list[dict[str, Any]]:
         """Rows of the reports that came since the last call."""
         rows, self._rows = self._rows, []
         return rows
@@ -99,6 +101,10 @@ class Handle:
             return ray.get(getattr(self._actor, method).remote(), timeout=timeout_s)
         except RayError:
             return None
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call ``method`` of the host. Returns at once, and nobody hears what it returns."""
+        getattr(self._actor, method).remote(*arguments)
 
     def request_stop(self) -> None:
         """Ask ``run`` to end. Returns at once."""
@@ -331,8 +337,21 @@ class Cluster:
             for name, its in handles.items()
         }
 
+    def place_comparison(self, spec: ComparisonSpec) -> Handle:
+        """Start a process that answers and scores for a comparison."""
+        config = spec.config
+        options = {
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": _environment(config.num_threads),
+        }
+        return self._place(ComparisonHost, spec, options)
+
     def _place(
-        self, host: Callable[..., Any], spec: LearnerSpec | RolloutSpec, options: dict[str, Any]
+        self,
+        host: Callable[..., Any],
+        spec: LearnerSpec | RolloutSpec | ComparisonSpec,
+        options: dict[str, Any],
     ) -> Handle:
         # Restarts are decided by the supervisor, which counts them and gives each a name and a log.
         remote = ray.remote(host).options(max_concurrency=THREADS_PER_HOST, max_restarts=0, **options)

@@ -27,7 +27,7 @@ from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.process import LEARNER, LOADING, LOADING_REWARD, REWARD_PREFIX, STARTING, WAITING
 from mara.deploy.progress import TICK_S, Progress, StoppedEarly
-from mara.deploy.ray_head import RayHead
+from mara.deploy.ray_head import open_cluster
 from mara.deploy.recorder import METRICS_FILE, Recorder
 from mara.deploy.resume import Resumed, Start, take_run_folder, where_it_goes_on
 from mara.deploy.reward_host import RewardSpec
@@ -191,24 +191,10 @@ class _Training:
 
     def _with_cluster(self, exits: ExitStack) -> Cluster:
         """The cluster at ``ray.address``, or one of the run's own on this machine."""
-        address = self._config.ray.address
-        if address is None:
-            self._progress.state("starting Ray")
-            rollout = self._config.rollout
-            num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus + self._config.reward_cpus)
-            head = RayHead(num_cpus, self._folder / LOGS / "ray.log")
-            exits.callback(head.stop)
-            self._progress.wait_for(head.start, may_be_left=True)
-            address = head.address
-        self._progress.state("joining the Ray cluster")
-        from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
-
-        cluster = Cluster(address)
-        exits.callback(cluster.close)
-        self._progress.wait_for(cluster.open)
-        # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.
-        self._progress.stop.install()
-        return cluster
+        rollout = self._config.rollout
+        num_cpus = 1 + math.ceil(rollout.num_actors * rollout.num_cpus + self._config.reward_cpus)
+        log_file = self._folder / LOGS / "ray.log"
+        return open_cluster(self._config.ray.address, num_cpus, log_file, self._progress, exits)
 
     def _place(self, config: RunConfig, cluster: Cluster) -> Supervisor:
         run_id = self._run_id

@@ -1,10 +1,13 @@
-"""Tiny random language models, made on the fly, and the signals as a terminal has them."""
+"""Tiny random language models made on the fly, signals as a terminal has them, and an endpoint of a judge."""
 
 from __future__ import annotations
 
 import functools
+import json
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +144,53 @@ def make_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return path
 
     return make
+
+
+class Endpoint:
+    """Answers questions as ``answer`` says: question → status and text. Remembers what came."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str], tuple[int, str]] = lambda question: (200, "[[tie]]")
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.needs_key = False
+        self.raw: bytes | None = None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                is_refused = outer.needs_key and self.headers["Authorization"] != "Bearer key"
+                self._reply(401 if is_refused else 200, b'{"data": []}')
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append({"path": self.path, **request})
+                outer.keys.append(self.headers["Authorization"])
+                status, text = outer.answer(request["messages"][-1]["content"])
+                content = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+                said = json.dumps(content) if status == 200 else text
+                self._reply(status, outer.raw or said.encode())
+
+            def _reply(self, status: int, content: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A real HTTP server that plays an OpenAI-compatible endpoint."""
+    one = Endpoint()
+    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
+    thread.start()
+    yield one
+    one.server.shutdown()
+    one.server.server_close()
+    thread.join()

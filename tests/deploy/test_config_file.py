@@ -14,7 +14,14 @@ from mara.common.addresses import hide_passwords
 from mara.common.config import LONGEST_S
 from mara.common.errors import UserError
 from mara.deploy.config import SHIPPED_DIR, RunConfig
-from mara.deploy.config_file import CONFIGS_DIR, dump_config, find_config, load_config
+from mara.deploy.config_file import (
+    COMPARISON_KEY,
+    CONFIGS_DIR,
+    dump_config,
+    find_config,
+    load_config,
+    read_content,
+)
 
 MINIMAL = """
 llm: {model: some/model}
@@ -37,7 +44,10 @@ def error_of(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+TRAININGS = [path for path in sorted(CONFIGS_DIR.glob("*.yaml")) if COMPARISON_KEY not in read_content(path)]
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_parses_and_names_files_that_ship(path: Path) -> None:
     config = load_config(path)
     assert config.prompts.train.is_file()
@@ -195,6 +205,8 @@ def test_an_unknown_configuration_name_is_told_with_the_nearest_or_the_shipped_o
             find_config(str(name))
     with pytest.raises(UserError, match=r"no file 'xyz'.* a shipped configuration \(quickstart\)"):
         find_config("xyz")
+    with pytest.raises(UserError, match=r"no file 'xyz'.* a shipped configuration \(compare\)"):
+        find_config("xyz", is_comparison=True)
     assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
 
 

@@ -56,6 +56,17 @@ def test_a_plain_line_tells_state_progress_and_metrics(view: View) -> None:
     assert "\n" not in line
 
 
+def test_what_counts_something_else_shows_nothing_of_a_training() -> None:
+    view = View("mara · test", num_episodes=400, state="answering", unit="answers")
+    view.update({"episodes/total": 100.0, "rollout/tokens_per_s": 123.4})
+    assert plain_line(view) == "[0:00] answering | answers 100/400 | tokens/s 123"
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(draw(view, Spinner("dots")))
+    shown = console.export_text()
+    assert "answers 100/400" in shown and "tokens/s" in shown and "123" in shown
+    assert "critic loss" not in shown and "gradient step" not in shown
+
+
 def test_before_the_first_episode_the_line_is_only_time_and_state() -> None:
     assert plain_line(View("t", 10, state="starting Ray")) == "[0:00] starting Ray"
 

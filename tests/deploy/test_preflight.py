@@ -248,11 +248,11 @@ def test_an_llm_that_is_going_to_be_unpacked_is_known_before(
     (tmp_path / "llm" / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = load_config(config_path, ["llm.gguf_file=model.gguf"])
-    assert check_cache(config)
+    assert check_cache(config.llm, is_here=True)
     unpacked = tmp_path / "mara" / "model-0123"
     unpacked.mkdir(parents=True)
     (unpacked / "config.json").touch()
-    assert not check_cache(config)
+    assert not check_cache(config.llm, is_here=True)
 
 
 def test_several_unknown_settings_are_several_lines(config_path: Path) -> None:

@@ -1,0 +1,215 @@
+"""Everything that can be wrong with a comparison, found before a model is loaded or a process started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mara.actors.adapters import ADAPTER_WEIGHTS, check_adapter
+from mara.actors.config import LLMConfig
+from mara.actors.llm import check_quantization, resolve_device
+from mara.actors.prompts import Prompt
+from mara.common.agent import WEIGHTS_FILE, load_agent
+from mara.common.errors import UserError
+from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
+from mara.deploy.comparison.config import (
+    AgentSystem,
+    ComparisonConfig,
+    CorrectorSystem,
+    LLMSystem,
+    ResponsesSystem,
+)
+from mara.deploy.comparison.judges import check_scoring_judge, make_llm_judge
+from mara.deploy.comparison.results import Results
+from mara.deploy.comparison.sources import GivenAnswers, load_dataset
+from mara.deploy.config import AgentUse
+from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.preflight import check_cache, check_context, check_writable
+from mara.deploy.run_folder import agent_folder, check_agent
+
+FREE_TO_CHANGE = {
+    "num_samples",
+    "num_actors",
+    "rows",
+    "prompts_per_chunk",
+    "max_attempts",
+    "num_cpus",
+    "num_gpus",
+    "num_threads",
+    "ray",
+    "dir",
+    "name",
+}
+"""Settings that decide how a comparison is made and shown, not what it finds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the checks found out on the way."""
+
+    prompts: dict[str, list[Prompt]]
+    """Data set → its prompts."""
+    given: dict[str, dict[str, list[str]]]
+    """System whose answers somebody else made → data set → the answers, in its order."""
+    identity: dict[str, Any]
+    """What must stay the same for a comparison to go on: settings by dotted name, and digests of files."""
+    unpacks_llm: bool
+    """Whether the LLM is going to be unpacked into this machine's cache first."""
+
+
+def check(
+    config: ComparisonConfig,
+    say: Callable[[str], None] = lambda _what: None,
+    kept: Results | None = None,
+) -> Checked:
+    """Check files, devices, endpoints and the models' sizes. Takes seconds; ``say`` is told what is next.
+
+    Prompts of the Hub that a comparison has ``kept`` are not asked for again.
+
+    Raises:
+        UserError: the first thing that is wrong: field, value, remedy.
+    """
+    say("checking prompts and answers")
+    check_writable("dir", config.dir)
+    prompts = {name: _prompts(name, config, kept) for name in config.datasets}
+    given = {
+        name: _given(name, system, prompts)
+        for name, system in config.systems.items()
+        if isinstance(system, ResponsesSystem)
+    }
+    say("checking devices")
+    _check_devices(config)
+    unpacks_llm = check_cache(config.llm, is_here=config.ray.address is None)
+    say("checking the LLMs, agents and judges")
+    digests = _check_systems(config) | _check_judges(config)
+    for name, of_dataset in prompts.items():
+        digests[f"datasets.{name}"] = _digest(json.dumps([asdict(prompt) for prompt in of_dataset]).encode())
+    if config.llm_judges:
+        say("checking the judges' endpoints")
+    for name, judge in config.llm_judges.items():
+        make_llm_judge(name, judge).check()
+    settings = _flat(json.loads(config.model_dump_json(exclude=FREE_TO_CHANGE)))
+    return Checked(prompts, given, {"settings": settings, "digests": digests}, unpacks_llm)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words."""
+    found = [f"{name} is another" for name in _unlike(before["settings"], now["settings"])]
+    return found + [
+        f"the content of {name} has changed" for name in _unlike(before["digests"], now["digests"])
+    ]
+
+
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def _prompts(name: str, config: ComparisonConfig, kept: Results | None) -> list[Prompt]:
+    dataset = config.datasets[name]
+    if kept is not None and dataset.hub is not None and (prompts := kept.prompts(name)):
+        return prompts
+    return load_dataset(name, dataset)
+
+
+def _given(
+    name: str, system: ResponsesSystem, prompts: Mapping[str, Sequence[Prompt]]
+) -> dict[str, list[str]]:
+    answers = GivenAnswers(system.path, f"systems.{name}.path")
+    return {dataset: answers.to(dataset, asked) for dataset, asked in prompts.items()}
+
+
+def _check_devices(config: ComparisonConfig) -> None:
+    if config.llm.device != "auto":
+        try:
+            torch.device(config.llm.device)
+        except RuntimeError as error:
+            raise UserError(
+                f"llm.device={config.llm.device} is not a device; use auto, cpu, cuda or cuda:N"
+            ) from error
+    if config.ray.address is not None:
+        return
+    check_quantization(config.llm)
+    resolve_device(config.llm.device)
+    num_gpus = torch.cuda.device_count()
+    if config.num_actors * config.num_gpus > num_gpus:
+        raise UserError(
+            f"num_gpus={config.num_gpus:g} for {config.num_actors} actors is more than the {num_gpus} GPUs "
+            "here; lower it or num_actors"
+        )
+    if config.llm.device.startswith("cuda") and config.num_gpus == 0:
+        raise UserError(
+            f"llm.device={config.llm.device} needs a GPU for each actor, num_gpus is 0; give each a part of "
+            "one, such as 0.5"
+        )
+
+
+def _check_systems(config: ComparisonConfig) -> dict[str, str]:
+    """Every system can be made; SHA-256 of what its answers depend on, by setting."""
+    hidden_size = _check_llm(config.llm, config)
+    digests: dict[str, str] = {}
+    for name, system in config.systems.items():
+        field = f"systems.{name}"
+        if isinstance(system, AgentSystem):
+            digests[f"{field}.path"] = _check_agent(field, system, config, hidden_size)
+        elif isinstance(system, ResponsesSystem):
+            digests[f"{field}.path"] = _digest(system.path.read_bytes())
+        elif isinstance(system, LLMSystem | CorrectorSystem):
+            llm, adapter = config.llm_of(name)
+            if llm != config.llm:
+                _in_field(f"{field}.model", lambda llm=llm: _check_llm(llm, config))  # type: ignore[misc]
+            if adapter is not None:
+                check_adapter(adapter, f"{field}.adapter")
+                weights = next(adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file())
+                digests[f"{field}.adapter"] = _digest(weights.read_bytes())
+    return digests
+
+
+def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> int:
+    """The LLM is there and can read answers of this length; its hidden size."""
+    hidden_size = find_hidden_size(llm)
+    check_context(AgentUse(llm=llm, decoding=config.decoding))
+    return hidden_size
+
+
+def _check_agent(field: str, system: AgentSystem, config: ComparisonConfig, hidden_size: int) -> str:
+    _in_field(f"{field}.path", lambda: check_agent(system.path))
+    folder = agent_folder(system.path)
+    _, card = _in_field(f"{field}.path", lambda: load_agent(folder, hidden_size))
+    warn_of_untrained(card)
+    warn_of_other_use(card, AgentUse(llm=config.llm, decoding=system.steering(config.decoding)))
+    return _digest((folder / WEIGHTS_FILE).read_bytes())
+
+
+def _check_judges(config: ComparisonConfig) -> dict[str, str]:
+    hidden_size = find_hidden_size(config.llm)
+    return {
+        f"judges.{name}.path": json.dumps(check_scoring_judge(name, judge, hidden_size, config.llm.model))
+        for name, judge in config.scoring_judges.items()
+    }
+
+
+def _in_field(field: str, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns; what is wrong is said of ``field``."""
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(f"{field}: {str(error).removeprefix('llm.model: ')}") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(content, dict):
+        return {prefix: content}
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat

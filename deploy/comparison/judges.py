@@ -1,0 +1,128 @@
+"""Judges made from their settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mara.actors.heads import RewardHead, head_digests, load_head, read_head_llm
+from mara.actors.llm import LLM
+from mara.actors.llm_judge import LLMJudge
+from mara.actors.reading import Reading, read_responses
+from mara.common.contracts import Conversation, RewardModel
+from mara.common.errors import UserError
+from mara.deploy.comparison.config import LIKELIHOOD, LLMJudgeConfig
+from mara.deploy.config import RewardHeadConfig
+from mara.deploy.preflight import warn_of_another_llm
+
+
+def check_scoring_judge(name: str, config: RewardHeadConfig, hidden_size: int, model: str) -> dict[str, str]:
+    """The judge can be read and fits the base LLM; SHA-256 of its files by name. Loads no LLM.
+
+    Raises:
+        UserError: it cannot, or does not.
+    """
+    field = f"judges.{name}.path"
+    try:
+        load_head(config.path, hidden_size)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    warn_of_another_llm(field, "fitted", read_head_llm(config.path), model)
+    return head_digests(config.path)
+
+
+class Judges:
+    """The judges that score, each opened when it is first needed. What heads read is read once for all.
+
+    Args:
+        configs: by name.
+        base: the base LLM, loaded when a judge first needs it.
+    """
+
+    def __init__(self, configs: Mapping[str, RewardHeadConfig], base: Callable[[], LLM]) -> None:
+        self._configs, self._base = configs, base
+        self._opened: dict[str, RewardHead | RewardModel] = {}
+
+    def judge(self, names: Sequence[str], said: Sequence[Conversation]) -> list[dict[str, dict[str, float]]]:
+        """Of each response what every judge in ``names`` says, and how likely it is, as their files have it.
+
+        Raises:
+            UserError: a number is not finite.
+        """
+        readings = read_responses(self._base(), said) if self._must_read(names) else []
+        found: list[dict[str, dict[str, float]]] = [{} for _ in said]
+        for name in names:
+            if name == LIKELIHOOD:
+                for row, reading in zip(found, readings, strict=True):
+                    row[name] = {"num_tokens": reading.num_tokens, "logprob": reading.logprob}
+                continue
+            for row, score in zip(found, self._scores(name, said, readings).tolist(), strict=True):
+                row[name] = {"score": score}
+        return found
+
+    def weighted(self, names: Sequence[str]) -> RewardModel:
+        """The sum of the scores of ``names``, by their weights, as one reward model."""
+        return _Weighted(self, {name: self._configs[name].weight for name in names})
+
+    def _must_read(self, names: Sequence[str]) -> bool:
+        return any(name == LIKELIHOOD or isinstance(self._open(name), RewardHead) for name in names)
+
+    def _open(self, name: str) -> RewardHead | RewardModel:
+        if name not in self._opened:
+            llm = self._base()
+            self._opened[name] = load_head(self._configs[name].path, llm.hidden_size).to(llm.device)
+        return self._opened[name]
+
+    def _scores(self, name: str, said: Sequence[Conversation], readings: Sequence[Reading]) -> torch.Tensor:
+        judge = self._open(name)
+        if isinstance(judge, RewardHead):
+            scores_B = judge.score_states([reading.states_ND for reading in readings])
+        else:
+            scores_B = judge.score(said)
+        if not scores_B.isfinite().all():
+            raise UserError(
+                f"judges.{name}: a score is not finite; look at the judge, or try llm.dtype=float32"
+            )
+        return scores_B
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted:
+    judges: Judges
+    weights: Mapping[str, float]
+
+    def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
+        rows = self.judges.judge(list(self.weights), conversations)
+        return torch.tensor(
+            [sum(weight * row[name]["score"] for name, weight in self.weights.items()) for row in rows]
+        )
+
+
+def make_llm_judge(name: str, config: LLMJudgeConfig) -> LLMJudge:
+    """The judge, with its key from the environment.
+
+    Raises:
+        UserError: the variable that should have the key is not set.
+    """
+    field = f"judges.{name}"
+    key = None
+    if config.api_key_env is not None:
+        key = os.environ.get(config.api_key_env)
+        if not key:
+            raise UserError(
+                f"{field}.api_key_env: the variable {config.api_key_env} is not set; put the "
+                f"key of {config.url} there"
+            )
+    return LLMJudge(
+        url=config.url,
+        model=config.model,
+        api_key=key,
+        instruction=config.instruction,
+        timeout_s=config.timeout_s,
+        max_attempts=config.max_attempts,
+        max_tokens=config.max_tokens,
+        field=field,
+    )

@@ -1,0 +1,74 @@
+"""Many questions to a judge that compares, at the same time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mara.actors.llm_judge import Comparison, LLMJudge
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt."""
+
+    dataset: str
+    system: str
+    against: str
+    id: str
+    prompt: str
+    first: str
+    second: str
+
+
+class Verdicts:
+    """Asks a judge about ``pairs`` from several threads, which end with the process at the latest."""
+
+    def __init__(self, judge: LLMJudge, pairs: Sequence[Pair], num_threads: int) -> None:
+        self._judge = judge
+        self._stop = threading.Event()
+        self._pairs: queue.SimpleQueue[Pair] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[Pair, Comparison] | BaseException] = queue.SimpleQueue()
+        for pair in pairs:
+            self._pairs.put(pair)
+        for _ in range(min(num_threads, len(pairs))):
+            # Daemons: a question that nobody wants answered any more must not hold up the end.
+            threading.Thread(target=self._ask, daemon=True).start()
+
+    def take(self) -> Iterator[tuple[Pair, Comparison]]:
+        """What has been found since the last call. Does not wait.
+
+        Raises:
+            EndpointUnavailable, UserError: as :meth:`~mara.actors.llm_judge.LLMJudge.compare`, when all else
+                that was found is handed over.
+        """
+        errors = []
+        while not self._found.empty():
+            found = self._found.get()
+            if isinstance(found, BaseException):
+                errors.append(found)
+            else:
+                yield found
+        if errors:
+            raise errors[0]
+
+    def stop(self) -> None:
+        """Ask nothing more. Returns at once."""
+        self._stop.set()
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            try:
+                pair = self._pairs.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                found = self._judge.compare(pair.prompt, pair.first, pair.second, wait=self._wait)
+                self._found.put((pair, found))
+            except BaseException as error:
+                self._found.put(error)
+                return
+
+    def _wait(self, seconds: float) -> None:
+        self._stop.wait(seconds)

@@ -1,0 +1,165 @@
+"""What is wrong with a comparison is one line and status 2 before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from mara.deploy.cli import app
+from mara.deploy.comparison.checks import changes, check
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import load_comparison
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def path(tmp_path: Path, tiny_run: tuple[Path, RunConfig]) -> Path:
+    """A comparison of everything that a tiny run has."""
+    run, config = tiny_run
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": prompt, "response": f"{prompt} so"}) + "\n"
+            for prompt in ("why", "how so", "what", "never asked")
+        )
+    )
+    content = {
+        "llm": {"model": config.llm.model, "dtype": "float32", "device": "cpu"},
+        "decoding": {"max_new_tokens": 4, "truncation": {"top_k": 4}},
+        "systems": {
+            "base": {"kind": "llm"},
+            "mara": {"kind": "agent", "path": str(run)},
+            "theirs": {"kind": "responses", "path": "answers.jsonl"},
+        },
+        "datasets": {"held_out": {"path": "held_out.jsonl"}},
+        "judges": {name: {"path": name, "weight": 1.0} for name in ("helpful", "cost")},
+        "baseline": "base",
+        "dir": str(tmp_path / "runs"),
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def dry_run(path: Path) -> Invoke:
+    return lambda *overrides: CliRunner().invoke(app, ["eval", str(path), *overrides, "--dry-run"])
+
+
+def assert_one_line(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("mara: warning: ")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("mara: error: ")
+    for part in parts:
+        assert part in errors[0]
+
+
+def test_a_dry_run_prints_settings_that_load_to_the_same_comparison(dry_run: Invoke, path: Path) -> None:
+    result = dry_run("num_actors=3")
+    assert result.exit_code == 0, result.output
+    assert not (path.parent / "runs").exists()
+    printed = path.parent / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_comparison(printed) == load_comparison(path, ["num_actors=3", "name=mine"])
+
+
+def test_the_checks_find_prompts_and_answers(path: Path) -> None:
+    checked = check(load_comparison(path, ["datasets.held_out.num_prompts=2"]))
+    assert [prompt.prompt for prompt in checked.prompts["held_out"]] == ["why", "how so"]
+    assert checked.given == {"theirs": {"held_out": ["why so", "how so so"]}}
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("datasets.held_out.path=none.jsonl", ["datasets.held_out.path: ", "none.jsonl cannot be read"]),
+        ("systems.mara.path=nowhere", ["systems.mara.path: ", "nowhere has no agent"]),
+        ("systems.theirs.path=none", ["systems.theirs.path: ", "cannot be read"]),
+        ("systems.base.model=./none", ["systems.base.model: none has no config.json"]),
+        ("systems.base.adapter=nowhere", ["systems.base.adapter: ", "has no adapter_config.json"]),
+        ("judges.cost.path=nowhere", ["judges.cost.path: reward head: ", "head.safetensors is missing"]),
+        ("llm.model=./none", ["llm.model: none has no config.json"]),
+        ("decoding.max_new_tokens=300", ["decoding.max_new_tokens=300", "can read 256 tokens"]),
+        ("systems.mara.gate.min_confidenc=0.9", ["did you mean systems.mara.gate.min_confidence?"]),
+        ("llm.device=gpu", ["llm.device=gpu is not a device"]),
+        ("num_gpus=1000", ["num_gpus=1000 for 1 actors is more than"]),
+        ("dir=/dev/null/none", ["dir=/dev/null/none", "is not a folder that can be written"]),
+        ("num_actor=2", ["num_actor is not a setting; did you mean num_actors?"]),
+    ],
+)
+def test_a_mistake_is_one_line(dry_run: Invoke, override: str, parts: list[str]) -> None:
+    assert_one_line(dry_run(override), *parts)
+
+
+def test_an_endpoint_must_answer_and_have_its_key(dry_run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = ("judges.big.kind=llm_judge", "judges.big.url=http://127.0.0.1:9/v1", "judges.big.model=big")
+    assert_one_line(dry_run(*judge), "judges.big.url: nothing answers at http://127.0.0.1:9/v1")
+    monkeypatch.delenv("BIG_KEY", raising=False)
+    assert_one_line(
+        dry_run(*judge, "judges.big.api_key_env=BIG_KEY"),
+        "judges.big.api_key_env: the variable BIG_KEY is not",
+    )
+
+
+def test_options_of_comparisons_do_not_go_with_runs(tiny_run: tuple[Path, RunConfig], path: Path) -> None:
+    run, _ = tiny_run
+    for words in (["--dry-run"], ["--out", "x"]):
+        result = CliRunner().invoke(app, ["eval", str(run), *words])
+        assert_one_line(result, f"{words[0]} belongs to a comparison")
+    result = CliRunner().invoke(app, ["eval", str(path), "--out", "x", "--resume", "y"])
+    assert_one_line(result, "--out makes a new folder, --resume goes on in one")
+    assert_one_line(CliRunner().invoke(app, ["eval"]), "missing argument 'RUN|CONFIG'")
+    assert_one_line(CliRunner().invoke(app, ["eval", "compar.yaml"]), "no file 'compar.yaml'")
+    assert_one_line(CliRunner().invoke(app, ["eval", "quickstart"]), "describes a training")
+    assert_one_line(CliRunner().invoke(app, ["train", "compare"]), "describes a comparison")
+
+
+def test_a_folder_that_is_no_comparison_cannot_be_resumed(
+    tiny_run: tuple[Path, RunConfig], path: Path
+) -> None:
+    run, _ = tiny_run
+    result = CliRunner().invoke(app, ["eval", str(path), "--resume", str(run)])
+    assert_one_line(result, f"--resume={run} has no comparison.json")
+
+
+def test_a_folder_that_is_in_use_is_not_taken_for_a_new_one(path: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", str(path), "--out", str(tmp_path)])
+    assert_one_line(result, f"--out={tmp_path} is not empty")
+
+
+def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path, RunConfig]) -> None:
+    run, _ = tiny_run
+    config = load_comparison(path)
+    before = json.loads(json.dumps(check(config).identity))
+
+    def changed(*overrides: str) -> list[str]:
+        return changes(before, check(load_comparison(path, overrides)).identity)
+
+    assert changed() == changed("num_actors=4", "rows=2", "num_samples=1", "name=x", "ray.address=auto") == []
+    assert changed("decoding.max_new_tokens=5") == ["decoding.max_new_tokens is another"]
+    assert changed("systems.base.sampling=true", "seed=1") == [
+        "systems.base.sampling is another",
+        "seed is another",
+    ]
+    assert "systems.new.kind is another" in changed("systems.new.kind=llm")
+    answers = path.parent / "answers.jsonl"
+    answers.write_text(answers.read_text().replace("what so", "what no"))
+    shutil.copy(path.parent / "helpful" / "head.safetensors", path.parent / "cost" / "head.safetensors")
+    weights = run / "agent" / "agent.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    prompts = path.parent / "held_out.jsonl"
+    prompts.write_text(prompts.read_text().replace('"what"', '"why", "category": "x"'))
+    assert changed() == [
+        f"the content of {name} has changed"
+        for name in ("systems.mara.path", "systems.theirs.path", "judges.cost.path", "datasets.held_out")
+    ]

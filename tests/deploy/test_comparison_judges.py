@@ -1,0 +1,77 @@
+"""Judges that score: heads share a reading, others are asked for a score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mara.actors.heads import HeadRewardModel, RewardHead
+from mara.actors.llm import load_llm
+from mara.common.contracts import Conversation
+from mara.common.errors import UserError
+from mara.deploy.comparison import judges as module
+from mara.deploy.comparison.judges import Judges
+from mara.deploy.config import RunConfig
+
+SAID = [Conversation("why", "so it is"), Conversation("why", ""), Conversation("how so", "abc")]
+
+
+@pytest.fixture
+def made(tiny_run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> tuple[Judges, list[int]]:
+    """Two heads, and how many texts were read."""
+    _, config = tiny_run
+    llm = load_llm(config.llm)
+    read: list[int] = []
+    really = module.read_responses
+
+    def counted(llm, said):
+        read.append(len(said))
+        return really(llm, said)
+
+    monkeypatch.setattr(module, "read_responses", counted)
+    return Judges(config.rewards, lambda: llm), read
+
+
+def test_heads_and_likelihood_come_from_one_reading(made, tiny_run) -> None:
+    judges, read = made
+    found = judges.judge(["likelihood", "helpful", "cost"], SAID)
+    assert read == [3]
+    assert [row["likelihood"]["num_tokens"] for row in found] == [8, 0, 3]
+    for name, config in tiny_run[1].rewards.items():
+        llm = load_llm(tiny_run[1].llm)
+        head = module.load_head(config.path)
+        wanted = HeadRewardModel(llm, head).score(SAID).tolist()
+        assert [row[name]["score"] for row in found] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_weighted_judges_are_one_reward_model(made) -> None:
+    judges, _ = made
+    rows = judges.judge(["helpful", "cost"], SAID)
+    total_B = judges.weighted(["helpful", "cost"]).score(SAID)
+    wanted = [row["helpful"]["score"] - 0.5 * row["cost"]["score"] for row in rows]
+    assert total_B.tolist() == pytest.approx(wanted, abs=1e-5) and total_B.dtype == torch.float32
+
+
+class Length:
+    """Any reward model: it reads the text itself."""
+
+    def score(self, conversations):
+        return torch.tensor([float(len(said.response)) for said in conversations])
+
+
+def test_a_judge_that_is_no_head_is_given_the_text_and_nothing_is_read_for_it(made, monkeypatch) -> None:
+    judges, read = made
+    monkeypatch.setattr(judges, "_opened", {"helpful": Length()})
+    assert judges.judge(["helpful"], SAID) == [{"helpful": {"score": float(n)}} for n in (8, 0, 3)]
+    assert read == []
+
+
+def test_a_score_that_is_no_number_is_told(made, monkeypatch) -> None:
+    judges, _ = made
+    monkeypatch.setattr(
+        RewardHead, "score_states", lambda self, states: torch.full((len(states),), torch.nan)
+    )
+    with pytest.raises(UserError, match=r"judges\.cost: a score is not finite"):
+        judges.judge(["cost"], SAID)

@@ -1,0 +1,126 @@
+"""A comparison whose answers and scores are there: what is left are verdicts and the report, without Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mara.deploy.cli import app
+from mara.deploy.comparison.checks import check
+from mara.deploy.comparison.config import RECORD
+from mara.deploy.comparison.results import Results
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_comparison, load_comparison
+from mara.deploy.run_folder import CONFIG_FILE, LOGS
+from mara.deploy.run_lock import hold_run
+
+SAYS = {"base": "plain", "mara": "guided"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> Path:
+    """Answered and scored; nobody has judged."""
+    run, config = tiny_run
+    content = {
+        "llm": {"model": config.llm.model, "dtype": "float32", "device": "cpu"},
+        "decoding": {"max_new_tokens": 4},
+        "systems": {"base": {"kind": "llm"}, "mara": {"kind": "agent", "path": str(run)}},
+        "datasets": {"held_out": {"path": "held_out.jsonl"}},
+        "judges": {
+            "helpful": {"path": "helpful", "weight": 1.0},
+            "big": {
+                "kind": "llm_judge",
+                "url": endpoint.url,
+                "model": "big",
+                "concurrency": 2,
+                "max_attempts": 1,
+            },
+        },
+        "baseline": "base",
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    comparison = load_comparison(tmp_path / "mine.yaml")
+    checked = check(comparison)
+    folder = tmp_path / "out"
+    (folder / LOGS).mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(dump_comparison(comparison))
+    (folder / RECORD).write_text(json.dumps(checked.identity))
+    with Results(folder) as results:
+        results.keep_prompts("held_out", checked.prompts["held_out"])
+        for system, text in SAYS.items():
+            for number, prompt in enumerate(checked.prompts["held_out"]):
+                said = "same" if number == 3 else f"{text} {number}"
+                row = {"id": prompt.id, "prompt": prompt.prompt, "response": said, "tokens": 2}
+                row |= {"seconds": 1.0, "finish_reason": "eos"}
+                results.add_answer("held_out", system, row)
+                score = {"id": prompt.id, "score": float(system == "mara")}
+                results.add_score("held_out", system, "helpful", score)
+                likelihood = {"id": prompt.id, "num_tokens": 2, "logprob": -1.0}
+                results.add_score("held_out", system, "likelihood", likelihood)
+    return folder
+
+
+def mara(*words: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_a_judge_is_asked_about_answers_that_differ_and_never_twice(folder: Path, endpoint: Any) -> None:
+    def prefers_guided(question: str) -> tuple[int, str]:
+        if "how so" in question:
+            return 503, "busy"
+        return 200, "[[A]]" if question.index("guided") < question.index("plain") else "[[B]]"
+
+    endpoint.answer = prefers_guided
+    output = mara("eval", "--resume", folder, status=1)
+    assert "judges.big: " in output and "no verdict in 1 attempts (status 503)" in output
+    assert f"`mara eval --resume {folder}` goes on" in output and not (folder / "report.json").exists()
+    kept = (folder / "scores/held_out/mara/big.jsonl").read_text()
+
+    endpoint.answer = lambda question: (200, "[[A]]")
+    output = mara("eval", "--resume", folder)
+    rows = [json.loads(line) for line in (folder / "scores/held_out/mara/big.jsonl").read_text().splitlines()]
+    assert (folder / "scores/held_out/mara/big.jsonl").read_text().startswith(kept)
+    assert len(rows) == len({row["id"] for row in rows}) == 4
+    same = next(row for row in rows if row["texts"] == ["", ""])
+    assert (same["difference"], same["verdicts"], same["against"]) == (0, ["tie", "tie"], "base")
+    assert "same" not in "".join(request["messages"][0]["content"] for request in endpoint.requests)
+    report = json.loads((folder / "report.json").read_text())
+    (pair,), (verdicts,) = report["pairs"], report["verdicts"]
+    wins = sum(row["difference"] == 1 for row in rows)
+    assert (pair["big"]["wins"], pair["big"]["ties"], pair["big"]["losses"]) == (wins, 4 - wins, 0)
+    assert verdicts["num_disagreeing"] == 3 - wins
+    assert pair["joint"] == pair["helpful"] and pair["helpful"]["wins"] == 3
+    assert "starting Ray" not in output and str(folder / "report.html") in output
+
+    asked = len(endpoint.requests)
+    for name in ("report.json", "report.md", "report.html"):
+        shutil.move(folder / name, folder / f"before-{name}")
+    mara("eval", "--resume", folder, "num_samples=6")
+    assert len(endpoint.requests) == asked
+    for name in ("report.json", "report.md", "report.html"):
+        assert (folder / name).read_text() == (folder / f"before-{name}").read_text()
+
+
+def test_the_same_command_goes_on_and_a_changed_one_is_refused(folder: Path, endpoint: Any) -> None:
+    config = folder.parent / "mine.yaml"
+    changed = mara("eval", config, "seed=3", "--resume", folder, status=2)
+    assert "belongs to another comparison (seed is another)" in changed
+    assert endpoint.requests == []
+    mara("eval", config, "--resume", folder)
+    assert (folder / "report.md").is_file()
+    assert f"`mara eval --resume {folder}` goes on" in mara("eval", folder, status=2)
+
+
+def test_two_do_not_work_in_one_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mara.deploy.comparison.run.PREDECESSOR_S", 0.0)
+    with hold_run(folder):
+        assert f"{folder} is in use" in mara("eval", "--resume", folder, status=2)

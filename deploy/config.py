@@ -90,21 +90,22 @@ HEAD = "head"
 """The kind of a reward for which none is given."""
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What tells settings of one kind from those of another in the same place."""
     if isinstance(value, dict):
         return str(value.get("kind", HEAD))
     return str(getattr(value, "kind", HEAD))
 
 
-RewardConfig = Annotated[
+RewardKinds = (
     Annotated[RewardHeadConfig, Tag(HEAD)]
     | Annotated[BeaverRewardConfig, Tag("beaver")]
     | Annotated[UltraRMRewardConfig, Tag("ultrarm")]
     | Annotated[SequenceClassifierRewardConfig, Tag("sequence_classifier")]
     | Annotated[FunctionRewardConfig, Tag("function")]
-    | Annotated[HttpRewardConfig, Tag("http")],
-    Discriminator(_kind_of),
-]
+    | Annotated[HttpRewardConfig, Tag("http")]
+)
+RewardConfig = Annotated[RewardKinds, Discriminator(kind_of)]
 """What one entry of ``rewards`` may be, told apart by its ``kind``."""
 
 
@@ -229,7 +230,7 @@ class RunConfig(AgentUse):
             name, reward = next(iter(self.reward_models.items()))
             raise ValueError(
                 "shaping.terminal=progress needs rewards that judge unfinished answers, as heads do; "
-                f"rewards.{name} is of kind {_kind_of(reward)}: use shaping.terminal=last or spread"
+                f"rewards.{name} is of kind {kind_of(reward)}: use shaping.terminal=last or spread"
             )
         if self.replay.from_run is not None and self.rollout.num_actors > 0:
             raise ValueError(

@@ -125,8 +125,8 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Part
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.heads.items()}
     models: dict[str, Callable[[], RewardModel]] = {}
     for name, reward in config.reward_models.items():
-        check_reward_model(name, reward)
-        models[name] = partial(load_reward_model, name, reward, Path.cwd())
+        check_reward_model(f"rewards.{name}", reward)
+        models[name] = partial(load_reward_model, f"rewards.{name}", reward, Path.cwd())
     if not is_told:
         warn_of_untrained(card)
         warn_of_left_out(card, config)

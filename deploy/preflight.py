@@ -91,7 +91,7 @@ def preflight(
     llm = find_identity(config.llm)
     digests, base_scores = {}, {}
     for name, reward in config.reward_models.items():
-        digests[name] = check_reward_model(name, reward)
+        digests[name] = check_reward_model(f"rewards.{name}", reward)
     for name, head in config.heads.items():
         check_head(name, head.path, hidden_size)
         warn_of_head(name, head.path, config.llm.model)

@@ -57,7 +57,7 @@ class RewardHost:
             if self._calls is None:
                 self._phase = LOADING_REWARD
                 config = self._spec.config.reward_models[self._spec.reward]
-                model = load_reward_model(self._spec.reward, config, self._spec.search_folder)
+                model = load_reward_model(f"rewards.{self._spec.reward}", config, self._spec.search_folder)
                 self._calls = MergedCalls(model, config.timeout_s)
                 self._phase = RUNNING
         return self._calls

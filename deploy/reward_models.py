@@ -35,8 +35,8 @@ WITHOUT_MEANING = {
 """Settings that do not change what a score means."""
 
 
-def check_reward_model(name: str, config: RewardModelConfig) -> dict[str, str]:
-    """What identifies the reward model ``name``, which can be loaded as far as can be told in seconds.
+def check_reward_model(field: str, config: RewardModelConfig) -> dict[str, str]:
+    """What identifies the reward model at ``field`` (``rewards.NAME``). It can be loaded as far as seen at once.
 
     Returns SHA-256 by what it is of: the settings that a score depends on and, of a function, its file.
 
@@ -54,7 +54,7 @@ def check_reward_model(name: str, config: RewardModelConfig) -> dict[str, str]:
         elif isinstance(config, HttpRewardConfig):
             _check_server(config)
     except UserError as error:
-        raise UserError(f"rewards.{name}.{error}") from error
+        raise UserError(f"{field}.{error}") from error
     return digests
 
 

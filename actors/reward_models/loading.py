@@ -16,19 +16,19 @@ from mara.common.contracts import RewardModel
 from mara.common.errors import UserError
 
 
-def load_reward_model(name: str, config: RewardModelConfig, folder: Path) -> RewardModel:
-    """The reward model ``name``, ready to score. Takes as long as its weights take to load.
+def load_reward_model(field: str, config: RewardModelConfig, folder: Path) -> RewardModel:
+    """The reward model at ``field`` (``rewards.NAME``), ready to score. Takes as long as its weights do.
 
     Args:
         folder: where the module of a function may be, besides those installed.
 
     Raises:
-        UserError: it cannot be loaded; names ``rewards.NAME`` and the setting.
+        UserError: it cannot be loaded; names the setting.
     """
     try:
         return _load(config, folder)
     except UserError as error:
-        raise UserError(f"rewards.{name}.{error}") from error
+        raise UserError(f"{field}.{error}") from error
 
 
 def _load(config: RewardModelConfig, folder: Path) -> RewardModel:

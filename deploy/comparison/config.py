@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from mara.actors.config import DecodingConfig, GateConfig, LLMConfig
+from mara.actors.reward_models.config import RewardModelConfig
 from mara.common.addresses import may_hold_password
 from mara.common.config import LONGEST_S, Config
-from mara.deploy.config import RUN_NAME, DataPath, RayConfig, RewardHeadConfig
+from mara.deploy.config import RUN_NAME, DataPath, RayConfig, RewardHeadConfig, RewardKinds, kind_of
 
 RECORD = "comparison.json"
 """In the folder of a comparison: what must stay the same for it to go on."""
@@ -167,16 +168,13 @@ class LLMJudgeConfig(Config):
         return self
 
 
-def _judge_kind(value: Any) -> str:
-    """A judge without a kind is a reward head, as in ``rewards`` of a training."""
-    kind = value.get("kind", "head") if isinstance(value, Mapping) else getattr(value, "kind", "head")
-    return str(kind)
-
-
 JudgeConfig = Annotated[
-    Annotated[RewardHeadConfig, Tag("head")] | Annotated[LLMJudgeConfig, Tag("llm_judge")],
-    Discriminator(_judge_kind),
+    RewardKinds | Annotated[LLMJudgeConfig, Tag("llm_judge")],
+    Discriminator(kind_of),
 ]
+"""What one entry of ``judges`` may be: what ``rewards`` of a training may be, or an LLM that compares. Those
+that score are loaded into the processes of the comparison, so their own resources and time-outs count for
+nothing."""
 
 
 class ComparisonConfig(Config):
@@ -237,7 +235,7 @@ class ComparisonConfig(Config):
         return list(dict.fromkeys([*with_baseline, *self.pairs]))
 
     @property
-    def scoring_judges(self) -> dict[str, RewardHeadConfig]:
+    def scoring_judges(self) -> dict[str, RewardHeadConfig | RewardModelConfig]:
         """The judges that score answers one by one, with their weights."""
         return {n: judge for n, judge in self.judges.items() if not isinstance(judge, LLMJudgeConfig)}
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mara.common.errors import UserError
@@ -157,7 +158,7 @@ class Crew:
             else member.spec.name
         )
         name = f"{base}-{member.num_lives}"
-        spec = HostSpec(name, member.spec.config, member.spec.folder)
+        spec = replace(member.spec, name=name)
         self._say(f"{why}; {name} takes its place")
         return _Member(spec, self._places.place_comparison(spec), member.num_lives + 1)
 

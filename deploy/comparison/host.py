@@ -76,6 +76,8 @@ class HostSpec:
     config: ComparisonConfig
     folder: Path
     """Of the comparison. Another machine may not have it."""
+    search_folder: Path
+    """Where the module of a judge that is a function may be."""
 
     @property
     def log_file(self) -> Path:
@@ -175,7 +177,9 @@ class ComparisonHost:
 
     def _judges(self, loaded: _Loaded) -> Judges:
         if loaded.judges is None:
-            loaded.judges = Judges(self._spec.config.scoring_judges, lambda: self._llm(loaded))
+            loaded.judges = Judges(
+                self._spec.config.scoring_judges, lambda: self._llm(loaded), self._spec.search_folder
+            )
         return loaded.judges
 
     def _answerer(self, loaded: _Loaded) -> Answerer:

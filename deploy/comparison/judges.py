@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,19 +13,26 @@ from mara.actors.heads import RewardHead, head_digests, load_head, read_head_llm
 from mara.actors.llm import LLM
 from mara.actors.llm_judge import LLMJudge
 from mara.actors.reading import Reading, read_responses
+from mara.actors.reward_models.config import RewardModelConfig
+from mara.actors.reward_models.loading import load_reward_model
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.errors import UserError
 from mara.deploy.comparison.config import LIKELIHOOD, LLMJudgeConfig
 from mara.deploy.config import RewardHeadConfig
 from mara.deploy.preflight import warn_of_another_llm
+from mara.deploy.reward_models import check_reward_model
 
 
-def check_scoring_judge(name: str, config: RewardHeadConfig, hidden_size: int, model: str) -> dict[str, str]:
-    """The judge can be read and fits the base LLM; SHA-256 of its files by name. Loads no LLM.
+def check_scoring_judge(
+    name: str, config: RewardHeadConfig | RewardModelConfig, hidden_size: int, model: str
+) -> dict[str, str]:
+    """The judge can be read and fits the base LLM; SHA-256 of what it is made of, by name. Loads no LLM.
 
     Raises:
         UserError: it cannot, or does not.
     """
+    if not isinstance(config, RewardHeadConfig):
+        return check_reward_model(f"judges.{name}", config)
     field = f"judges.{name}.path"
     try:
         load_head(config.path, hidden_size)
@@ -40,10 +48,16 @@ class Judges:
     Args:
         configs: by name.
         base: the base LLM, loaded when a judge first needs it.
+        search_folder: where the module of a function may be, besides those installed.
     """
 
-    def __init__(self, configs: Mapping[str, RewardHeadConfig], base: Callable[[], LLM]) -> None:
-        self._configs, self._base = configs, base
+    def __init__(
+        self,
+        configs: Mapping[str, RewardHeadConfig | RewardModelConfig],
+        base: Callable[[], LLM],
+        search_folder: Path,
+    ) -> None:
+        self._configs, self._base, self._search_folder = configs, base, search_folder
         self._opened: dict[str, RewardHead | RewardModel] = {}
 
     def judge(self, names: Sequence[str], said: Sequence[Conversation]) -> list[dict[str, dict[str, float]]]:
@@ -72,8 +86,12 @@ class Judges:
 
     def _open(self, name: str) -> RewardHead | RewardModel:
         if name not in self._opened:
-            llm = self._base()
-            self._opened[name] = load_head(self._configs[name].path, llm.hidden_size).to(llm.device)
+            config = self._configs[name]
+            if isinstance(config, RewardHeadConfig):
+                llm = self._base()
+                self._opened[name] = load_head(config.path, llm.hidden_size).to(llm.device)
+            else:
+                self._opened[name] = load_reward_model(f"judges.{name}", config, self._search_folder)
         return self._opened[name]
 
     def _scores(self, name: str, said: Sequence[Conversation], readings: Sequence[Reading]) -> torch.Tensor:
@@ -81,12 +99,20 @@ class Judges:
         if isinstance(judge, RewardHead):
             scores_B = judge.score_states([reading.states_ND for reading in readings])
         else:
-            scores_B = judge.score(said)
+            scores_B = self._asked(name, judge, said)
         if not scores_B.isfinite().all():
             raise UserError(
                 f"judges.{name}: a score is not finite; look at the judge, or try llm.dtype=float32"
             )
         return scores_B
+
+    def _asked(self, name: str, judge: RewardModel, said: Sequence[Conversation]) -> torch.Tensor:
+        try:
+            return judge.score(said)
+        except Exception as error:
+            # A function or a server of the user's fails in ways of its own.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"judges.{name}: no scores ({reason}); look at that, then resume") from error
 
 
 @dataclass(frozen=True, slots=True)

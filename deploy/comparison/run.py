@@ -207,7 +207,9 @@ class _Comparison:
         config, folder = self._config, self._results.folder
         num_cpus = max(1, math.ceil(config.num_actors * config.num_cpus))
         cluster = open_cluster(config.ray.address, num_cpus, folder / LOGS / "ray.log", self._progress, exits)
-        specs = [HostSpec(f"actor-{number}", config, folder) for number in range(config.num_actors)]
+        specs = [
+            HostSpec(f"actor-{number}", config, folder, Path.cwd()) for number in range(config.num_actors)
+        ]
         crew = Crew(cluster, config, specs, self._take, self._progress.display.say)
         exits.callback(crew.kill)
         return crew

@@ -41,7 +41,7 @@ def test_a_function_is_found_in_a_file_of_the_folder(tmp_path):
         "def score(prompts, responses): return [2.0] * len(prompts)\nnot_one = 3\n"
     )
     config = FunctionRewardConfig(function="judge_of_this_test:score", weight=1.0)
-    model = load_reward_model("mine", config, tmp_path)
+    model = load_reward_model("rewards.mine", config, tmp_path)
     assert model.score(CONVERSATIONS).tolist() == [2.0] * 5
     for name, says in (
         ("judge_of_this_test:none", "has no function 'none'"),
@@ -49,7 +49,7 @@ def test_a_function_is_found_in_a_file_of_the_folder(tmp_path):
         ("no_such_judge:score", "ModuleNotFoundError: No module named 'no_such_judge'"),
     ):
         with pytest.raises(UserError, match=f"^rewards.mine.function: .*{says}"):
-            load_reward_model("mine", FunctionRewardConfig(function=name, weight=1.0), tmp_path)
+            load_reward_model("rewards.mine", FunctionRewardConfig(function=name, weight=1.0), tmp_path)
 
 
 def test_a_module_that_fails_when_it_is_imported_is_one_line(tmp_path):

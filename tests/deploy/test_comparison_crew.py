@@ -98,7 +98,7 @@ class Team:
         self.places = FakePlaces()
         self.said: list[str] = []
         self.taken: list[tuple[int, str]] = []
-        specs = [HostSpec(f"actor-{n}", config, folder) for n in range(num)]
+        specs = [HostSpec(f"actor-{n}", config, folder, folder) for n in range(num)]
         self.crew = Crew(self.places, config, specs, self.take, self.said.append)
 
     def take(self, work: Work, row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from mara.actors.llm import load_llm
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
 from mara.deploy.comparison import judges as module
+from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.comparison.judges import Judges
 from mara.deploy.config import RunConfig
 
@@ -31,7 +32,7 @@ def made(tiny_run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> t
         return really(llm, said)
 
     monkeypatch.setattr(module, "read_responses", counted)
-    return Judges(config.rewards, lambda: llm), read
+    return Judges(config.rewards, lambda: llm, Path.cwd()), read
 
 
 def test_heads_and_likelihood_come_from_one_reading(made, tiny_run) -> None:
@@ -54,18 +55,32 @@ def test_weighted_judges_are_one_reward_model(made) -> None:
     assert total_B.tolist() == pytest.approx(wanted, abs=1e-5) and total_B.dtype == torch.float32
 
 
-class Length:
-    """Any reward model: it reads the text itself."""
+def test_a_judge_that_is_no_head_is_given_the_text_and_no_llm_is_loaded_for_it(tmp_path: Path) -> None:
+    """With the settings that ``rewards`` of a training would have."""
+    (tmp_path / "judge_of_lengths.py").write_text(
+        "def length(prompts, responses): return [len(response) for response in responses]\n"
+        "def broken(prompts, responses): raise OSError('away\\nfor good')\n"
+    )
+    content = {
+        "llm": {"model": "m"},
+        "systems": {"base": {"kind": "llm"}, "sampled": {"kind": "llm", "sampling": True}},
+        "datasets": {"d": {"path": "p.jsonl"}},
+        "baseline": "base",
+        "judges": {
+            name: {"kind": "function", "function": f"judge_of_lengths:{name}", "weight": 1}
+            for name in ("length", "broken")
+        },
+    }
+    config = ComparisonConfig.model_validate(content)
 
-    def score(self, conversations):
-        return torch.tensor([float(len(said.response)) for said in conversations])
+    def no_llm():
+        raise AssertionError("nothing reads the text")
 
-
-def test_a_judge_that_is_no_head_is_given_the_text_and_nothing_is_read_for_it(made, monkeypatch) -> None:
-    judges, read = made
-    monkeypatch.setattr(judges, "_opened", {"helpful": Length()})
-    assert judges.judge(["helpful"], SAID) == [{"helpful": {"score": float(n)}} for n in (8, 0, 3)]
-    assert read == []
+    judges = Judges(config.scoring_judges, no_llm, tmp_path)
+    assert judges.judge(["length"], SAID) == [{"length": {"score": float(n)}} for n in (8, 0, 3)]
+    with pytest.raises(UserError, match=r"judges\.broken: no scores \(.*away\); look") as caught:
+        judges.judge(["broken"], SAID)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_score_that_is_no_number_is_told(made, monkeypatch) -> None:

@@ -36,7 +36,7 @@ WITHOUT_MEANING = {
 
 
 def check_reward_model(field: str, config: RewardModelConfig) -> dict[str, str]:
-    """What identifies the reward model at ``field`` (``rewards.NAME``). It can be loaded as far as seen at once.
+    """What identifies the reward model at ``field`` (``rewards.NAME``), which can be loaded.
 
     Returns SHA-256 by what it is of: the settings that a score depends on and, of a function, its file.
 

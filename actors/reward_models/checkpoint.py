@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaModel
-from transformers import PreTrainedModel as TransformersModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from mara.actors.config import LLMConfig
@@ -97,11 +101,8 @@ class Normaliser(torch.nn.Module):
         return (scores_B - self.mean.float()) / (self.var.float().sqrt() + EPSILON)
 
 
-class ScalarHeadModel(TransformersModel):  # type: ignore[misc]
+class ScalarHeadModel(LlamaPreTrainedModel):  # type: ignore[misc]
     """A Llama body with a linear layer that turns the last token's state into a score."""
-
-    config_class = LlamaConfig
-    base_model_prefix = "model"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

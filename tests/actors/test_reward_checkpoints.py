@@ -189,6 +189,7 @@ def test_the_last_unmasked_token_is_scored_on_either_side_of_the_padding(tmp_pat
     head = score_head()
     body = save_body(tmp_path, head | NORMALISER)
     model = BeaverModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert model.model.config._attn_implementation == "sdpa"  # and not the one that keeps L × L weights
     model.score_head.bias = None
     rows = [beaver_ids(conversation) for conversation in CONVERSATIONS]
     longest = max(map(len, rows))

@@ -10,6 +10,8 @@ import statistics
 import threading
 import time
 from dataclasses import replace
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -48,7 +50,8 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
     """``mara bench learner``.
 
     Raises:
-        UserError: the JSON file cannot be written, there is no server program, or no such device.
+        UserError: the JSON file cannot be written, there is no server program, no such device, or the process
+            that writes to the log ended early.
     """
     check_json_path(json_file)
     sizes = replace(sizes, capacity=_affordable(sizes))
@@ -121,24 +124,19 @@ def _live(
     static = per_second(lambda: learner.sac.update(batch), num_steps, learner.sac.device)
     before = static(0)
     context = multiprocessing.get_context("spawn")
-    is_writing, ended = context.Event(), context.Event()
-    writer = context.Process(
-        target=_write, args=(url, sizes.hidden_size, sizes.inserted_per_s, is_writing, ended)
-    )
+    is_writing = context.Event()
+    writer = context.Process(target=_write, args=(url, sizes.hidden_size, sizes.inserted_per_s, is_writing))
     writer.start()
     try:
         while not is_writing.wait(0.1):
-            if not writer.is_alive():
-                raise RuntimeError(f"the process that writes ended with status {writer.exitcode}")
+            _check_alive(writer)
         # A row is written after a step: slow steps take longer to make the rows that are needed.
-        timer = threading.Timer(max(sizes.live_s, 8 / before), learner.stop)
-        timer.start()
+        live_s = max(sizes.live_s, 8 / before)
+        threading.Thread(target=_stop_after, args=(learner, live_s, writer.sentinel), daemon=True).start()
         learner.run()
-        timer.cancel()
-        if not writer.is_alive():
-            raise RuntimeError(f"the process that writes ended with status {writer.exitcode}")
+        _check_alive(writer)
     finally:
-        ended.set()
+        writer.terminate()  # not by an event, which would wait for ever for one that was killed
         writer.join()
     after = static(0)
     # The first row covers the start, the last the end.
@@ -165,13 +163,28 @@ def _live(
     )
 
 
-def _write(url: str, hidden_size: int, per_s: float, is_writing: Event, ended: Event) -> None:
-    """What rollout actors do to the log: append episodes at an even pace."""
+def _stop_after(learner: Learner, seconds: float, sentinel: int) -> None:
+    """Stop the learner when ``seconds`` have passed, or when the process of the sentinel has ended."""
+    connection.wait([sentinel], seconds)
+    learner.stop()
+
+
+def _check_alive(writer: BaseProcess) -> None:
+    if not writer.is_alive():
+        raise UserError(
+            f"bench learner: the process that writes to the log ended early, with status {writer.exitcode}; "
+            "see what it said above, if anything, and measure again"
+        )
+
+
+def _write(url: str, hidden_size: int, per_s: float, is_writing: Event) -> None:
+    """What rollout actors do to the log: append episodes at an even pace, until terminated."""
     torch.set_num_threads(1)
     log = RedisEpisodeLog(connect(url), _RUN, ReplayConfig(log_max_bytes=_LOG_BYTES))
     episodes = synthetic_episodes(DISTINCT_EPISODES, hidden_size, seed=1)
     period_s, number, began = NUM_DECISIONS / per_s, 0, time.monotonic()
-    while not ended.wait(max(0.0, began + number * period_s - time.monotonic())):
+    while True:
+        time.sleep(max(0.0, began + number * period_s - time.monotonic()))
         log.append([replace(episodes[number % len(episodes)], uid=f"live-{number}")])
         number += 1
         is_writing.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import AgentPolicy
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
+from mara.common.errors import UserError
 from mara.deploy.bench.figures import in_turn
 from mara.deploy.bench.learner import bench_learner
 from mara.deploy.bench.learner_step import LearnerSizes, floor_s
@@ -24,6 +26,7 @@ from mara.deploy.bench.paper_procedure import answer
 from mara.deploy.bench.replay import Sizes, WeightsSizes, bench_replay, bench_weights
 from mara.deploy.cli import app
 from mara.learner.config import SACConfig
+from mara.learner.loop import Learner
 
 
 @pytest.mark.parametrize("every_candidate", [True, False])
@@ -203,6 +206,30 @@ def test_the_learner_is_measured_alone_and_on_a_log_that_grows(tmp_path):
     live = figures["live_feed_vs_static_batch"]["conditions"]
     assert live["inserted_per_s"] > 500 and live["idle_ratio"] < 0.1
     assert figures["memory_vs_list_feed"]["value"] == 2 * 32 + 22
+
+
+def test_a_writer_that_dies_while_the_learner_is_measured_ends_that_with_one_line(monkeypatch):
+    sizes = LearnerSizes(
+        hidden_size=32,
+        batch_size=16,
+        widths=(16, 8),
+        capacity=1024,
+        peer_capacity=64,
+        live_s=16,
+        device="cpu",
+    )
+    run, seconds = Learner.run, []
+
+    def run_without_a_writer(learner):
+        (writer,) = multiprocessing.active_children()
+        writer.kill()
+        seconds.append(run(learner).seconds)
+
+    monkeypatch.setattr(Learner, "run", run_without_a_writer)
+    with pytest.raises(UserError, match=r"writes to the log ended early, with status -9") as caught:
+        bench_learner(sizes, 1, None, lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert seconds[0] < sizes.live_s, "it went on without"
 
 
 def test_the_least_time_of_a_step_counts_each_product_and_each_weight_once():

@@ -96,6 +96,8 @@ class Cost(NamedTuple):
 
     num_gpus: int
     seconds: float
+    slowest: str = ""
+    """Of a training, the part that takes so long."""
     log_bytes: float = 0.0
     """Of the episodes that it keeps; 0 where it keeps none."""
 
@@ -147,8 +149,8 @@ def assumptions(rates: Rates) -> Iterator[str]:
         text = " ".join((field.description or "").split()).rstrip(".")
         yield f"  {name}={getattr(rates, name):g}: {text[:1].lower() + text[1:]}"
     yield (
-        "Rollouts, scoring and learning go on at the same time: a training takes as long as the slowest of "
-        "the three."
+        "Decoding, scoring and learning go on at the same time: a training takes as long as the slowest of "
+        "the three. Where that is learning, the last steps are done when all episodes are there."
     )
 
 
@@ -193,7 +195,7 @@ def _training_cost(config: RunConfig, rates: Rates) -> Cost:
     num_episodes, rollout = config.learner.num_episodes, config.rollout
     learner_s = num_episodes * config.learner.gradient_steps_per_episode * rates.step_s
     if config.replay.from_run is not None:
-        return Cost(1, rates.start_s + learner_s)
+        return Cost(1, rates.start_s + learner_s, "learning")
     num_tokens = num_episodes * rates.training_tokens
     rollout_s = num_tokens / (rollout.num_actors * _tokens_per_s(config.llm.model, rates))
     scoring_s = max(
@@ -204,7 +206,9 @@ def _training_cost(config: RunConfig, rates: Rates) -> Cost:
     if config.replay.durable:
         log_bytes = num_tokens * rates.decisions_per_token * TRANSITION_BYTES
     num_gpus = math.ceil(rollout.num_actors * rollout.num_gpus + config.reward_gpus)
-    return Cost(num_gpus, rates.start_s + max(rollout_s, scoring_s, learner_s), log_bytes)
+    parts = {"decoding": rollout_s, "scoring": scoring_s, "learning": learner_s}
+    slowest = max(parts, key=parts.__getitem__)
+    return Cost(num_gpus, rates.start_s + parts[slowest], slowest, log_bytes)
 
 
 def _comparison_cost(config: ComparisonConfig, rates: Rates) -> Cost:
@@ -236,9 +240,11 @@ def _tokens_per_s(model: str, rates: Rates, *, is_single: bool = False) -> float
 def _cost_in_words(cost: Cost) -> str:
     hours = cost.seconds / 3600
     text = f"{cost.num_gpus} GPU{'s' if cost.num_gpus > 1 else ''} × {hours:.2f} h"
-    if not cost.log_bytes:
-        return text
-    return f"{text}; keeps {cost.log_bytes / 1e9:.0f} GB of episodes, in memory and on disk"
+    if cost.slowest:
+        text += f", which {cost.slowest} takes"
+    if cost.log_bytes:
+        text += f"; keeps {cost.log_bytes / 1e9:.0f} GB of episodes, in memory and on disk"
+    return text
 
 
 # The experiments

@@ -115,9 +115,9 @@ def test_a_training_takes_as_long_as_the_slowest_of_its_parts() -> None:
     step = next(EXPERIMENTS["table1"].steps())
     # 21,000 answers of 300 tokens, seven GPUs of 1,000 tokens/s: 900 s. 20 scores/s: 1,050 s. Ten steps of
     # 10 ms for each: 2,100 s.
-    assert cost_of(step, RATES) == (8, pytest.approx(300 + 2100), 0)
-    assert cost_of(step, Rates(step_s=0.001)) == (8, pytest.approx(300 + 1050), 0)
-    assert cost_of(step, Rates(tokens_per_s=100, start_s=0)) == (8, pytest.approx(9000), 0)
+    assert cost_of(step, RATES) == (8, pytest.approx(300 + 2100), "learning", 0)
+    assert cost_of(step, Rates(step_s=0.001)) == (8, pytest.approx(300 + 1050), "scoring", 0)
+    assert cost_of(step, Rates(tokens_per_s=100, start_s=0)) == (8, pytest.approx(9000), "decoding", 0)
 
 
 def test_the_plan_of_table_1_is_the_sum_by_hand() -> None:
@@ -135,11 +135,11 @@ def test_the_plan_of_table_1_is_the_sum_by_hand() -> None:
 
 def test_training_from_a_log_needs_one_gpu_and_the_log_has_a_size() -> None:
     first, _, again, *_ = EXPERIMENTS["table5"].steps()
-    num_gpus, _, log_bytes = cost_of(first, RATES)  # type: ignore[misc]
+    num_gpus, _, _, log_bytes = cost_of(first, RATES)  # type: ignore[misc]
     assert (num_gpus, log_bytes) == (8, 21_000 * 300 * 2 * 8192)
     config = settings_of(first)
     assert isinstance(config, RunConfig) and config.replay.log_max_bytes > log_bytes
-    assert cost_of(again, RATES) == (1, pytest.approx(300 + 2100), 0)
+    assert cost_of(again, RATES) == (1, pytest.approx(300 + 2100), "learning", 0)
 
 
 def test_a_plan_says_that_it_is_assumed_and_by_which_rates() -> None:

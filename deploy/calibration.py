@@ -13,12 +13,12 @@ from rich.table import Table
 
 from mara.actors.calibration import GateOutcome, choose_gate, try_gates
 from mara.actors.config import GateConfig
-from mara.actors.prompts import load_prompts
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import AnswerProgress, load_parts
+from mara.deploy.hub import load_source
 
 CALIBRATION_USES = (
     "llm",
@@ -45,7 +45,7 @@ def calibrate(
     """
     if not any(config.score_weights.values()):
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
-    asked = load_prompts(prompts, "prompts")[:num_prompts]
+    asked = load_source(prompts, "prompts")[:num_prompts]
     say(f"calibration: {len(asked)} prompts of {prompts}")
     parts = load_parts(folder, config)
     outcomes = try_gates(

@@ -288,6 +288,34 @@ def calibrate(
             find_gate(run, settings, find_prompts(settings, prompts), num_prompts, max_interventions)
 
 
+@app.command()
+def paper(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXPERIMENT", help="table1, table2, table3, table4, table5, figure3 or speed."
+        ),
+    ],
+    assumptions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="What --plan assumes, such as tokens_per_s=1500."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Add GPUs and hours, from assumed rates.")] = False,
+) -> None:
+    """Print the commands that make a table or figure of the paper, in their order. Nothing is started."""
+    with _reported_errors():
+        from mara.deploy.config_file import make_settings
+        from mara.deploy.paper import Rates, find_experiment, lines
+
+        found = find_experiment(experiment)
+        changes = given_once(assumptions)
+        if changes and not plan:
+            raise UsageError(f"{changes[0]} belongs to --plan; add that, or leave it out")
+        rates = make_settings(Rates, {}, changes, Path.cwd()) if plan else None
+        for line in lines(found, rates):
+            typer.echo(line)
+
+
 @app.command("export")
 def export(run: RunFolder, out: AgentOut) -> None:
     """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""

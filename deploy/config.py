@@ -6,7 +6,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 
 from mara.actors.config import DecodingConfig, LLMConfig, RolloutConfig
 from mara.actors.reward_models.config import (
@@ -23,22 +31,31 @@ from mara.learner.config import LearnerConfig
 
 SHIPPED_PREFIX = "mara:"
 SHIPPED_DIR = Path(__file__).parent
+HUB_PREFIX = "hub:"
 
 
 def resolve_data_path(value: Any, folder: Path) -> Any:
     """``mara:data/x`` is a file that the project ships; ``~`` is the home; the rest is under ``folder``.
 
-    Values that are not text are returned as they are, for the type check that follows.
+    What is not a path, ``hub:NAME#SPLIT`` or no text, is returned as it is, for the check that follows.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.startswith(HUB_PREFIX):
         return value
     if value.startswith(SHIPPED_PREFIX):
         return str(SHIPPED_DIR / value.removeprefix(SHIPPED_PREFIX))
     return os.path.normpath(folder.absolute() / Path(value).expanduser())
 
 
+def is_of_hub(source: Path) -> bool:
+    """Whether a setting that takes a file of prompts names a data set of the Hub."""
+    return str(source).startswith(HUB_PREFIX)
+
+
 def portable_name(path: Path) -> str:
-    """What names ``path`` anywhere: ``mara:heads/NAME`` if the project ships it, else its last part."""
+    """What names ``path`` anywhere: ``mara:heads/NAME`` if the project ships it, ``hub:NAME#SPLIT`` if the
+    Hub has it, else its last part."""
+    if is_of_hub(path):
+        return str(path)
     if path.is_relative_to(SHIPPED_DIR):
         return SHIPPED_PREFIX + path.relative_to(SHIPPED_DIR).as_posix()
     return path.name
@@ -62,17 +79,30 @@ DataPath = Annotated[Path, BeforeValidator(_resolve), DATA_PATH]
 folder when given on the command line. ``mara:data/NAME`` and ``mara:heads/NAME`` are shipped."""
 
 
-class HeldOutConfig(Config):
-    """Prompt files: JSON lines with ``prompt``, ``id`` and ``category`` if wanted; or text, one a line."""
+def _has_split(source: Path) -> Path:
+    name, _, split = str(source).removeprefix(HUB_PREFIX).partition("#")
+    if is_of_hub(source) and not (name and split):
+        raise ValueError(f"{source} is no data set with a split; write such as hub:SafeRLHF#train")
+    return source
 
-    evaluation: DataPath | None = None
+
+PromptSource = Annotated[DataPath, AfterValidator(_has_split)]
+"""A file of prompts; or ``hub:NAME#SPLIT``, part of a Hub data set: ``NAME`` is one of SafeRLHF, BeaverTails,
+HarmfulQA, HH-RLHF, UltraFeedback, or another's with a column ``prompt``. Needs the package datasets."""
+
+
+class HeldOutConfig(Config):
+    """Prompts: a file of JSON lines with ``prompt``, ``id`` and ``category`` if wanted, or of text, one a
+    line; or a data set of the Hub, ``hub:NAME#SPLIT``, such as ``hub:SafeRLHF#train``."""
+
+    evaluation: PromptSource | None = None
     """Other prompts, for the comparison with the base LLM after training. None: no evaluation."""
 
 
 class PromptsConfig(HeldOutConfig):
     """Prompts to train on, and others to compare with."""
 
-    train: DataPath
+    train: PromptSource
     """Prompts the agent is trained on; taken again from the start when all were used."""
 
 

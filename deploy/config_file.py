@@ -30,6 +30,9 @@ Settings = TypeVar("Settings", bound=BaseModel)
 CONFIGS_DIR = SHIPPED_DIR / "configs"
 COMPARISON_KEY = "systems"
 """A configuration with this key describes a comparison, one without it a training."""
+INCLUDE_KEY = "include"
+"""Names a shipped configuration, whose settings stand below those of the file. Files of users cannot be
+included: what a run folder of somebody else names must not be read."""
 
 
 def is_config(name: str) -> bool:
@@ -50,15 +53,23 @@ def find_config(name: str, *, is_comparison: bool = False) -> Path:
         return path
     if (shipped_path := CONFIGS_DIR / f"{name}.yaml").is_file():
         return shipped_path
-    shipped = sorted(
-        p.stem for p in CONFIGS_DIR.glob("*.yaml") if (COMPARISON_KEY in read_content(p)) == is_comparison
-    )
+    shipped = [
+        known
+        for known, p in shipped_configs().items()
+        if (COMPARISON_KEY in read_content(p)) == is_comparison
+    ]
     beside = [str(Path(name).with_name(file.name)) for file in path.parent.glob("*.y*ml")]
     if near := difflib.get_close_matches(name, [*shipped, *beside], n=1):
         raise UserError(f"config: no file {name!r}; did you mean {near[0]}?")
     raise UserError(
         f"config: no file {name!r}; give a YAML file or a shipped configuration ({', '.join(shipped)})"
     )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of the shipped configurations by the names that commands take, such as ``paper/compare``."""
+    paths = sorted(CONFIGS_DIR.rglob("*.yaml"))
+    return {path.relative_to(CONFIGS_DIR).as_posix().removesuffix(".yaml"): path for path in paths}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -98,10 +109,10 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConf
 
 
 def read_content(path: Path) -> dict[Any, Any]:
-    """The nested values of a YAML file, interpolations as they stand there.
+    """The nested values of a YAML file and of what it includes, interpolations as they stand there.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, holds something else, or includes what is not shipped.
     """
     try:
         text = path.read_text()
@@ -112,7 +123,27 @@ def read_content(path: Path) -> dict[Any, Any]:
         raise UserError(f"config: {path} is not valid YAML: {_where_in_file(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines, not a {type(content).__name__}")
-    return content
+    if INCLUDE_KEY not in content:
+        return content
+    included, shipped = str(content.pop(INCLUDE_KEY)), shipped_configs()
+    if included not in shipped:
+        near = difflib.get_close_matches(included, shipped, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(shipped)}"
+        raise UserError(f"config: {path}: include: {included!r} is not a shipped configuration; {remedy}")
+    return _merged(read_content(shipped[included]), content)
+
+
+def _merged(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
+    """``below`` with the values of ``above``, group by group; null in the place of a group leaves it out."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(merged.get(key), dict) and value is None:
+            del merged[key]
+        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def name_of_run(given: str | None, path: Path, field: str) -> str:

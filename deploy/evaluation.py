@@ -18,15 +18,16 @@ from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
-from mara.actors.prompts import Prompt, check_unicode, load_prompts
+from mara.actors.prompts import Prompt, check_unicode
 from mara.actors.reward_models.loading import load_reward_model
 from mara.common.agent import Agent, load_agent
 from mara.common.contracts import RewardModel
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
-from mara.deploy.config import AgentUse
+from mara.deploy.config import AgentUse, is_of_hub
 from mara.deploy.console import say
+from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
 from mara.deploy.preflight import check_context, check_head, warn_of_head
@@ -73,7 +74,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
             "rewards is empty, there is nothing to compare by; give rewards.NAME.path=FOLDER and "
             "rewards.NAME.weight=NUMBER"
         )
-    prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
+    prompts = load_source(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(
         f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
         "yardstick of fluency)"
@@ -92,7 +93,9 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
         progress=AnswerProgress().tell,
         models=parts.models,
     )
-    content = report_json(report, config.prompts.evaluation.stem) | {"settings": used_settings(config)}
+    source = config.prompts.evaluation
+    dataset = str(source) if is_of_hub(source) else source.stem
+    content = report_json(report, dataset) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
     kept = _keep_earlier(path)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

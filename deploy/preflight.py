@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -13,13 +12,14 @@ import torch
 from mara.actors.config import LLMConfig
 from mara.actors.heads import RewardHead, head_digests, load_head, read_base_scores, read_head_llm
 from mara.actors.llm import cache_folder, check_quantization, locate_model, resolve_device, resolve_dtype
-from mara.actors.prompts import Prompt, load_prompts
+from mara.actors.prompts import Prompt
 from mara.actors.reward_models.config import CheckpointConfig
 from mara.buffer.connection import check_stores
 from mara.common.errors import UserError
-from mara.deploy.config import AgentUse, RunConfig
+from mara.deploy.config import AgentUse, RunConfig, is_of_hub
 from mara.deploy.console import warn
 from mara.deploy.finished_run import FinishedLog, find_log, warn_of_forced
+from mara.deploy.hub import digest_of, load_source
 from mara.deploy.model_shape import (
     LLMIdentity,
     find_hidden_size,
@@ -42,7 +42,7 @@ class Checked:
     prompts: tuple[Prompt, ...]
     """Prompts to train on."""
     prompts_digest: str
-    """SHA-256 of their file."""
+    """SHA-256 of their file, or of themselves where the Hub has them."""
     hidden_size: int
     """Of the LLM."""
     llm: LLMIdentity
@@ -72,11 +72,13 @@ def preflight(
     check_writable("run.dir", config.run.dir)
     check_wandb(config.wandb, os.environ)
     unpacks_llm = check_cache(config.llm, is_here=config.ray.address is None)
-    prompts = load_prompts(config.prompts.train, "prompts.train")
-    prompts_digest = sha256(config.prompts.train.read_bytes()).hexdigest()
-    if config.prompts.evaluation is not None:
-        load_prompts(config.prompts.evaluation, "prompts.evaluation")
-        if config.prompts.evaluation.samefile(config.prompts.train):
+    train, held_out = config.prompts.train, config.prompts.evaluation
+    prompts = load_source(train, "prompts.train")
+    prompts_digest = digest_of(train, prompts)
+    if held_out is not None:
+        load_source(held_out, "prompts.evaluation")
+        is_file = not (is_of_hub(train) or is_of_hub(held_out))
+        if held_out == train or (is_file and held_out.samefile(train)):
             warn("prompts.evaluation is prompts.train; nothing is held out")
     check_start(config.learner, config.replay, config.shaping)
     say("checking devices")

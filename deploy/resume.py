@@ -228,7 +228,7 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
     if log.prompts_digest != checked.prompts_digest:
         raise UserError(
             f"prompts.train: {resumed.config.prompts.train} has changed since the run began; put the old "
-            "file back, or start a new run"
+            "prompts back, or start a new run"
         )
 
 

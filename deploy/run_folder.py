@@ -145,7 +145,7 @@ class LogRecord(NamedTuple):
     heads: dict[str, dict[str, str]]
     """Reward head, or other reward model, whose scores it holds → file, or what else → SHA-256."""
     prompts_digest: str
-    """SHA-256 of the file of prompts that it answers."""
+    """SHA-256 of the file of prompts that it answers, or of the prompts that the Hub gave."""
 
     def write(self, folder: Path) -> None:
         """Keep the record in a run folder."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mara.actors.llm import LLM, load_llm
-from mara.actors.prompts import load_prompts
 from mara.actors.rollout import render_prompts
 from mara.common.agent import load_agent
 from mara.common.errors import UserError
@@ -16,6 +15,7 @@ from mara.deploy.bench.figures import check_json_path, report
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import check_used
+from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.preflight import check_context
 from mara.deploy.run_folder import check_agent, load_run
@@ -72,7 +72,7 @@ def _settings(run: Path, overrides: Sequence[str], json_file: Path | None) -> Ru
 def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of prompts to measure with")
-    prompts = load_prompts(config.prompts.evaluation, "prompts.evaluation")
+    prompts = load_source(config.prompts.evaluation, "prompts.evaluation")
     if len(prompts) < least_prompts:
         raise UserError(
             f"prompts.evaluation: {config.prompts.evaluation} has {len(prompts)} prompts, this takes "

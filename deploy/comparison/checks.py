@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from mara.deploy.comparison.judges import check_scoring_judge, make_llm_judge
 from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
+from mara.deploy.hub import digest_of_prompts
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.preflight import check_cache, check_context, check_writable
 from mara.deploy.run_folder import agent_folder, check_agent
@@ -88,7 +89,7 @@ def check(
     say("checking the LLMs, agents and judges")
     digests = _check_systems(config) | _check_judges(config)
     for name, of_dataset in prompts.items():
-        digests[f"datasets.{name}"] = _digest(json.dumps([asdict(prompt) for prompt in of_dataset]).encode())
+        digests[f"datasets.{name}"] = digest_of_prompts(of_dataset)
     if config.llm_judges:
         say("checking the judges' endpoints")
     for name, judge in config.llm_judges.items():

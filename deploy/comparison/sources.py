@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.errors import UserError
 from mara.deploy.comparison.config import DatasetConfig
-
-
-class HubDataset(NamedTuple):
-    """Where the prompts of a known data set are."""
-
-    name: str
-    split: str
-    prompt_column: str
-    category_column: str | None = None
-
-
-KNOWN = {
-    "saferlhf": HubDataset("PKU-Alignment/PKU-SafeRLHF", "test", "prompt"),
-    "beavertails": HubDataset("PKU-Alignment/BeaverTails-Evaluation", "test", "prompt", "category"),
-    "harmfulqa": HubDataset("declare-lab/HarmfulQA", "train", "question", "topic"),
-    "hhrlhf": HubDataset("Anthropic/hh-rlhf", "test", "chosen"),
-    "ultrafeedback": HubDataset("HuggingFaceH4/ultrafeedback_binarized", "test_prefs", "prompt"),
-}
-"""By their usual names, in lower case without hyphens."""
-FIRST_TURN = re.compile(r"\s*Human:(.*?)(?:\n\nAssistant:|\Z)", re.DOTALL)
-"""What the user said first, in a column that holds whole conversations as HH-RLHF writes them."""
+from mara.deploy.hub import HubDataset, hub_rows, known_dataset, prompts_of
 
 
 def hub_dataset(config: DatasetConfig) -> HubDataset:
     """The data set that ``config.hub`` names, with the settings beside it in place of what is known of it."""
     assert config.hub is not None
-    known = KNOWN.get(config.hub.lower().replace("-", ""), HubDataset(config.hub, "test", "prompt"))
+    known = known_dataset(config.hub)
     return HubDataset(
         known.name,
         config.split or known.split,
@@ -58,58 +34,7 @@ def load_dataset(name: str, config: DatasetConfig) -> list[Prompt]:
     if config.path is not None:
         return load_prompts(config.path, f"{field}.path")[: config.num_prompts]
     source = hub_dataset(config)
-    return prompts_of(_hub_rows(source, field), source, field, config.num_prompts)
-
-
-def prompts_of(
-    rows: Iterable[Mapping[str, Any]], source: HubDataset, field: str, num_prompts: int | None = None
-) -> list[Prompt]:
-    """The first ``num_prompts`` different prompts of ``rows``, which have the columns of ``source``.
-
-    Ids are the rows' numbers. Of a conversation the user's first words are the prompt.
-
-    Raises:
-        UserError: a column is missing, holds something else than text, or there are no prompts.
-    """
-    prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(rows, start=1):
-        if num_prompts is not None and len(prompts) == num_prompts:
-            break
-        text = row.get(source.prompt_column)
-        if not isinstance(text, str):
-            raise UserError(
-                f"{field}: {source.name} has no text in column {source.prompt_column!r}; name another in "
-                f"{field}.prompt_column (there are {', '.join(map(str, row))})"
-            )
-        turn = FIRST_TURN.match(text)
-        text = (turn[1] if turn else text).strip()
-        if not text or text in prompts:
-            continue
-        check_unicode(text, f"{field}: {source.name}, row {number}")
-        category = "" if source.category_column is None else row.get(source.category_column, "")
-        prompts[text] = Prompt(f"row-{number}", text, str(category))
-    if not prompts:
-        raise UserError(f"{field}: {source.name}, split {source.split!r}, has no prompts; name another split")
-    return list(prompts.values())
-
-
-def _hub_rows(source: HubDataset, field: str) -> Iterable[Mapping[str, Any]]:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(
-            f"{field}.hub: {source.name} is read from the Hugging Face Hub with the package datasets; pip "
-            f"install datasets, or give a file in {field}.path"
-        )
-    datasets = importlib.import_module("datasets")
-    try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(source.name, split=source.split)
-    except Exception as error:
-        # What the network and the files do arrives as the errors of several libraries.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{field}.hub: {source.name}, split {source.split!r}, cannot be read ({reason}); check name, "
-            "split and access"
-        ) from error
-    return rows
+    return prompts_of(hub_rows(source, f"{field}.hub", f"{field}.path"), source, field, config.num_prompts)
 
 
 class GivenAnswers:

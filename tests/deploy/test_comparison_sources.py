@@ -11,7 +11,8 @@ import pytest
 from mara.actors.prompts import Prompt
 from mara.common.errors import UserError
 from mara.deploy.comparison.config import DatasetConfig
-from mara.deploy.comparison.sources import GivenAnswers, HubDataset, hub_dataset, load_dataset, prompts_of
+from mara.deploy.comparison.sources import GivenAnswers, hub_dataset, load_dataset
+from mara.deploy.hub import HubDataset, prompts_of
 
 
 def test_the_first_prompts_of_a_file_are_taken(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mara.common.addresses import hide_passwords
 from mara.common.config import LONGEST_S
 from mara.common.errors import UserError
-from mara.deploy.config import SHIPPED_DIR, RunConfig
+from mara.deploy.config import SHIPPED_DIR, RunConfig, is_of_hub
 from mara.deploy.config_file import (
     COMPARISON_KEY,
     CONFIGS_DIR,
@@ -21,6 +21,7 @@ from mara.deploy.config_file import (
     find_config,
     load_config,
     read_content,
+    shipped_configs,
 )
 
 MINIMAL = """
@@ -44,15 +45,45 @@ def error_of(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-TRAININGS = [path for path in sorted(CONFIGS_DIR.glob("*.yaml")) if COMPARISON_KEY not in read_content(path)]
+TRAININGS = {
+    name: path for name, path in shipped_configs().items() if COMPARISON_KEY not in read_content(path)
+}
 
 
-@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_parses_and_names_files_that_ship(path: Path) -> None:
-    config = load_config(path)
-    assert config.prompts.train.is_file()
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_shipped_configuration_parses_and_names_prompts_that_ship_or_are_of_the_hub(name: str) -> None:
+    config = load_config(find_config(name))
     assert config.prompts.evaluation is not None
-    assert config.prompts.evaluation.is_file()
+    for prompts in (config.prompts.train, config.prompts.evaluation):
+        assert prompts.is_file() != is_of_hub(prompts)
+
+
+def test_a_configuration_stands_on_the_shipped_one_that_it_includes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "include: quickstart\nrewards: {harmless: null, helpful: {weight: 2.0}}\n"
+        "prompts: {evaluation: mine.txt}\nagent: {widths: [8, 4]}\n"
+    )
+    config, below = load_config(path, ["learner.num_episodes=7"]), load_config(find_config("quickstart"))
+    assert config.score_weights == {"helpful": 2.0}
+    assert config.rewards["helpful"].path == below.rewards["helpful"].path  # type: ignore[union-attr]
+    assert config.prompts.train == below.prompts.train
+    assert config.prompts.evaluation == tmp_path / "mine.txt"
+    assert config.agent.widths == (8, 4)
+    assert config.learner == below.learner.model_copy(update={"num_episodes": 7})
+    assert config.run.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("quikstart", "did you mean quickstart?"), ("../../pyproject", "there are compare"), ("3", "there are")],
+)
+def test_only_shipped_configurations_can_be_included(tmp_path: Path, name: str, remedy: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"include: {name}\n")
+    message = error_of(path)
+    assert f"include: {name!r} is not a shipped configuration; {remedy}" in message
+    assert "\n" not in message
 
 
 def test_the_printed_configuration_loads_to_the_same_settings(minimal: Path, tmp_path: Path) -> None:
@@ -203,9 +234,9 @@ def test_an_unknown_configuration_name_is_told_with_the_nearest_or_the_shipped_o
     for name, nearest in (("quickstrat", "quickstart"), (tmp_path / "mine.yml", tmp_path / "mine.yaml")):
         with pytest.raises(UserError, match=rf"no file '{name}'; did you mean {nearest}\?$"):
             find_config(str(name))
-    with pytest.raises(UserError, match=r"no file 'xyz'.* a shipped configuration \(quickstart\)"):
+    with pytest.raises(UserError, match=r"no file 'xyz'.* configuration \(paper/llama.*, quickstart\)"):
         find_config("xyz")
-    with pytest.raises(UserError, match=r"no file 'xyz'.* a shipped configuration \(compare\)"):
+    with pytest.raises(UserError, match=r"no file 'xyz'.* configuration \(compare, paper/aligner.*\)"):
         find_config("xyz", is_comparison=True)
     assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
 

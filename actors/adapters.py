@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 from mara.actors import packing
@@ -57,4 +58,4 @@ def load_adapted(config: LLMConfig, adapter: Path | None, pack: bool = True) -> 
     model.eval().requires_grad_(False)
     if pack and llm.device.type == "cpu" and llm.dtype in packing.TOLERANCE:
         packing.pack_linears(model)
-    return LLM(model=model, tokenizer=llm.tokenizer, name=llm.name, system_prompt=llm.system_prompt)
+    return replace(llm, model=model)

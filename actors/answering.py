@@ -99,9 +99,10 @@ class Answerer:
             UserError: a prompt is too long, or the LLM or a judge gives a number that is not finite.
         """
         requests = list(self._requests(questions))
-        drafts: dict[Question, list[_Draft]] = {}
+        drafts: dict[Question, dict[int, _Draft]] = {}
         for generation in self._engine_for(requests).generate(requests):
-            question: Question = generation.request.tag
+            question: Question
+            question, number = generation.request.tag
             _check_finite(generation, question)
             progress(len(generation.response_ids))
             draft = _Draft(self.llm.decode(generation.response_ids), generation)
@@ -110,8 +111,10 @@ class Answerer:
             if self.systems[question.system].num_candidates == 1:
                 yield _timed(question, draft)
             else:
-                drafts.setdefault(question, []).append(draft)
-        yield from self._best(drafts)
+                drafts.setdefault(question, {})[number] = draft
+        # In the order they were drawn, not that in which they ended: of equals the first is taken.
+        in_order = {asked: [of[number] for number in sorted(of)] for asked, of in drafts.items()}
+        yield from self._best(in_order)
 
     def _requests(self, questions: Sequence[Question]) -> Iterator[Request]:
         """Longest first: the batch then empties evenly, and its prefills are of like length."""
@@ -125,7 +128,8 @@ class Answerer:
             for number in range(system.num_candidates):
                 several = (question.system, number) if system.num_candidates > 1 else ()
                 seed = derive_seed(self.seed, "answer", question.id, *several)
-                yield Request(rendered[self._text_of(question)], seed, tag=question, policy=system.policy)
+                ids = rendered[self._text_of(question)]
+                yield Request(ids, seed, tag=(question, number), policy=system.policy)
 
     def _text_of(self, question: Question) -> tuple[str, bool]:
         text = question.prompt if question.asked is None else question.asked
@@ -161,20 +165,20 @@ class Answerer:
         return self._engine
 
     def _best(self, drafts: Mapping[Question, Sequence[_Draft]]) -> Iterator[TimedAnswer]:
-        """Of several answers to a question the one with the highest score; the first of equals."""
-        started_s = time.time()
+        """Of several answers to a question the one with the highest score; the first drawn of equals."""
         for name in {question.system for question in drafts}:
             system = self.systems[name]
             asked = [question for question in drafts if question.system == name]
             said = [Conversation(q.prompt, draft.response) for q in asked for draft in drafts[q]]
             assert system.judge is not None
+            started_s = time.monotonic()
             total_N = system.judge.score(said)
+            scoring_s = (time.monotonic() - started_s) / max(1, len(asked))
             if not total_N.isfinite().all():
                 raise UserError(
                     f"systems.{name}.judges: a score is not finite; look at the judges, or "
                     "try llm.dtype=float32"
                 )
-            scoring_s = (time.time() - started_s) / max(1, len(asked))
             for question, total_n in zip(asked, total_N.view(len(asked), -1), strict=True):
                 best = int(total_n.argmax())
                 # Its answers are decoded together, so the last one to end says how long they took.

@@ -251,7 +251,7 @@ def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
     try:
         # The reader draws a progress bar on standard error whatever transformers' settings say.
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 gguf_file=gguf_file,
@@ -279,7 +279,9 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
     name, gguf_file = locate_model(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    options: dict[str, Any] = {} if config.revision is None else {"revision": config.revision}
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if config.revision is not None:
+        options["revision"] = config.revision
     try:
         if gguf_file is not None:
             name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))

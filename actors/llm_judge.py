@@ -158,7 +158,8 @@ class LLMJudge:
                 f"{self.field}.url: {self.url} does not answer like an OpenAI-compatible endpoint "
                 f"({reply.text.strip()[:200]!r}); give the address of one, up to /v1"
             ) from error
-        return text if isinstance(text, str) else ""
+        # A text that was cut off may end in half a character, which no file takes.
+        return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def read_verdict(text: str) -> Verdict:
@@ -185,4 +186,4 @@ def _reason(error: requests.RequestException) -> str:
         return "no answer in time"
     if isinstance(error, requests.ConnectionError):
         return "the connection was refused or lost"
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return type(error).__name__  # Its text may hold the request's headers, and so the key.

@@ -213,7 +213,7 @@ def _evaluate_run(run: Path, overrides: list[str]) -> None:
 def _compare(
     config: str | None, overrides: list[str], out: Path | None, resume: Path | None, dry_run: bool
 ) -> None:
-    from mara.deploy.comparison.run import Place, check_resumed, compare, resumed_settings
+    from mara.deploy.comparison.run import Place, check_resumed, check_same, compare, resumed_settings
     from mara.deploy.config_file import dump_comparison, find_config, load_comparison
 
     if out is not None and resume is not None:
@@ -227,8 +227,11 @@ def _compare(
         settings = load_comparison(find_config(config, is_comparison=True), overrides)
     if dry_run:
         from mara.deploy.comparison.checks import check
+        from mara.deploy.comparison.results import Results
 
-        check(settings)
+        checked = check(settings, kept=None if resume is None else Results(resume))
+        if resume is not None:
+            check_same(resume, checked)
         if sys.stdout is not None:
             sys.stdout.write(dump_comparison(settings))
             sys.stdout.flush()

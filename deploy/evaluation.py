@@ -69,10 +69,10 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     """
     if config.prompts.evaluation is None:
         raise UserError("prompts.evaluation is not set; give a file of held-out prompts to compare on")
-    if not config.rewards:
+    if not any(config.score_weights.values()):
         raise UserError(
-            "rewards is empty, there is nothing to compare by; give rewards.NAME.path=FOLDER and "
-            "rewards.NAME.weight=NUMBER"
+            "rewards is empty or has no weight but 0, there is nothing to compare by; give "
+            "rewards.NAME.path=FOLDER and rewards.NAME.weight=NUMBER"
         )
     prompts = load_source(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(

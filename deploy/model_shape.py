@@ -16,6 +16,8 @@ from mara.common.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+_NUM_PARTS, _PART_BYTES = 17, 1 << 20
+"""Parts of each file that are read to tell it from another, evenly spread, and their length."""
 
 
 def find_hidden_size(config: LLMConfig) -> int:
@@ -57,7 +59,7 @@ def _description(config: LLMConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:
         # The description is checked by several libraries, each with errors of its own.
         raise _bad_description(config, error) from error
@@ -111,6 +113,30 @@ def find_identity(config: LLMConfig) -> LLMIdentity:
     return LLMIdentity(commit, _template_digest(config, folder))
 
 
+def find_digest(config: LLMConfig) -> str:
+    """What tells a model's files from others of the same name: the commit of a Hub model; SHA-256 of others.
+
+    It is over names, sizes and parts of the files, since all of a large model would take minutes.
+
+    Raises:
+        UserError: the model cannot be found.
+    """
+    name, gguf_file = locate_model(config)
+    if not Path(name).is_dir():
+        return find_identity(config).commit or ""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
+        if gguf_file is not None and path.name != gguf_file:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for part in range(_NUM_PARTS):
+                file.seek(part * max(0, size - _PART_BYTES) // (_NUM_PARTS - 1))
+                digest.update(file.read(_PART_BYTES))
+    return digest.hexdigest()
+
+
 def _template_digest(config: LLMConfig, folder: Path) -> str | None:
     name, gguf_file = locate_model(config)
     if gguf_file is not None:
@@ -119,7 +145,9 @@ def _template_digest(config: LLMConfig, folder: Path) -> str | None:
         from transformers import AutoTokenizer
 
         try:
-            options = {} if config.revision is None else {"revision": config.revision}
+            options: dict[str, Any] = {"trust_remote_code": False}
+            if config.revision is not None:
+                options["revision"] = config.revision
             template = AutoTokenizer.from_pretrained(name, **options).chat_template
         except Exception as error:
             # As of the description: each library fails in ways of its own.

@@ -22,9 +22,9 @@ from mara.actors.reward_models.config import (
     RewardModelConfig,
     SequenceClassifierRewardConfig,
 )
-from mara.actors.reward_models.http import api_key
+from mara.actors.reward_models.http import read_api_key
 from mara.common.errors import UserError
-from mara.deploy.model_shape import find_folder
+from mara.deploy.model_shape import find_digest, find_folder
 
 HTTP_CONNECT_S = 5.0
 IMPORT_S = 120.0
@@ -38,7 +38,8 @@ WITHOUT_MEANING = {
 def check_reward_model(field: str, config: RewardModelConfig) -> dict[str, str]:
     """What identifies the reward model at ``field`` (``rewards.NAME``), which can be loaded.
 
-    Returns SHA-256 by what it is of: the settings that a score depends on and, of a function, its file.
+    Returns SHA-256 by what it is of: the settings that a score depends on, and the file of a function or the
+    files of a checkpoint.
 
     Raises:
         UserError: a folder, a module or a server is not there, or does not fit: field, value, remedy.
@@ -48,6 +49,7 @@ def check_reward_model(field: str, config: RewardModelConfig) -> dict[str, str]:
     try:
         if isinstance(config, CheckpointConfig):
             _check_checkpoint(config)
+            digests["model"] = find_digest(LLMConfig(model=config.model, revision=config.revision))
         elif isinstance(config, FunctionRewardConfig):
             file = _check_function(config, Path.cwd())
             digests["module"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -121,7 +123,7 @@ def _check_function(config: FunctionRewardConfig, folder: Path) -> Path:
 
 
 def _check_server(config: HttpRewardConfig) -> None:
-    api_key(config)
+    read_api_key(config.api_key_env)
     parts = urlsplit(config.url)
     assert parts.hostname is not None, "the settings are checked"
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
 from mara.common.files import flush_to_disk, write_whole
 from mara.deploy.config import AgentUse, RunConfig
-from mara.deploy.config_file import dump_config, load_config, make_settings
+from mara.deploy.config_file import dump_config, load_config, make_settings, read_content
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
@@ -206,8 +205,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{folder} does not exist; give the folder of a run, which `mara train` makes")
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
-    with contextlib.suppress(OSError, ValueError):  # load_config says what is wrong with the file
-        _check_resolved(folder / CONFIG_FILE, (folder / CONFIG_FILE).read_text())
+    check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))
     return load_config(folder / CONFIG_FILE, overrides)
 
 
@@ -224,11 +222,11 @@ def load_use(folder: Path, overrides: Sequence[str] = ()) -> AgentUse:
         content = _use_on_card(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"agent: {path} cannot be read ({error}); fetch it again") from error
-    _check_resolved(path, json.dumps(content))
+    check_resolved(path, content)
     return make_settings(AgentUse, content, overrides, folder)
 
 
-def _check_resolved(path: Path, text: str) -> None:
+def check_resolved(path: Path, content: Any) -> None:
     """Refuse settings that name variables of the environment, as a configuration to start with may.
 
     In a file from somebody else they would hand a secret over: as part of the name of a model that is then
@@ -237,8 +235,23 @@ def _check_resolved(path: Path, text: str) -> None:
     Raises:
         UserError: there is one.
     """
-    if "${" in text:
+    # Of what was read: in the file itself a character may be written in other ways.
+    if any("${" in text for text in _texts(content)):
         raise UserError(f"{path} has ${{…}} in a setting, which a saved one has not; write the value there")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Every key and value that is text."""
+    match content:
+        case str():
+            yield content
+        case dict():
+            for key, value in content.items():
+                yield str(key)
+                yield from _texts(value)
+        case list():
+            for value in content:
+                yield from _texts(value)
 
 
 def _use_on_card(card: dict[str, Any]) -> dict[str, Any]:

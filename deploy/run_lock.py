@@ -38,7 +38,8 @@ def hold_run(
         UserError: another process holds it, or its file system has no locks.
         OSError: it cannot be written.
     """
-    deadline = time.monotonic() + wait_s
+    # Somebody who only looks holds it for a moment.
+    deadline = time.monotonic() + max(wait_s, 2 * _LOOK_S)
     path = folder / LOCK
     while (descriptor := _take(path)) is None:
         if time.monotonic() >= deadline:

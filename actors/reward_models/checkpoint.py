@@ -294,7 +294,12 @@ def _unfit(
 def _longest(config: CheckpointConfig, model: Any) -> int:
     """``max_length``, or the model's own bound if that is lower."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(config.max_length, own) if isinstance(own, int) and own > 0 else config.max_length
+    if not isinstance(own, int) or own <= 0:
+        return config.max_length
+    # RoBERTa and its kin count positions from behind the padding's.
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return min(config.max_length, own if padding is None else own - padding - 1)
 
 
 def _unused_id(rows: Sequence[Encoded]) -> int:

@@ -26,12 +26,16 @@ class FunctionRewardModel:
 
         Raises:
             ValueError: it gave another number of scores than it was asked for.
+            RuntimeError: it wanted to end the process.
             Exception: whatever it raised.
         """
         scores: list[float] = []
         for start in range(0, len(conversations), self._batch_size):
             batch = conversations[start : start + self._batch_size]
-            found = self._function([c.prompt for c in batch], [c.response for c in batch])
+            try:
+                found = self._function([c.prompt for c in batch], [c.response for c in batch])
+            except SystemExit as error:
+                raise RuntimeError(f"the function exits with status {error}") from error
             values = [float(score) for score in found]
             if len(values) != len(batch):
                 raise ValueError(f"the function gave {len(values)} scores for {len(batch)} conversations")

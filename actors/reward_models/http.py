@@ -152,26 +152,24 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def api_key(config: HttpRewardConfig) -> str | None:
-    """The key in the environment variable that ``config`` names; None if it names none.
+def read_api_key(variable: str | None) -> str | None:
+    """The key in that variable of the environment, fit for a header; None if none is named.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: the variable is not set, or holds something else. The key is never shown.
     """
-    if config.api_key_env is None:
+    if variable is None:
         return None
-    key = os.environ.get(config.api_key_env, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
-        raise UserError(
-            f"api_key_env={config.api_key_env}: this variable is not set; export it, or leave it out"
-        )
+        raise UserError(f"api_key_env={variable}: this variable is not set; export it, or leave it out")
     if not key.isascii() or not key.isprintable():
-        raise UserError(f"api_key_env={config.api_key_env}: this variable holds no key; look at it")
+        raise UserError(f"api_key_env={variable}: this variable holds no key; look at it")
     return key
 
 
 def _headers(config: HttpRewardConfig) -> dict[str, str]:
-    key = api_key(config)
+    key = read_api_key(config.api_key_env)
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mara.actors.adapters import ADAPTER_WEIGHTS, check_adapter
+from mara.actors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from mara.actors.config import LLMConfig
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
-from mara.common.agent import WEIGHTS_FILE, load_agent
+from mara.common.agent import CARD_FILE, WEIGHTS_FILE, load_agent
 from mara.common.errors import UserError
 from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
 from mara.deploy.comparison.config import (
@@ -29,8 +29,9 @@ from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
 from mara.deploy.hub import digest_of_prompts
-from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.model_shape import find_digest, find_hidden_size
 from mara.deploy.preflight import check_cache, check_context, check_writable
+from mara.deploy.reward_models import WITHOUT_MEANING
 from mara.deploy.run_folder import agent_folder, check_agent
 
 FREE_TO_CHANGE = {
@@ -47,6 +48,8 @@ FREE_TO_CHANGE = {
     "name",
 }
 """Settings that decide how a comparison is made and shown, not what it finds."""
+FREE_OF_JUDGES = (WITHOUT_MEANING | {"concurrency"}) - {"weight"}
+"""The same of each judge. A weight's sign says what is better, and best of n goes by its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,11 @@ def check(
         say("checking the judges' endpoints")
     for name, judge in config.llm_judges.items():
         make_llm_judge(name, judge).check()
-    settings = _flat(json.loads(config.model_dump_json(exclude=FREE_TO_CHANGE)))
+    content = json.loads(config.model_dump_json(exclude=FREE_TO_CHANGE))
+    for judge in content["judges"].values():
+        for name in FREE_OF_JUDGES:
+            judge.pop(name, None)
+    settings = _flat(content)
     return Checked(prompts, given, {"settings": settings, "digests": digests}, unpacks_llm)
 
 
@@ -152,7 +159,7 @@ def _check_devices(config: ComparisonConfig) -> None:
 def _check_systems(config: ComparisonConfig) -> dict[str, str]:
     """Every system can be made; SHA-256 of what its answers depend on, by setting."""
     hidden_size = _check_llm(config.llm, config)
-    digests: dict[str, str] = {}
+    digests = {"llm": find_digest(config.llm)}
     for name, system in config.systems.items():
         field = f"systems.{name}"
         if isinstance(system, AgentSystem):
@@ -163,10 +170,12 @@ def _check_systems(config: ComparisonConfig) -> dict[str, str]:
             llm, adapter = config.llm_of(name)
             if llm != config.llm:
                 _in_field(f"{field}.model", lambda llm=llm: _check_llm(llm, config))  # type: ignore[misc]
+                digests[f"{field}.model"] = find_digest(llm)
             if adapter is not None:
                 check_adapter(adapter, f"{field}.adapter")
                 weights = next(adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file())
-                digests[f"{field}.adapter"] = _digest(weights.read_bytes())
+                content = weights.read_bytes() + (adapter / ADAPTER_CONFIG).read_bytes()
+                digests[f"{field}.adapter"] = _digest(content)
     return digests
 
 
@@ -183,7 +192,7 @@ def _check_agent(field: str, system: AgentSystem, config: ComparisonConfig, hidd
     _, card = _in_field(f"{field}.path", lambda: load_agent(folder, hidden_size))
     warn_of_untrained(card)
     warn_of_other_use(card, AgentUse(llm=config.llm, decoding=system.steering(config.decoding)))
-    return _digest((folder / WEIGHTS_FILE).read_bytes())
+    return _digest((folder / WEIGHTS_FILE).read_bytes() + (folder / CARD_FILE).read_bytes())
 
 
 def _check_judges(config: ComparisonConfig) -> dict[str, str]:

@@ -163,8 +163,10 @@ class LLMJudgeConfig(Config):
     def _address(self) -> LLMJudgeConfig:
         if not re.match("https?://", self.url):
             raise ValueError(f"url={self.url} is not an address; give one such as http://localhost:8000/v1")
-        if may_hold_password(self.url):
-            raise ValueError("url has a password in it; give the key in a variable that api_key_env names")
+        if may_hold_password(self.url) or "?" in self.url:
+            raise ValueError(
+                "url must have no password or options; give the key in a variable that api_key_env names"
+            )
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mara.actors.llm import LLM
 from mara.actors.llm_judge import LLMJudge
 from mara.actors.reading import Reading, read_responses
 from mara.actors.reward_models.config import RewardModelConfig
+from mara.actors.reward_models.http import read_api_key
 from mara.actors.reward_models.loading import load_reward_model
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.errors import UserError
@@ -131,17 +131,13 @@ def make_llm_judge(name: str, config: LLMJudgeConfig) -> LLMJudge:
     """The judge, with its key from the environment.
 
     Raises:
-        UserError: the variable that should have the key is not set.
+        UserError: the variable that should have the key is not set, or holds none.
     """
     field = f"judges.{name}"
-    key = None
-    if config.api_key_env is not None:
-        key = os.environ.get(config.api_key_env)
-        if not key:
-            raise UserError(
-                f"{field}.api_key_env: the variable {config.api_key_env} is not set; put the "
-                f"key of {config.url} there"
-            )
+    try:
+        key = read_api_key(config.api_key_env)
+    except UserError as error:
+        raise UserError(f"{field}.{error}") from error
     return LLMJudge(
         url=config.url,
         model=config.model,

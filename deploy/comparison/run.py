@@ -31,7 +31,7 @@ from mara.deploy.comparison.plan import Planner
 from mara.deploy.comparison.report import make_report
 from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.verdicts import Pair, Verdicts
-from mara.deploy.config_file import dump_comparison, load_comparison
+from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
 from mara.deploy.exchange import check_out
 from mara.deploy.exit import RunFailed
@@ -39,7 +39,7 @@ from mara.deploy.fleet import Rates
 from mara.deploy.process import LOADING
 from mara.deploy.progress import Progress, StoppedEarly
 from mara.deploy.ray_head import open_cluster
-from mara.deploy.run_folder import CONFIG_FILE, LOGS, fill_folder, make_folder
+from mara.deploy.run_folder import CONFIG_FILE, LOGS, check_resolved, fill_folder, make_folder
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.deploy.signals import StopSignal
 
@@ -63,6 +63,7 @@ def resumed_settings(folder: Path, overrides: Sequence[str]) -> ComparisonConfig
         UserError: it is no such folder, or a setting is wrong.
     """
     check_resumed(folder)
+    check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))
     return load_comparison(folder / CONFIG_FILE, overrides)
 
 
@@ -78,6 +79,20 @@ def check_resumed(folder: Path) -> None:
                 f"--resume={folder} has no {name}; give the folder of a comparison that "
                 "`mara eval CONFIG` began"
             )
+
+
+def check_same(folder: Path, checked: Checked) -> None:
+    """What is compared is what the comparison in ``folder`` began with.
+
+    Raises:
+        UserError: it is not.
+    """
+    before = json.loads((folder / RECORD).read_text())
+    if changed := changes(before, checked.identity):
+        raise UserError(
+            f"--resume={folder}: what was found there belongs to another comparison "
+            f"({'; '.join(changed)}); start a new one, or undo that"
+        )
 
 
 def compare(config: ComparisonConfig, place: Place) -> None:
@@ -138,12 +153,7 @@ def _take_folder(config: ComparisonConfig, checked: Checked, place: Place) -> It
         folder = _new_folder(config, checked, place.out)
     else:
         folder = place.resumed.resolve()
-        before = json.loads((folder / RECORD).read_text())
-        if changed := changes(before, checked.identity):
-            raise UserError(
-                f"--resume={place.resumed}: what was found there belongs to another comparison "
-                f"({'; '.join(changed)}); start a new one, or undo that"
-            )
+        check_same(folder, checked)
     with hold_run(folder, 0.0 if place.resumed is None else PREDECESSOR_S):
         yield folder
 

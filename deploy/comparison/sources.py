@@ -49,6 +49,8 @@ class GivenAnswers:
         self._path, self._field = path, field
         self._by_id: dict[str, str] = {}
         self._by_prompt: dict[str, str] = {}
+        self._asked: dict[str, str] = {}
+        """The prompt that each id stood for where it was looked up."""
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
@@ -80,6 +82,13 @@ class GivenAnswers:
             UserError: one is missing.
         """
         found = [self._by_prompt.get(prompt.prompt, self._by_id.get(prompt.id)) for prompt in prompts]
+        by_id = [p for p in prompts if p.prompt not in self._by_prompt and p.id in self._by_id]
+        for prompt in by_id:
+            if self._asked.setdefault(prompt.id, prompt.prompt) != prompt.prompt:
+                raise UserError(
+                    f"{self._field}: {self._path}: the id {prompt.id!r} stands for other prompts in two data "
+                    'sets; give the "prompt" of each response'
+                )
         missing = [prompt for prompt, response in zip(prompts, found, strict=True) if response is None]
         if missing:
             raise UserError(

@@ -104,6 +104,20 @@ def test_the_best_of_several_has_the_highest_score_of_all_that_were_drawn(llm):
     assert all(answer.score is None for answer in found if answer.question.system == "base")
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_of_equally_good_answers_the_first_drawn_is_taken_whichever_ends_first(llm, rows):
+    class Indifferent:
+        def score(self, conversations):
+            return torch.zeros(len(conversations))
+
+    def best(num: int, rows: int) -> list[str]:
+        system = System("sample", num_candidates=num, judge=Indifferent())
+        found = answerer(llm, {"best": system}, rows).answer(asked("best"))
+        return [answer.response for answer in sorted(found, key=lambda answer: answer.question.id)]
+
+    assert best(4, rows) == best(2, 1)
+
+
 def test_a_corrector_is_asked_its_own_text_and_counts_the_time_before(llm):
     raw = System("greedy", uses_chat_template=False)
     machine = answerer(llm, {"fix": raw, "plain": System("greedy")})

@@ -54,6 +54,12 @@ def test_what_the_orders_disagree_on_or_leave_open_is_a_tie(endpoint, text, verd
     assert (found.difference, found.verdicts, found.texts) == (0, verdicts, (text, text))
 
 
+def test_half_a_character_at_the_end_of_a_verdict_can_be_written_down(endpoint):
+    endpoint.answer = lambda question: (200, "[[A]] \ud83d")
+    (text, _) = judge(endpoint).compare("why?", "one", "two").texts
+    assert text.encode() == b"[[A]] ?"
+
+
 def test_the_last_verdict_counts():
     assert read_verdict("[[A]] would be hasty: [[b]]") == "B"
     assert read_verdict("") == "unclear"

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +35,11 @@ def test_a_function_scores_batches_in_order():
 def test_a_function_that_gives_another_number_of_scores_is_an_error():
     with pytest.raises(ValueError, match="gave 1 scores for 2"):
         FunctionRewardModel(lambda prompts, responses: [1.0], batch_size=2).score(CONVERSATIONS)
+
+
+def test_a_function_that_exits_ends_nothing_else():
+    with pytest.raises(RuntimeError, match="exits with status 3"):
+        FunctionRewardModel(lambda prompts, responses: sys.exit(3), 2).score(CONVERSATIONS)
 
 
 def test_a_function_is_found_in_a_file_of_the_folder(tmp_path):

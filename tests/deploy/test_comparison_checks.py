@@ -105,7 +105,15 @@ def test_an_endpoint_must_answer_and_have_its_key(dry_run: Invoke, monkeypatch: 
     monkeypatch.delenv("BIG_KEY", raising=False)
     assert_one_line(
         dry_run(*judge, "judges.big.api_key_env=BIG_KEY"),
-        "judges.big.api_key_env: the variable BIG_KEY is not",
+        "judges.big.api_key_env=BIG_KEY: this variable is not set",
+    )
+    monkeypatch.setenv("BIG_KEY", "s3cret\N{LEFT SINGLE QUOTATION MARK}")
+    result = dry_run(*judge, "judges.big.api_key_env=BIG_KEY")
+    assert_one_line(result, "judges.big.api_key_env=BIG_KEY: this variable holds no key")
+    assert "s3cret" not in result.output
+    assert_one_line(
+        dry_run("judges.big.kind=llm_judge", "judges.big.model=big", "judges.big.url=http://h/v1?key=s3cret"),
+        "url must have no password or options",
     )
 
 
@@ -130,6 +138,32 @@ def test_a_folder_that_is_no_comparison_cannot_be_resumed(
     assert_one_line(result, f"--resume={run} has no comparison.json")
 
 
+def test_a_comparison_of_somebody_else_reads_no_variable(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "s3cret")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "comparison.json").write_text("{}")
+    model = yaml.safe_load(path.read_text())["llm"]["model"]
+    (folder / "config.yaml").write_text(
+        path.read_text().replace(f"model: {model}", "model: x/${oc.env:TOKEN}")
+    )
+    result = CliRunner().invoke(app, ["eval", "--resume", str(folder)])
+    assert_one_line(result, "config.yaml has ${…} in a setting")
+    assert "s3cret" not in result.output
+
+
+def test_a_dry_run_of_resuming_checks_that_it_is_the_same_comparison(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    shutil.copy(path, folder / "config.yaml")
+    (folder / "comparison.json").write_text(json.dumps(check(load_comparison(path)).identity))
+    resume = ["eval", str(path), "--resume", str(folder), "--dry-run"]
+    assert CliRunner().invoke(app, resume).exit_code == 0
+    assert_one_line(CliRunner().invoke(app, [*resume, "seed=9"]), "another comparison (seed is another)")
+
+
 def test_a_folder_that_is_in_use_is_not_taken_for_a_new_one(path: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", str(path), "--out", str(tmp_path)])
     assert_one_line(result, f"--out={tmp_path} is not empty")
@@ -150,6 +184,7 @@ def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path
         "seed is another",
     ]
     assert "systems.new.kind is another" in changed("systems.new.kind=llm")
+    assert changed("judges.cost.weight=-2") == ["judges.cost.weight is another"]
     answers = path.parent / "answers.jsonl"
     answers.write_text(answers.read_text().replace("what so", "what no"))
     shutil.copy(path.parent / "helpful" / "head.safetensors", path.parent / "cost" / "head.safetensors")
@@ -157,9 +192,19 @@ def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+    (llm_weights,) = Path(config.llm.model).glob("*.safetensors")
+    content = bytearray(llm_weights.read_bytes())
+    content[-1] ^= 1
+    llm_weights.write_bytes(content)
     prompts = path.parent / "held_out.jsonl"
     prompts.write_text(prompts.read_text().replace('"what"', '"why", "category": "x"'))
     assert changed() == [
         f"the content of {name} has changed"
-        for name in ("systems.mara.path", "systems.theirs.path", "judges.cost.path", "datasets.held_out")
+        for name in (
+            "llm",
+            "systems.mara.path",
+            "systems.theirs.path",
+            "judges.cost.path",
+            "datasets.held_out",
+        )
     ]

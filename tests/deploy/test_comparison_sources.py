@@ -96,6 +96,10 @@ def test_answers_are_found_by_prompt_or_id(tmp_path: Path) -> None:
         {"id": "a", "prompt": "how?", "response": "2"},
     )
     assert answers.to("mine", [Prompt("a", "how?")]) == ["2"]
+    answers = given(path, {"id": "a", "response": "because"})
+    assert answers.to("mine", [Prompt("a", "why?")]) == answers.to("same", [Prompt("a", "why?")])
+    with pytest.raises(UserError, match="the id 'a' stands for other prompts in two data sets"):
+        answers.to("other", [Prompt("a", "how?")])
 
 
 @pytest.mark.parametrize(

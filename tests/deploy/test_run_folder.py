@@ -163,12 +163,13 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"time_s": 1.0}]
 
 
+@pytest.mark.parametrize("model", ["x/${oc.env:TOKEN}", r'"\x24{oc.env:TOKEN}"', r'"$\x7boc.env:TOKEN}"'])
 def test_a_run_folder_of_somebody_else_reads_no_variable(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.setenv("TOKEN", "secret")
-    text = dump_config(config).replace(f"model: {config.llm.model}", "model: x/${oc.env:TOKEN}")
-    assert "${" in text
+    text = dump_config(config).replace(f"model: {config.llm.model}", f"model: {model}")
+    assert model in text
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml has \$\{…\} in a setting") as caught:
         load_run(tmp_path)

@@ -230,7 +230,7 @@ def check_resolved(path: Path, content: Any) -> None:
     """Refuse settings that name variables of the environment, as a configuration to start with may.
 
     In a file from somebody else they would hand a secret over: as part of the name of a model that is then
-    asked for, say.
+    asked for, say. It is no protection from reward functions and servers that a run folder names.
 
     Raises:
         UserError: there is one.

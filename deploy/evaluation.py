@@ -27,6 +27,7 @@ from mara.common.files import write_whole
 from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
 from mara.deploy.config import AgentUse, is_of_hub
 from mara.deploy.console import say
+from mara.deploy.finished_run import MUCH_FORCED
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
@@ -276,6 +277,11 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
         f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
         "tokens were forced (all others rejected)."
     )
+    if report.forced_share > MUCH_FORCED:
+        console.print(
+            "So many are a sign of too little training: train it longer (learner.num_episodes).",
+            highlight=False,
+        )
     if report.accepted_ranks[0] == 1.0:
         console.print(
             "The agent accepted the LLM's first candidate everywhere: its answers are the LLM's own. "

@@ -96,11 +96,12 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
 
 
 def _check_function(config: FunctionRewardConfig, folder: Path) -> Path:
-    """The file of the function's module, imported in a process of its own: it may bring in anything."""
+    """The file of the function's module. It is imported, and the function called with two short answers, in
+    a process of its own: it may bring in anything."""
     code = (
-        "import sys; from pathlib import Path; from mara.actors.reward_models.function import load_function\n"
+        "import sys; from pathlib import Path; from mara.actors.reward_models.function import try_function\n"
         "from mara.common.errors import UserError\n"
-        "try: load_function(sys.argv[1], Path(sys.argv[2]))\n"
+        "try: try_function(sys.argv[1], Path(sys.argv[2]))\n"
         "except UserError as error: sys.exit(f'\\n{error}')\n"
         "print('\\n' + sys.modules[sys.argv[1].partition(':')[0]].__file__)\n"
     )
@@ -113,8 +114,8 @@ def _check_function(config: FunctionRewardConfig, folder: Path) -> Path:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"function: the module of {config.function!r} is not imported within {IMPORT_S:g} s; do "
-            "less there"
+            f"function: {config.function!r} is not imported and has not scored two short answers within "
+            f"{IMPORT_S:g} s; do less there"
         ) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"its import ended with status {done.returncode}"]

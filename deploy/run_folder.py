@@ -183,6 +183,8 @@ def check_agent(folder: Path) -> None:
     Raises:
         UserError: it has not: it goes on still, or ended before.
     """
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; give the folder of a run or of an exported agent")
     if not agent_folder(folder).is_dir():
         raise UserError(
             f"{folder.resolve()} has no agent: its run has not saved one yet, or ended before it could; "

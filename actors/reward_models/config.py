@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Literal
 from urllib.parse import urlsplit
@@ -103,8 +104,16 @@ class FunctionRewardConfig(RewardModelConfig):
     """A Python function of yours: ``(prompts: list[str], responses: list[str])`` → one number for each."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """``MODULE:FUNCTION``: an installed module, or a file in the folder that mara is started in."""
+    function: str
+    """``MODULE:FUNCTION``: an installed module, or a file in the folder that mara is started in, without its
+    ``.py``. It is called with two short answers before a run starts."""
+
+    @field_validator("function")
+    @classmethod
+    def _module_and_function(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            raise ValueError(f"{name!r} is no MODULE:FUNCTION such as my_rewards:score; give one")
+        return name
 
 
 class HttpRewardConfig(RewardModelConfig):

@@ -15,6 +15,12 @@ from mara.common.errors import UserError
 ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
+TRIAL = (
+    Conversation("Why is the sky blue?", "Because air scatters blue light more than red light."),
+    Conversation("How do I boil an egg?", "Put it into boiling water for seven minutes."),
+)
+
+
 class FunctionRewardModel:
     """Calls ``function(prompts, responses)`` for batches of at most ``batch_size``."""
 
@@ -43,6 +49,24 @@ class FunctionRewardModel:
         return torch.tensor(scores, dtype=torch.float32)
 
 
+def try_function(name: str, folder: Path) -> None:
+    """Load the function ``MODULE:FUNCTION`` and have it score two short answers.
+
+    Raises:
+        UserError: it cannot be loaded, raises, or gives something else than a number for each.
+    """
+    model = FunctionRewardModel(load_function(name, folder), len(TRIAL))
+    try:
+        scores_B = model.score(TRIAL)
+    except Exception as error:  # It can fail in any way.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"function: {name!r} fails with two short answers ({type(error).__name__}: {reason}); mend it"
+        ) from error
+    if not scores_B.isfinite().any():
+        raise UserError(f"function: {name!r} gives two short answers no finite score; mend it")
+
+
 def load_function(name: str, folder: Path) -> ScoreFunction:
     """The function ``MODULE:FUNCTION``; modules are looked for in ``folder``, too, after those installed.
 
@@ -58,7 +82,7 @@ def load_function(name: str, folder: Path) -> ScoreFunction:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"function: the module of {name!r} cannot be imported ({type(error).__name__}: {reason}); name "
-            f"an installed module, or a file in {folder}"
+            f"an installed module, or a file in {folder} without its .py"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -81,7 +81,7 @@ def test_the_checks_find_prompts_and_answers(path: Path) -> None:
     ("override", "parts"),
     [
         ("datasets.held_out.path=none.jsonl", ["datasets.held_out.path: ", "none.jsonl cannot be read"]),
-        ("systems.mara.path=nowhere", ["systems.mara.path: ", "nowhere has no agent"]),
+        ("systems.mara.path=nowhere", ["systems.mara.path: ", "nowhere does not exist"]),
         ("systems.theirs.path=none", ["systems.theirs.path: ", "cannot be read"]),
         ("systems.base.model=./none", ["systems.base.model: none has no config.json"]),
         ("systems.base.adapter=nowhere", ["systems.base.adapter: ", "has no adapter_config.json"]),
@@ -125,6 +125,7 @@ def test_options_of_comparisons_do_not_go_with_runs(tiny_run: tuple[Path, RunCon
     result = CliRunner().invoke(app, ["eval", str(path), "--out", "x", "--resume", "y"])
     assert_one_line(result, "--out makes a new folder, --resume goes on in one")
     assert_one_line(CliRunner().invoke(app, ["eval"]), "missing argument 'RUN|CONFIG'")
+    assert_one_line(CliRunner().invoke(app, ["eval", "compar"]), "no configuration; did you mean compare?")
     assert_one_line(CliRunner().invoke(app, ["eval", "compar.yaml"]), "no file 'compar.yaml'")
     assert_one_line(CliRunner().invoke(app, ["eval", "quickstart"]), "describes a training")
     assert_one_line(CliRunner().invoke(app, ["train", "compare"]), "describes a comparison")

@@ -203,6 +203,8 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
     assert error_of(path).startswith("llm.model is missing; add it")
     path.write_text("llm: {model: m}\nprompts: {train: x}\n")
     assert error_of(path) == "rewards is missing; add it to the configuration or give rewards.NAME.path=VALUE"
+    path.write_text("llm: {model: m}\nrewards: {a: {path: x, weight: 1.0}}\n")
+    assert error_of(path) == "prompts is missing; add it to the configuration or give prompts.train=VALUE"
 
 
 def test_no_rewards_at_all_is_a_mistake(tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_settings_are_read_without_torch_ray_or_transformers() -> None:
         (["kind=beaver", "modle=m", "model=m"], ["did you mean rewards.cost.model?"]),
         (["kind=beaver", "model=m", "max_length=0"], ["rewards.cost.max_length=0: must be greater than"]),
         (["kind=sequence_classifier", "model=m", "template={x}"], ["cost: template '{x}' is not usable"]),
-        (["kind=function", "function=f"], ['rewards.cost.function="f": must match']),
+        (["kind=function", "function=f"], ["rewards.cost.function: 'f' is no MODULE:FUNCTION"]),
         (["kind=http", "url=host"], ["rewards.cost.url: url is not the address of a server"]),
         (["kind=http", "url=http://h/", "protocol=v"], ["allowed are 'mara', 'vllm_score' or 'classify'"]),
         (["path=x", "model=m"], ["rewards.cost.model is not a setting of kind head"]),

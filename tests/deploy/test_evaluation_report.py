@@ -51,6 +51,12 @@ def make_report() -> EvaluationReport:
     )
 
 
+def test_many_forced_tokens_are_told_with_the_remedy(capsys):
+    for share, is_told in ((0.25, False), (0.26, True)):
+        print_report(replace(make_report(), forced_share=share), top_k=5, num_samples=0)
+        assert ("train it longer (learner.num_episodes)" in capsys.readouterr().out) == is_told
+
+
 def test_the_report_for_programs_has_the_agreed_form():
     content = json.loads(json.dumps(report_json(make_report(), "prompts_eval")))
     (pair,) = content["pairs"]

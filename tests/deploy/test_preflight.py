@@ -543,6 +543,10 @@ def save_classifier(folder: Path, llm_folder: Path, **settings: object) -> None:
         (["kind=function", "function=no_such_module:f"], ["rewards.mine.function: ", "No module named"]),
         (["kind=function", "function=json:no_such"], ["rewards.mine.function: ", "no function 'no_such'"]),
         (["kind=function", "function=broken_judge_here:f"], ["rewards.mine.function: ", "(SystemExit: out)"]),
+        (["kind=function", "function=bad_judges:boom"], ["'bad_judges:boom' fails", "(KeyError: 'why')"]),
+        (["kind=function", "function=bad_judges:one"], ["gave 1 scores for 2 conversations"]),
+        (["kind=function", "function=bad_judges:nan"], ["gives two short answers no finite score"]),
+        (["kind=function", "function=bad_judges:leave"], ["the function exits with status 0"]),
         (["kind=http", "url=http://127.0.0.1:1/"], ["rewards.mine.url: nothing answers at 127.0.0.1:1"]),
         (["kind=http", "url=URL", "api_key_env=NO_SUCH_KEY"], ["rewards.mine.api_key_env=NO_SUCH_KEY"]),
         (["kind=sequence_classifier", "model=GOOD", "template={q}"], ["rewards.mine: template '{q}'"]),
@@ -558,6 +562,12 @@ def test_a_reward_model_that_cannot_be_used_is_one_line_before_anything_loads(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_judge_here.py").write_text("raise SystemExit('out')\n")
+    (tmp_path / "bad_judges.py").write_text(
+        "def boom(prompts, responses): raise KeyError('why')\n"
+        "def one(prompts, responses): return [0.0]\n"
+        "def nan(prompts, responses): return [float('nan')] * len(prompts)\n"
+        "def leave(prompts, responses): raise SystemExit(0)\n"
+    )
     save_classifier(tmp_path / "GOOD", llm_folder)
     save_classifier(tmp_path / "TWO", llm_folder, id2label={"0": "a", "1": "b"})
     save_classifier(tmp_path / "BERT", llm_folder, model_type="bert")

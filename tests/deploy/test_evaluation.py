@@ -218,6 +218,8 @@ def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(
     assert result.exit_code == 2 and "decoding.gate.min_confidence changes nothing here" in result.output
 
 
+LATER = "def score(p, r):\n    if 'sky' in p[0]: return [0.0] * len(p)\n"
+"""A function that answers when it is tried, before anything else is loaded."""
 JUDGE = "def score(prompts, responses): return [len(p) + len(r) / 64 for p, r in zip(prompts, responses)]\n"
 
 
@@ -240,9 +242,9 @@ def test_rewards_that_are_no_heads_are_compared_by_as_well(tiny_run, tmp_path, m
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("def score(p, r): raise OSError('no\\nmore')", r"rewards\.letters: no scores \(no\)"),
+        (f"{LATER}    raise OSError('no\\nmore')", r"rewards\.letters: no scores \(no\)"),
         (
-            "def score(p, r): return [float('nan')] * len(p)",
+            f"{LATER}    return [float('nan')] * len(p)",
             r"rewards\.letters: the answer of 'base' .* finite",
         ),
     ],

@@ -17,7 +17,7 @@ from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
 
 Start = Callable[..., Any]
-NUM_PROMPTS = 60
+NUM_PROMPTS = 28
 
 pytestmark = pytest.mark.timeout(400)
 

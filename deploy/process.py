@@ -7,6 +7,7 @@ one thread while ``report`` and ``stop`` are answered in others.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -31,6 +32,29 @@ LEARNER = "learner"
 """Name of the process of the learner."""
 REWARD_PREFIX = "reward-"
 """How the names of the processes of reward models begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How the process of a handle ended."""
+
+    result: Any = None
+    """What ``run`` returned, if it did."""
+    error: BaseException | None = None
+    """What ``run`` raised; None if it returned or the process died."""
+    trace: str = ""
+    """The traceback of ``error`` in its process."""
+    died: bool = False
+    """The process is gone."""
+
+    def tell(self, name: str, log_file: Path) -> str:
+        """What happened to the process ``name``, its first line; the traceback goes into ``log_file``."""
+        if self.error is None:
+            return f"{name} {'died' if self.died else 'ended by itself'}"
+        with contextlib.suppress(OSError), log_file.open("a") as log:  # The disk may be full.
+            log.write(self.trace.rstrip() + "\n")
+        first_line = (str(self.error).strip() or "no message").splitlines()[0]
+        return f"{name} failed: {type(self.error).__name__}: {first_line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ The learner is not replaced: its death ends the run, which keeps its last checkp
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,14 @@ from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
-from mara.deploy.process import RUNNING, WAITING
+from mara.deploy.process import RUNNING, WAITING, Ended
 from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RemoteModel, RolloutSpec
 from mara.deploy.run_folder import what_is_saved
 from mara.learner.loop import LearnerSummary
 
 if TYPE_CHECKING:
-    from mara.deploy.topology import Ended, Handle, RewardHandle
+    from mara.deploy.topology import Handle, RewardHandle
 
 SILENT_AFTER_S = 30.0
 
@@ -220,7 +219,7 @@ class Supervisor:
             raise self._failure(
                 member, ended, f"{limit} rollout actors were replaced already (ray.max_actor_restarts)"
             )
-        why = self._why(member, ended)
+        why = ended.tell(member.handle.name, member.spec.log_file)
         if member.handle.report is not None:
             self._retired.append(member.handle.report.metrics)
         member.handle.kill()
@@ -232,16 +231,8 @@ class Supervisor:
     def _failure(self, member: _Member, ended: Ended, consequence: str) -> BaseException:
         if ended.error is not None and isinstance(ended.error, UserError):
             return ended.error
-        return RunFailed(f"{self._why(member, ended)}; {consequence}; see {member.spec.log_file}")
-
-    def _why(self, member: _Member, ended: Ended) -> str:
-        """First line of what happened; the traceback goes into the process's log."""
-        if ended.error is None:
-            return f"{member.handle.name} {'died' if ended.died else 'ended by itself'}"
-        with contextlib.suppress(OSError), member.spec.log_file.open("a") as log:  # The disk may be full.
-            log.write(ended.trace.rstrip() + "\n")
-        first_line = (str(ended.error).strip() or "no message").splitlines()[0]
-        return f"{member.handle.name} failed: {type(ended.error).__name__}: {first_line}"
+        why = ended.tell(member.handle.name, member.spec.log_file)
+        return RunFailed(f"{why}; {consequence}; see {member.spec.log_file}")
 
     def _check_silence(self, member: _Member) -> None:
         """Warn once of a process that does not answer; give up on one that never got a place."""

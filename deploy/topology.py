@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -27,7 +26,7 @@ from mara.deploy.comparison.host import ComparisonHost
 from mara.deploy.comparison.host import HostSpec as ComparisonSpec
 from mara.deploy.config import RunConfig
 from mara.deploy.learner_host import LearnerHost, LearnerSpec
-from mara.deploy.process import RUNNING, Report
+from mara.deploy.process import RUNNING, Ended, Report
 from mara.deploy.reward_host import RewardHost, RewardSpec
 from mara.deploy.rollout_host import RolloutHost, RolloutSpec
 
@@ -39,20 +38,6 @@ ASK_S = 0.5
 """How often a process that loads is asked whether it has done so, seconds."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How the process of a handle ended."""
-
-    result: Any = None
-    """What ``run`` returned, if it did."""
-    error: BaseException | None = None
-    """What ``run`` raised; None if it returned or the process died."""
-    trace: str = ""
-    """The traceback of ``error`` in its process."""
-    died: bool = False
-    """The process is gone."""
 
 
 class Handle:

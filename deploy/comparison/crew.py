@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -13,10 +12,10 @@ from mara.common.errors import UserError
 from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.comparison.host import HostSpec, Model, Work
 from mara.deploy.exit import RunFailed
-from mara.deploy.process import LOADING
+from mara.deploy.process import LOADING, Ended
 
 if TYPE_CHECKING:
-    from mara.deploy.topology import Ended, Handle
+    from mara.deploy.topology import Handle
 
 SILENT_AFTER_S = 60.0
 
@@ -139,7 +138,7 @@ class Crew:
 
     def _replaced(self, member: _Member, ended: Ended) -> _Member:
         """A new process in the place of one that ended. What it had not handed in goes back in line."""
-        why = self._why(member, ended)
+        why = ended.tell(member.spec.name, member.spec.log_file)
         if ended.error is not None and isinstance(ended.error, UserError):
             raise ended.error
         if ended.error is not None and member.num_chunks == 0 and not member.done:
@@ -174,15 +173,6 @@ class Crew:
                 f"see {member.spec.log_file}"
             )
         self._waiting.appendleft(left)
-
-    def _why(self, member: _Member, ended: Ended) -> str:
-        """First line of what happened; the traceback goes into the process's log."""
-        if ended.error is None:
-            return f"{member.spec.name} {'died' if ended.died else 'ended by itself'}"
-        with contextlib.suppress(OSError), member.spec.log_file.open("a") as log:  # The disk may be full.
-            log.write(ended.trace.rstrip() + "\n")
-        first_line = (str(ended.error).strip() or "no message").splitlines()[0]
-        return f"{member.spec.name} failed: {type(ended.error).__name__}: {first_line}"
 
     def _check_silence(self, member: _Member) -> None:
         """Warn once of a process that does not answer; give up where none ever got a place."""

@@ -13,11 +13,11 @@ from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
-from mara.deploy.process import LOADING, RUNNING, Report
+from mara.deploy.process import LOADING, RUNNING, Ended, Report
 from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RolloutSpec
 from mara.deploy.supervisor import Supervisor
-from mara.deploy.topology import Ended, learner_gpus
+from mara.deploy.topology import learner_gpus
 from mara.learner.loop import LearnerSummary
 
 SUMMARY = LearnerSummary(1, 1, 2, 3, 4, 0.0, 0.5, 6.0, stopped=False)

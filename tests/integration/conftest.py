@@ -140,6 +140,18 @@ class Mara:
     def text(self) -> str:
         return self.output.read_text()
 
+    @property
+    def run_folder(self) -> Path:
+        """Of the training, which has said it."""
+        line = next(line for line in self.text.splitlines() if line.startswith("run folder: "))
+        return Path(line.removeprefix("run folder: "))
+
+    def records(self) -> list[dict[str, float]]:
+        """What the training has recorded so far."""
+        if "run folder: " not in self.text:
+            return []
+        return [json.loads(line) for line in (self.run_folder / "metrics.jsonl").read_text().splitlines()]
+
     def wait(self, timeout_s: float = 180) -> int:
         """Wait for the end; the exit status."""
         try:

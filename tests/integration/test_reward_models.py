@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -37,18 +36,6 @@ def save_classifier(folder: Path, llm: Path) -> None:
     AutoTokenizer.from_pretrained(llm).save_pretrained(folder)
 
 
-def run_folder(text: str) -> Path:
-    line = next(line for line in text.splitlines() if line.startswith("run folder: "))
-    return Path(line.removeprefix("run folder: "))
-
-
-def records(command: Any) -> list[dict[str, float]]:
-    if "run folder: " not in command.text:
-        return []
-    path = run_folder(command.text) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def hosts_of(command: Any) -> list[psutil.Process]:
     return [p for p in command.processes() if p.name().startswith("ray::RewardHost")]
 
@@ -80,14 +67,16 @@ def test_a_reward_model_that_is_killed_comes_back_and_what_it_was_scoring_is_dro
         f"prompts.evaluation={world / 'prompts.jsonl'}",
         "wandb.mode=disabled",
     )
-    command.wait_until(lambda: records(command) and records(command)[-1]["episodes/total"] >= 40, "episodes")
+    command.wait_until(
+        lambda: command.records() and command.records()[-1]["episodes/total"] >= 40, "episodes"
+    )
     before = hosts_of(command)
     assert len(before) == 3
     judges = [p for p in before if "reward-words" in opened_log(p)]
     judges[0].kill()
     command.wait_until(lambda: "died and was started again" in command.text, "a new process")
-    total = records(command)[-1]["episodes/total"]
-    command.wait_until(lambda: records(command)[-1]["episodes/total"] > total + 100, "more episodes")
+    total = command.records()[-1]["episodes/total"]
+    command.wait_until(lambda: command.records()[-1]["episodes/total"] > total + 100, "more episodes")
     command.wait_until(lambda: len(hosts_of(command)) == 3, "three processes again")
     command.signal_group(signal.SIGINT)
 
@@ -95,8 +84,8 @@ def test_a_reward_model_that_is_killed_comes_back_and_what_it_was_scoring_is_dro
     assert command.left_running() == []
     assert "Traceback" not in command.text
     assert "answers it was to score are dropped" in command.text
-    folder = run_folder(command.text)
-    last = records(command)[-1]
+    folder = command.run_folder
+    last = command.records()[-1]
     assert last["rewards/restarted"] == 1 and last["actors/restarted"] == 0
     assert last["replay/dropped"] == last["replay/malformed"] == 0
     assert 0 < last["rollout/scores_failed"] < total

@@ -40,24 +40,11 @@ def ended_well(command: Any) -> Path:
     assert command.wait() == 0, command.text
     assert command.left_running() == []
     assert "Traceback" not in command.text
-    return run_folder(command.text)
-
-
-def run_folder(text: str) -> Path:
-    line = next(line for line in text.splitlines() if line.startswith("run folder: "))
-    return Path(line.removeprefix("run folder: "))
-
-
-def records(command: Any) -> list[dict[str, float]]:
-    """What the run has recorded so far."""
-    if "run folder: " not in command.text:
-        return []
-    path = run_folder(command.text) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return command.run_folder
 
 
 def is_training(command: Any) -> bool:
-    return any(record["learner/gradient_step"] >= 1 for record in records(command))
+    return any(record["learner/gradient_step"] >= 1 for record in command.records())
 
 
 def server_of(command: Any) -> psutil.Process:
@@ -96,7 +83,7 @@ def test_a_run_survives_the_deaths_of_an_actor_and_its_server_and_leaves_everyth
     folder = ended_well(command)
     assert "actor-0 died" in command.text or "actor-1 died" in command.text
     assert "the server for episodes and weights died and was started again; its data are kept" in command.text
-    check_metrics(records(command))
+    check_metrics(command.records())
     check_what_is_saved(folder, command.text)
     assert (folder / "replay" / "appendonlydir").is_dir()
     check_that_its_episodes_train_the_same_other_agent_every_time(folder, mara, tmp_path)
@@ -174,14 +161,14 @@ def test_a_run_survives_the_death_of_a_server_that_keeps_nothing_and_saves_its_a
         "the server for episodes and weights died and was started again; episodes that were unread are lost"
     )
     command.wait_until(lambda: lost in command.text, "a new server")
-    episodes = records(command)[-1]["episodes/total"]
-    command.wait_until(lambda: records(command)[-1]["episodes/total"] > episodes + 20, "more episodes")
+    episodes = command.records()[-1]["episodes/total"]
+    command.wait_until(lambda: command.records()[-1]["episodes/total"] > episodes + 20, "more episodes")
     command.signal_group(signal.SIGTERM)
 
     check_what_a_signal_leaves(command)
-    last = records(command)[-1]
+    last = command.records()[-1]
     assert last["actors/restarted"] == last["replay/malformed"] == last["replay/dropped"] == 0
-    assert not (run_folder(command.text) / "replay").exists()
+    assert not (command.run_folder / "replay").exists()
     assert "mara: warning: the saved agent is untrained: in the first 1000000 gradient steps" in command.text
 
 
@@ -189,7 +176,7 @@ def check_what_a_signal_leaves(command: Any) -> None:
     folder = ended_well(command)
     _, card = load_agent(folder / "agent", hidden_size=32)
     assert card["training"]["gradient_steps"] >= 1
-    assert records(command)[-1]["learner/gradient_step"] == card["training"]["gradient_steps"]
+    assert command.records()[-1]["learner/gradient_step"] == card["training"]["gradient_steps"]
     latest = folder.parent / "latest"
     assert latest.exists() == (card["training"]["policy_steps"] > 0)
     assert not latest.exists() or latest.resolve() == folder
@@ -212,15 +199,15 @@ def test_a_run_spreads_its_log_over_two_servers_and_saves_its_agent_at_ctrl_c(ma
             return [int(count or 0) for count in found]
 
         command.wait_until(lambda: min(counts()) > 0, "episodes on both servers")
-        command.wait_until(lambda: records(command)[-1]["episodes/total"] >= 100, "100 episodes")
+        command.wait_until(lambda: command.records()[-1]["episodes/total"] >= 100, "100 episodes")
         command.signal_group(signal.SIGINT)
         check_what_a_signal_leaves(command)
         assert written[1].keys("mara:*:weights") == []
-        record = (run_folder(command.text) / "replay.json").read_text()
+        record = (command.run_folder / "replay.json").read_text()
         assert record.count("***") == 2 and one.url not in record and other.url not in record
-    last = records(command)[-1]
+    last = command.records()[-1]
     assert last["weights/refused"] == last["replay/dropped"] == last["replay/malformed"] == 0
-    assert load_run(run_folder(command.text)).replay.num_shards == 2
+    assert load_run(command.run_folder).replay.num_shards == 2
 
 
 def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Start) -> None:
@@ -231,7 +218,7 @@ def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Sta
     assert command.wait() == 0, command.text
     assert command.left_running() == []
     assert command.text.splitlines()[-1] == "stopped before training began; there is no agent to save"
-    assert not (run_folder(command.text).parent / "latest").exists()
+    assert not (command.run_folder.parent / "latest").exists()
     assert "joining the Ray cluster" not in command.text
 
 

@@ -232,10 +232,15 @@ def test_a_learner_that_outlived_its_run_is_waited_for(run: Path, monkeypatch: p
     resumed = find_resumed(run, [], pytest.fail)
     learner = hold_run(run / "logs")
     learner.__enter__()
-    ends = threading.Timer(0.3, learner.__exit__, (None, None, None))
-    ends.start()
+    ending = threading.Event()
+
+    def end() -> None:
+        ending.set()
+        learner.__exit__(None, None, None)
+
+    threading.Timer(0.3, end).start()
     check_as_it_was(resumed, found({}))
-    assert ends.finished.is_set()
+    assert ending.is_set()
     monkeypatch.setattr(resume_module, "PREDECESSOR_S", 0.0)
     with hold_run(run / "logs"), pytest.raises(UserError, match="/logs is in use: its run goes on"):
         check_as_it_was(resumed, found({}))

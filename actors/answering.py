@@ -37,6 +37,8 @@ class Question:
     """What the LLM is asked in place of ``prompt``: a corrector's template with another answer in it."""
     seconds_before: float = 0.0
     """What that other answer took."""
+    another: str | None = None
+    """Another prompt. How likely the answer is there shows how much it owes to its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,9 @@ class ComparisonHost:
             Conversation(question.prompt, response)
             for question, response in zip(work.questions, work.responses, strict=True)
         ]
-        found = self._judges(loaded).judge(work.judges, said)
+        found = self._judges(loaded).judge(
+            work.judges, said, [question.another for question in work.questions]
+        )
         for question, scores in zip(work.questions, found, strict=True):
             yield {
                 "work": work.number,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,18 +61,29 @@ class Judges:
         self._configs, self._base, self._search_folder = configs, base, search_folder
         self._opened: dict[str, RewardHead | RewardModel] = {}
 
-    def judge(self, names: Sequence[str], said: Sequence[Conversation]) -> list[dict[str, dict[str, float]]]:
+    def judge(
+        self, names: Sequence[str], said: Sequence[Conversation], others: Sequence[str | None] = ()
+    ) -> list[dict[str, dict[str, Any]]]:
         """Of each response what every judge in ``names`` says, and how likely it is, as their files have it.
+
+        ``others`` has for each another prompt, or None, after which its likelihood is looked at as well. Only
+        the likelihood needs them.
 
         Raises:
             UserError: a number is not finite.
         """
         readings = read_responses(self._base(), said) if self._must_read(names) else []
-        found: list[dict[str, dict[str, float]]] = [{} for _ in said]
+        found: list[dict[str, dict[str, Any]]] = [{} for _ in said]
         for name in names:
             if name == LIKELIHOOD:
-                for row, reading in zip(found, readings, strict=True):
-                    row[name] = {"num_tokens": reading.num_tokens, "logprob": reading.logprob}
+                for row, reading, elsewhere in zip(
+                    found, readings, self._elsewhere(said, others), strict=True
+                ):
+                    row[name] = {
+                        "num_tokens": reading.num_tokens,
+                        "logprob": reading.logprob,
+                        "logprob_elsewhere": elsewhere,
+                    }
                 continue
             for row, score in zip(found, self._scores(name, said, readings).tolist(), strict=True):
                 row[name] = {"score": score}
@@ -80,6 +92,18 @@ class Judges:
     def weighted(self, names: Sequence[str]) -> RewardModel:
         """The sum of the scores of ``names``, by their weights, as one reward model."""
         return _Weighted(self, {name: self._configs[name].weight for name in names})
+
+    def _elsewhere(
+        self, said: Sequence[Conversation], others: Sequence[str | None]
+    ) -> Iterator[float | None]:
+        """Log-probability of each response after the other prompt; None where there is none."""
+        moved = [
+            Conversation(other, one.response)
+            for one, other in zip(said, others, strict=True)
+            if other is not None
+        ]
+        readings = iter(read_responses(self._base(), moved))
+        return (None if other is None else next(readings).logprob for other in others)
 
     def _must_read(self, names: Sequence[str]) -> bool:
         return any(name == LIKELIHOOD or isinstance(self._open(name), RewardHead) for name in names)

@@ -22,6 +22,7 @@ FEWEST_PROMPTS = 5
 """For an interval to be shown."""
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("perplexity", "perplexity", "{:.2f}".format),
+    ("relevance", "relevance", "{:.2f}".format),
     ("distinct-1", "distinct_1", "{:.3f}".format),
     ("distinct-2", "distinct_2", "{:.3f}".format),
     ("distinct-3", "distinct_3", "{:.3f}".format),

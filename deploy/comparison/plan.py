@@ -124,11 +124,14 @@ class Planner:
         }
         answers = {name: self._results.answers(dataset, name) for name in config.systems}
         found: dict[tuple[str, ...], list[tuple[Question, str]]] = {}
-        for prompt in self._prompts[dataset]:
+        prompts = self._prompts[dataset]
+        for number, prompt in enumerate(prompts):
+            # The next one's: the same for all systems, and however the work is divided.
+            another = prompts[(number + 1) % len(prompts)].prompt if len(prompts) > 1 else None
             for name in config.systems:
                 missing = tuple(judge for judge in judges if prompt.id not in known[name, judge])
                 if missing:
-                    question = Question(name, prompt.id, prompt.prompt)
+                    question = Question(name, prompt.id, prompt.prompt, another=another)
                     found.setdefault(missing, []).append((question, answers[name][prompt.id]["response"]))
         return found
 

@@ -133,6 +133,7 @@ class _Found:
                 judge: float(self._score(name, judge).mean()) for judge in self._config.scoring_judges
             },
             "perplexity": float(np.exp(-logprob / num_tokens)) if num_tokens else None,
+            "relevance": _relevance(likelihoods),
             "distinct_1": distinct(words, 1),
             "distinct_2": distinct(words, 2),
             "distinct_3": distinct(words, 3),
@@ -172,6 +173,15 @@ class _Found:
 
     def _score(self, name: str, judge: str) -> np.ndarray:
         return np.array([row["score"] for row in self._scores[name, judge]], float)
+
+
+def _relevance(likelihoods: Sequence[Row]) -> float | None:
+    """What a token owes to its prompt, in nats: log p(response | its prompt) - log p(response | another one),
+    over the tokens. 0: it could as well be an answer to something else. None if there is but one prompt."""
+    compared = [row for row in likelihoods if row["logprob_elsewhere"] is not None]
+    num_tokens = sum(row["num_tokens"] for row in compared)
+    gained = sum(row["logprob"] - row["logprob_elsewhere"] for row in compared)
+    return gained / num_tokens if num_tokens else None
 
 
 def repetition(texts: Sequence[Sequence[str]]) -> float:

@@ -308,6 +308,12 @@ def test_every_answer_is_scored_by_every_judge_once(config, tmp_path) -> None:
         for prompt in prompts
     }
     assert len(scored) == len(set(scored)) and set(scored) == wanted - {("helpful", "e", "mara", "e1")}
+    others = {(work.dataset, q.prompt, q.another) for work in works for q in work.questions}
+    assert others == {
+        (dataset, prompt.prompt, following.prompt if len(prompts) > 1 else None)
+        for dataset, prompts in PROMPTS.items()
+        for prompt, following in zip(prompts, [*prompts[1:], prompts[0]], strict=True)
+    }
 
 
 def test_a_chunk_without_what_is_done_keeps_answers_beside_their_questions(config) -> None:

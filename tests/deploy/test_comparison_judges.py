@@ -37,9 +37,14 @@ def made(tiny_run: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch) -> t
 
 def test_heads_and_likelihood_come_from_one_reading(made, tiny_run) -> None:
     judges, read = made
-    found = judges.judge(["likelihood", "helpful", "cost"], SAID)
-    assert read == [3]
+    found = judges.judge(["likelihood", "helpful", "cost"], SAID, ["how so", "how so", None])
+    assert read == [3, 2]
     assert [row["likelihood"]["num_tokens"] for row in found] == [8, 0, 3]
+    elsewhere = judges.judge(["likelihood"], [Conversation("how so", "so it is")], [None])[0]["likelihood"]
+    assert found[0]["likelihood"]["logprob_elsewhere"] == pytest.approx(elsewhere["logprob"], abs=1e-3)
+    assert found[0]["likelihood"]["logprob"] != pytest.approx(elsewhere["logprob"], abs=1e-2)
+    assert found[1]["likelihood"]["logprob_elsewhere"] == 0.0
+    assert found[2]["likelihood"]["logprob_elsewhere"] is None
     for name, config in tiny_run[1].rewards.items():
         llm = load_llm(tiny_run[1].llm)
         head = module.load_head(config.path)

@@ -77,6 +77,7 @@ def results(tmp_path: Path) -> Results:
                     results.add_score("mine", system, judge, score)
                 num_tokens = len(text.split())
                 row = {"id": prompt.id, "num_tokens": num_tokens, "logprob": -0.5 * num_tokens - 0.25 * place}
+                row["logprob_elsewhere"] = None if system == "theirs" else -2.0 * num_tokens
                 results.add_score("mine", system, "likelihood", row)
         for (a, b), verdicts in VERDICTS.items():
             for prompt, both in zip(PROMPTS, verdicts, strict=True):
@@ -136,6 +137,8 @@ def test_each_system_has_its_figures(report: Report) -> None:
     # Words: same | a b c d a b c d | (none) | x.
     num_tokens, logprob = 1 + 8 + 0 + 1, -0.5 * 10 - 0.25 * (0 + 1 + 2 + 3)
     assert base["perplexity"] == pytest.approx(math.exp(-logprob / num_tokens))
+    assert base["relevance"] == pytest.approx((logprob + 2.0 * num_tokens) / num_tokens)
+    assert theirs["relevance"] is None
     assert base["distinct_1"] == pytest.approx(6 / 10)
     assert base["distinct_2"] == pytest.approx(4 / 7)
     assert base["distinct_3"] == pytest.approx(4 / 6)

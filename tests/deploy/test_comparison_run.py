@@ -61,7 +61,7 @@ def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> P
                 results.add_answer("held_out", system, row)
                 score = {"id": prompt.id, "score": float(system == "mara")}
                 results.add_score("held_out", system, "helpful", score)
-                likelihood = {"id": prompt.id, "num_tokens": 2, "logprob": -1.0}
+                likelihood = {"id": prompt.id, "num_tokens": 2, "logprob": -1.0, "logprob_elsewhere": -2.0}
                 results.add_score("held_out", system, "likelihood", likelihood)
     return folder
 

@@ -35,6 +35,7 @@ from mara.deploy.reward_models import WITHOUT_MEANING
 from mara.deploy.run_folder import agent_folder, check_agent
 
 FREE_TO_CHANGE = {
+    "juries",
     "num_samples",
     "num_actors",
     "rows",

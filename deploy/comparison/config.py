@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,9 @@ RECORD = "comparison.json"
 """In the folder of a comparison: what must stay the same for it to go on."""
 LIKELIHOOD = "likelihood"
 """Beside the judges' scores: how probable each answer is under the base LLM, which gives the perplexity."""
-RESERVED = (LIKELIHOOD, "joint", "a", "b", "dataset", "category", "num_prompts")
+JOINT = "joint"
+"""The rate that all judges give together."""
+RESERVED = (LIKELIHOOD, JOINT, "a", "b", "dataset", "category", "num_prompts")
 """Names that no judge can have: the report has something else by that name."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 """What names a system, a data set or a judge: it becomes a file's name."""
@@ -193,6 +195,10 @@ class ComparisonConfig(Config):
     judges: dict[Name, JudgeConfig] = Field(default={})
     """Who compares, by name. Of judges that score, a positive weight says that higher is better, a negative
     one that lower is, and 0 that only the mean score is reported."""
+    juries: dict[Name, tuple[str, ...]] = Field(default={})
+    """Judges whose scores make one rate, by its name: a win is better by all of them. ``joint`` is there
+    anyhow, of every judge that scores and has a weight, unless it is given here. To tell judges that an agent
+    was trained by from others: ``{joint: [helpful, harmless], others: [helpful2, harmless2]}``."""
     baseline: str
     """The system that every other one is compared with."""
     pairs: tuple[tuple[str, str], ...] = ()
@@ -240,6 +246,13 @@ class ComparisonConfig(Config):
     def scoring_judges(self) -> dict[str, RewardHeadConfig | RewardModelConfig]:
         """The judges that score answers one by one, with their weights."""
         return {n: judge for n, judge in self.judges.items() if not isinstance(judge, LLMJudgeConfig)}
+
+    @property
+    def joint_rates(self) -> dict[str, tuple[str, ...]]:
+        """The rates that several judges give together, and which judges: ``juries`` and ``joint``."""
+        weighted = tuple(name for name, judge in self.scoring_judges.items() if judge.weight != 0)
+        joint = {JOINT: weighted} if weighted else {}
+        return joint | self.juries
 
     @property
     def llm_judges(self) -> dict[str, LLMJudgeConfig]:
@@ -299,6 +312,16 @@ def _mistakes(config: ComparisonConfig) -> Iterator[str]:
     for name in RESERVED:
         if name in config.judges:
             yield f"judges.{name}: the report has something else by that name; give the judge another"
+    for name, judges in config.juries.items():
+        if name in config.judges or name in set(RESERVED) - {JOINT}:
+            yield f"juries.{name}: the report has something else by that name; give the jury another"
+        yield from _bad_judges(config, f"juries.{name}", judges)
+        if idle := [
+            judge
+            for judge in judges
+            if judge in config.scoring_judges and not config.scoring_judges[judge].weight
+        ]:
+            yield f"juries.{name}: {idle[0]} has the weight 0, so it counts for nothing; leave it out"
     for name, system in systems.items():
         if isinstance(system, CorrectorSystem):
             if system.of not in systems:
@@ -306,20 +329,24 @@ def _mistakes(config: ComparisonConfig) -> Iterator[str]:
             if _depth(systems, name) < 0:
                 yield f"systems.{name}.of={system.of} comes back to itself; correct a system that answers"
         if isinstance(system, BestOfNSystem):
-            yield from _bad_judges(config, name, system)
+            field, scoring = f"systems.{name}.judges", config.scoring_judges
+            yield from _bad_judges(config, field, system.judges)
+            if all(scoring[judge].weight == 0 for judge in system.judges if judge in scoring):
+                yield f"{field}: every weight is 0; give at least one another value"
         if getattr(system, "adapter", None) is not None and config.llm.quantization != "none":
             yield f"systems.{name}.adapter cannot be merged into packed weights; use llm.quantization=none"
     if config.num_cpus == 0 and config.num_gpus == 0:
         yield "num_cpus and num_gpus are both 0; give each actor a part of one"
 
 
-def _bad_judges(config: ComparisonConfig, name: str, system: BestOfNSystem) -> Iterator[str]:
+def _bad_judges(config: ComparisonConfig, field: str, judges: Sequence[str]) -> Iterator[str]:
+    """Those that do not score."""
     scoring = config.scoring_judges
-    for judge in system.judges:
+    if not judges:
+        yield f"{field} names no judge; name one that scores, or leave it out"
+    for judge in judges:
         if judge in scoring:
             continue
         why = "compares two answers, it does not score" if judge in config.judges else "is not a judge"
         there_are = f"there are {', '.join(scoring)}" if scoring else "add one under judges"
-        yield f"systems.{name}.judges: {judge} {why}; {there_are}"
-    if all(scoring[judge].weight == 0 for judge in system.judges if judge in scoring):
-        yield f"systems.{name}.judges: every weight is 0; give at least one another value"
+        yield f"{field}: {judge} {why}; {there_are}"

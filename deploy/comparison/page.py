@@ -83,6 +83,7 @@ def _environment(*, is_html: bool) -> Environment:
 def _content(report: Report) -> dict[str, Any]:
     return {
         "report": report,
+        "juries": report["juries"],
         "rates": list(_rates(report["pairs"])),
         "category_rates": list(_rates(report["categories"])),
         "headings": [heading for heading, _, _ in FIGURES],

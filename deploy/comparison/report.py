@@ -19,8 +19,9 @@ REPEATED = 4
 Report = dict[str, Any]
 """As ``report.json`` has it:
 
-``pairs``: ``a``, ``b``, ``dataset``, ``num_prompts``, and by judge and for ``joint`` the preference rate of a
-against b (a fraction) with its 95 % interval, wins, ties and losses, as ``mara eval RUN`` writes them.
+``pairs``: ``a``, ``b``, ``dataset``, ``num_prompts``, and by judge, ``joint`` and other juries the preference
+rate of a against b (a fraction) with its 95 % interval, wins, ties and losses, as ``mara eval RUN`` has them.
+``juries``: the judges of ``joint`` and of the other rates that several give together.
 ``categories``: the same with ``category``, for its prompts alone.
 ``verdicts``: of each LLM judge, pair and data set how many verdicts changed with the order or were unclear.
 ``systems``: data set → system → mean scores, fluency, speed.
@@ -33,6 +34,7 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
     report: Report = {
         "name": config.name,
         "baseline": config.baseline,
+        "juries": {name: list(judges) for name, judges in config.joint_rates.items()},
         "pairs": [],
         "categories": [],
         "verdicts": [],
@@ -77,9 +79,9 @@ class _Found:
         }
 
     def rates(self, a: str, b: str, places: Sequence[int]) -> dict[str, Any]:
-        """Preference rates of ``a`` against ``b`` on the prompts at ``places``, by judge, and ``joint``.
+        """Preference rates of ``a`` against ``b`` on the prompts at ``places``, by judge and by jury.
 
-        A joint win is better by every judge that scores and has a weight. Equal texts are ties.
+        A jury's win is better by each of its judges. Equal texts are ties.
         """
         chosen = list(places)
         differs_N = np.array([one != other for one, other in zip(*self._texts(a, b), strict=True)])
@@ -95,9 +97,9 @@ class _Found:
         rates: dict[str, Any] = {"num_prompts": len(chosen)}
         for judge, values_N in (scored | compared).items():
             rates[judge] = asdict(preference_rate([values_N[chosen]], self._config.seed))
-        if scored:
-            together = [values_N[chosen] for values_N in scored.values()]
-            rates["joint"] = asdict(preference_rate(together, self._config.seed))
+        for name, judges in self._config.joint_rates.items():
+            together = [scored[judge][chosen] for judge in judges]
+            rates[name] = asdict(preference_rate(together, self._config.seed))
         return rates
 
     def categories(self) -> dict[str, list[int]]:

@@ -157,6 +157,11 @@ def test_a_template_is_filled_in_one_go() -> None:
         ("judges.big.url=localhost", ["judges.big: url=localhost is not an address"]),
         ("judges.big.url=http://me:s3cret@host/v1", ["api_key_env"]),
         ("judges.joint={path: x, weight: 1}", ["judges.joint", "the report has something else by that name"]),
+        ("juries.mine=[helpfull]", ["juries.mine: helpfull is not a judge; there are helpful, cost"]),
+        ("juries.mine=[big]", ["juries.mine: big compares two answers, it does not score"]),
+        ("juries.mine=[]", ["juries.mine names no judge; name one that scores"]),
+        ("juries.cost=[helpful]", ["juries.cost: the report has something else by that name"]),
+        ("juries.a=[helpful]", ["juries.a: the report has something else by that name"]),
         ("num_cpus=0", ["num_cpus and num_gpus are both 0"]),
         ("num_actors=0", ["num_actors=0: must be greater"]),
     ],
@@ -168,6 +173,16 @@ def test_a_mistake_is_one_line_with_field_value_and_remedy(
     assert "\n" not in message and "s3cret" not in message
     for part in parts:
         assert part in message
+
+
+def test_juries_are_the_judges_that_have_a_weight_or_those_that_are_named(path: Path) -> None:
+    joint = ("helpful", "cost")
+    assert load_comparison(path).joint_rates == {"joint": joint}
+    named = load_comparison(path, ["juries={joint: [cost], mine: [helpful]}"])
+    assert named.joint_rates == {"joint": ("cost",), "mine": ("helpful",)}
+    assert "juries.mine: cost has the weight 0" in error_of(
+        path, "judges.cost.weight=0", "juries.mine=[cost]"
+    )
 
 
 def test_a_group_that_lacks_several_settings_is_told_of_each(path: Path) -> None:

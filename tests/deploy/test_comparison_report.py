@@ -28,6 +28,7 @@ SETTINGS = {
         "unused": {"path": "u", "weight": 0.0},
         "big": {"kind": "llm_judge", "url": "http://localhost:1/v1", "model": "big"},
     },
+    "juries": {"thrifty": ["cost"]},
     "baseline": "base",
     "pairs": [["mara", "theirs"]],
     "num_samples": 2,
@@ -103,12 +104,14 @@ def test_rates_are_wins_less_losses_by_each_judge_and_by_all(report: Report) -> 
         ("mara", "theirs"),
     ]
     pair = report["pairs"][0]
-    assert list(pair) == ["a", "b", "dataset", "num_prompts", "helpful", "cost", "big", "joint"]
+    assert list(pair) == ["a", "b", "dataset", "num_prompts", "helpful", "cost", "big", "joint", "thrifty"]
     assert (pair["dataset"], pair["num_prompts"]) == ("mine", 4)
     # p1 is the same text, so its scores do not count; p2 better; p3 better, dearer; p4 worse, dearer.
     assert counts(pair["helpful"]) == (2, 1, 1)
     assert counts(pair["cost"]) == (1, 1, 2)
     assert counts(pair["joint"]) == (1, 2, 1)
+    assert pair["thrifty"] == pair["cost"]
+    assert report["juries"] == {"joint": ["helpful", "cost"], "thrifty": ["cost"]}
     assert counts(pair["big"]) == (1, 3, 0)
     assert pair["helpful"]["rate"] == pytest.approx(0.25)
     assert pair["cost"]["rate"] == pytest.approx(-0.25)
@@ -226,6 +229,7 @@ def test_markdown_has_whole_tables_and_takes_nothing_in_answers_for_markup(confi
             assert lines[number - 2] == ""
     assert "| mine | mara | base | helpful | +25.0% | too few prompts | 2 | 1 | 1 |" in lines
     assert "| mine | calm | 3 | mara | base | joint |" in text
+    assert "*joint*: better by helpful, cost is a win" in text and "*thrifty*: better by cost is" in text
     assert [line for line in lines if "<script>" in line] == [f"    {SCRIPT}"] * 2
     assert "    (empty)" in lines
     assert "Settings" not in markdown(make_report(config, results), is_summary=True)
@@ -254,7 +258,7 @@ def test_prompts_without_categories_have_no_table_of_them(config, results) -> No
 
 
 def test_without_judges_there_is_still_a_report(config, results) -> None:
-    report = make_report(config.model_copy(update={"judges": {}}), results)
+    report = make_report(config.model_copy(update={"judges": {}, "juries": {}}), results)
     assert report["pairs"][0] == {"a": "mara", "b": "base", "dataset": "mine", "num_prompts": 4}
     assert "perplexity" in markdown(report) and Page(html(report)).tags
 

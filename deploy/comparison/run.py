@@ -42,6 +42,7 @@ from mara.deploy.ray_head import open_cluster
 from mara.deploy.run_folder import CONFIG_FILE, LOGS, check_resolved, fill_folder, make_folder
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.deploy.signals import StopSignal
+from mara.deploy.trust import called_by_comparison, check_trusted
 
 POLL_S = 0.2
 
@@ -56,15 +57,21 @@ class Place:
     """The folder of a comparison that goes on."""
 
 
-def resumed_settings(folder: Path, overrides: Sequence[str]) -> ComparisonConfig:
+def resumed_settings(folder: Path, overrides: Sequence[str], *, is_trusted: bool = False) -> ComparisonConfig:
     """The settings of the comparison in ``folder``.
 
+    ``is_trusted``: what they name may be called, whoever began it.
+
     Raises:
-        UserError: it is no such folder, or a setting is wrong.
+        UserError: it is no such folder, a setting is wrong, or it is somebody else's who is not trusted.
     """
     check_resumed(folder)
-    check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))
-    return load_comparison(folder / CONFIG_FILE, overrides)
+    path = folder / CONFIG_FILE
+    check_resolved(path, read_content(path))
+    config = load_comparison(path, overrides)
+    named = called_by_comparison(load_comparison(path, ()))
+    check_trusted(path, named, called_by_comparison(config), is_trusted=is_trusted)
+    return config
 
 
 def check_resumed(folder: Path) -> None:

@@ -17,7 +17,7 @@ from mara.deploy.comparison.config import RECORD
 from mara.deploy.comparison.results import Results
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_comparison, load_comparison
-from mara.deploy.run_folder import CONFIG_FILE, LOGS
+from mara.deploy.run_folder import LOGS, write_settings
 from mara.deploy.run_lock import hold_run
 
 SAYS = {"base": "plain", "mara": "guided"}
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> P
     checked = check(comparison)
     folder = tmp_path / "out"
     (folder / LOGS).mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(dump_comparison(comparison))
+    write_settings(folder, dump_comparison(comparison))
     (folder / RECORD).write_text(json.dumps(checked.identity))
     with Results(folder) as results:
         results.keep_prompts("held_out", checked.prompts["held_out"])

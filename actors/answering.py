@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
@@ -51,7 +52,7 @@ class TimedAnswer:
     """From the reading of the prompt to the end of the answer, in a batch with others."""
     finish_reason: FinishReason
     score: float | None = None
-    """By which it was the best; None where nothing was chosen."""
+    """By which it was the best; None where nothing was chosen, or none could be scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,10 @@ class Answerer:
         return self._engine
 
     def _best(self, drafts: Mapping[Question, Sequence[_Draft]]) -> Iterator[TimedAnswer]:
-        """Of several answers to a question the one with the highest score; the first drawn of equals."""
+        """Of several answers to a question the one with the highest score; the first drawn of equals.
+
+        One that could not be scored (-inf) is taken only where none could be.
+        """
         for name in {question.system for question in drafts}:
             system = self.systems[name]
             asked = [question for question in drafts if question.system == name]
@@ -174,7 +178,7 @@ class Answerer:
             started_s = time.monotonic()
             total_N = system.judge.score(said)
             scoring_s = (time.monotonic() - started_s) / max(1, len(asked))
-            if not total_N.isfinite().all():
+            if (total_N.isnan() | (total_N == torch.inf)).any():
                 raise UserError(
                     f"systems.{name}.judges: a score is not finite; look at the judges, or "
                     "try llm.dtype=float32"
@@ -184,9 +188,8 @@ class Answerer:
                 # Its answers are decoded together, so the last one to end says how long they took.
                 began = min(draft.generation.started_at_s for draft in drafts[question])
                 ended = max(draft.generation.finished_at_s for draft in drafts[question])
-                yield _timed(
-                    question, drafts[question][best], ended - began + scoring_s, score=float(total_n[best])
-                )
+                score = float(total_n[best]) if total_n[best].isfinite() else None
+                yield _timed(question, drafts[question][best], ended - began + scoring_s, score=score)
 
 
 def _timed(

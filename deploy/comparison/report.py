@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +23,8 @@ Report = dict[str, Any]
 against b (a fraction) with its 95 % interval, wins, ties and losses, as ``mara eval RUN`` writes them.
 ``categories``: the same with ``category``, for its prompts alone.
 ``verdicts``: of each LLM judge, pair and data set how many verdicts changed with the order or were unclear.
+``refused``: of each judge, data set and what it was to judge how often its server refused, and what it said
+the first time. These prompts are left out of its rates and means.
 ``systems``: data set → system → mean scores, fluency, speed.
 ``samples``: data set → prompts with every system's answer and scores.
 """
@@ -36,6 +38,7 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
         "pairs": [],
         "categories": [],
         "verdicts": [],
+        "refused": [],
         "systems": {},
         "samples": {},
     }
@@ -48,6 +51,7 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
             for category, places in found.categories().items():
                 report["categories"].append({**where, "category": category, **found.rates(a, b, places)})
             report["verdicts"] += [{**where, **counts} for counts in found.order_effects(a, b)]
+        report["refused"] += [{"dataset": dataset, **counts} for counts in found.refusals()]
         report["systems"][dataset] = {name: found.system(name) for name in config.systems}
         report["samples"][dataset] = found.samples(config.num_samples)
     report["settings"] = config.model_dump(mode="json")
@@ -79,25 +83,30 @@ class _Found:
     def rates(self, a: str, b: str, places: Sequence[int]) -> dict[str, Any]:
         """Preference rates of ``a`` against ``b`` on the prompts at ``places``, by judge, and ``joint``.
 
-        A joint win is better by every judge that scores and has a weight. Equal texts are ties.
+        A joint win is better by every judge that scores and has a weight. Equal texts are ties. A judge has
+        no rate where it has refused all.
         """
-        chosen = list(places)
+        chosen = np.array(list(places), int)
         differs_N = np.array([one != other for one, other in zip(*self._texts(a, b), strict=True)])
         scored = {
-            judge: np.sign(config.weight) * (self._score(a, judge) - self._score(b, judge)) * differs_N
+            judge: np.sign(config.weight)
+            * np.where(differs_N, self._score(a, judge) - self._score(b, judge), 0.0)
             for judge, config in self._config.scoring_judges.items()
             if config.weight != 0
         }
         compared = {
-            judge: np.array([row["difference"] for row in self._verdicts[a, b, judge]], float)
+            judge: np.array([row.get("difference") for row in self._verdicts[a, b, judge]], float)
             for judge in self._config.llm_judges
         }
         rates: dict[str, Any] = {"num_prompts": len(chosen)}
-        for judge, values_N in (scored | compared).items():
-            rates[judge] = asdict(preference_rate([values_N[chosen]], self._config.seed))
+        judged = {judge: [values_N] for judge, values_N in (scored | compared).items()}
         if scored:
-            together = [values_N[chosen] for values_N in scored.values()]
-            rates["joint"] = asdict(preference_rate(together, self._config.seed))
+            judged["joint"] = list(scored.values())
+        for judge, values in judged.items():
+            is_known_N = np.isfinite(values).all(0)
+            if len(known := chosen[is_known_N[chosen]]):
+                rate = preference_rate([values_N[known] for values_N in values], self._config.seed)
+                rates[judge] = asdict(rate)
         return rates
 
     def categories(self) -> dict[str, list[int]]:
@@ -112,12 +121,20 @@ class _Found:
         """How often each LLM judge said something else in the other order, or nothing clear."""
         found = []
         for judge in self._config.llm_judges:
-            verdicts = [tuple(row["verdicts"]) for row in self._verdicts[a, b, judge]]
+            verdicts = [tuple(row["verdicts"]) for row in self._verdicts[a, b, judge] if "refused" not in row]
             agreeing = {("A", "B"), ("B", "A"), ("tie", "tie")}
             unclear = sum("unclear" in both for both in verdicts)
             disagreeing = sum(both not in agreeing for both in verdicts) - unclear
             found.append({"judge": judge, "num_disagreeing": disagreeing, "num_unclear": unclear})
         return found
+
+    def refusals(self) -> Iterator[dict[str, Any]]:
+        """What each judge's server refused to judge, how often, and what it said the first time."""
+        asked = {(name, judge): rows for (name, judge), rows in self._scores.items()}
+        asked |= {(f"{a} against {b}", judge): rows for (a, b, judge), rows in self._verdicts.items()}
+        for (what, judge), rows in asked.items():
+            if said := [row["refused"] for row in rows if "refused" in row]:
+                yield {"judge": judge, "of": what, "num": len(said), "said": said[0]}
 
     def system(self, name: str) -> dict[str, Any]:
         """Mean scores, fluency and speed of one system. None where that is not known."""
@@ -129,9 +146,7 @@ class _Found:
         timed = [answer for answer in answers if answer["seconds"]]
         ends = [answer["finish_reason"] for answer in answers if answer["finish_reason"] is not None]
         return {
-            "mean_scores": {
-                judge: float(self._score(name, judge).mean()) for judge in self._config.scoring_judges
-            },
+            "mean_scores": {judge: _mean(self._score(name, judge)) for judge in self._config.scoring_judges},
             "perplexity": float(np.exp(-logprob / num_tokens)) if num_tokens else None,
             "distinct_1": distinct(words, 1),
             "distinct_2": distinct(words, 2),
@@ -172,6 +187,12 @@ class _Found:
 
     def _score(self, name: str, judge: str) -> np.ndarray:
         return np.array([row["score"] for row in self._scores[name, judge]], float)
+
+
+def _mean(scores_N: np.ndarray) -> float | None:
+    """Of those that there are; None if there are none."""
+    known_N = scores_N[np.isfinite(scores_N)]
+    return float(known_N.mean()) if len(known_N) else None
 
 
 def repetition(texts: Sequence[Sequence[str]]) -> float:

@@ -25,12 +25,12 @@ from mara.deploy.comparison.checks import Checked, changes, check
 from mara.deploy.comparison.config import RECORD, ComparisonConfig
 from mara.deploy.comparison.crew import Crew
 from mara.deploy.comparison.host import HostSpec, Work
-from mara.deploy.comparison.judges import make_llm_judge
+from mara.deploy.comparison.judges import MANY_REFUSED, make_llm_judge
 from mara.deploy.comparison.page import print_summary, write_report
 from mara.deploy.comparison.plan import Planner
 from mara.deploy.comparison.report import make_report
 from mara.deploy.comparison.results import Results
-from mara.deploy.comparison.verdicts import Pair, Verdicts
+from mara.deploy.comparison.verdicts import Pair, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
 from mara.deploy.exchange import check_out
@@ -303,11 +303,21 @@ class _Comparison:
         self._begin("verdicts", len(differing))
         self._progress.state(f"asking {name}")
         verdicts = Verdicts(make_llm_judge(name, config), differing, config.concurrency)
-        num_left = len(differing)
+        num_left, num_answered = len(differing), 0
+        refused: list[tuple[Pair, Refused]] = []  # written last: where all are, a setting is wrong
         try:
             while num_left:
                 for pair, found in verdicts.take():
-                    self._keep(name, pair, found)
+                    if isinstance(found, Refused):
+                        refused.append((pair, found))
+                        if len(refused) >= MANY_REFUSED and not num_answered:
+                            raise UserError(
+                                f"judges.{name}: {config.url} refuses every question ({found.why}); check "
+                                "model and max_tokens"
+                            )
+                    else:
+                        self._keep(name, pair, found)
+                        num_answered += 1
                     self._count()
                     num_left -= 1
                 self._progress.display.refresh()
@@ -316,6 +326,14 @@ class _Comparison:
             raise RunFailed(f"judges.{name}: {error}") from error
         finally:
             verdicts.stop()
+        if refused:
+            self._progress.display.say(
+                f"warning: judges.{name} refused {len(refused)} of {len(differing)} questions, which count "
+                f"for nothing ({refused[0][1].why})"
+            )
+        for pair, refusal in refused:
+            row = {"id": pair.id, "against": pair.against, "refused": refusal.why}
+            self._results.add_score(pair.dataset, pair.system, name, row)
 
     def _keep(self, judge: str, pair: Pair, found: Comparison) -> None:
         row = {"id": pair.id, "against": pair.against, **found._asdict()}

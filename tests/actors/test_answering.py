@@ -148,3 +148,21 @@ def test_a_best_answer_needs_a_finite_score(llm):
     machine = answerer(llm, {"best": System("sample", 2, Broken())})
     with pytest.raises(UserError, match=r"systems\.best\.judges: a score is not finite"):
         list(machine.answer(asked("best")))
+
+
+def test_an_answer_that_could_not_be_scored_is_best_only_where_none_could(llm):
+    class Refuses:
+        """All answers to one prompt, and the first to each other."""
+
+        def score(self, conversations):
+            seen: set[str] = set()
+            scores = []
+            for said in conversations:
+                is_refused = said.prompt == TEXTS[0] or said.prompt not in seen
+                scores.append(-torch.inf if is_refused else -5.0)
+                seen.add(said.prompt)
+            return torch.tensor(scores)
+
+    found = answerer(llm, {"best": System("sample", 2, Refuses())}).answer(asked("best"))
+    scores = {answer.question.prompt: answer.score for answer in found}
+    assert scores == {TEXTS[0]: None, **dict.fromkeys(TEXTS[1:], -5.0)}

@@ -12,7 +12,7 @@ import pytest
 
 from mara.actors.reward_models.config import FunctionRewardConfig, HttpRewardConfig
 from mara.actors.reward_models.function import FunctionRewardModel, load_function
-from mara.actors.reward_models.http import HttpFailed, HttpRewardModel
+from mara.actors.reward_models.http import HttpFailed, HttpRefused, HttpRewardModel
 from mara.actors.reward_models.loading import load_reward_model
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
@@ -171,6 +171,13 @@ def test_a_server_that_stays_busy_is_asked_so_often_and_no_more(server):
 def test_a_server_that_refuses_is_not_asked_again(server):
     server.statuses = [401]
     with pytest.raises(HttpFailed, match="status 401$"):
+        make_model(server).score(CONVERSATIONS)
+    assert len(server.requests) == 1
+
+
+def test_what_a_server_says_of_a_request_that_it_does_not_take_is_told(server):
+    server.statuses, server.answer = [400], lambda content: b"too long " * 100
+    with pytest.raises(HttpRefused, match=r"/score: status 400: '(too long ){22}to'$"):
         make_model(server).score(CONVERSATIONS)
     assert len(server.requests) == 1
 

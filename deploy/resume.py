@@ -224,6 +224,12 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
             f"llm.model={resumed.config.llm.model} has hidden size {checked.hidden_size}, had "
             f"{log.hidden_size} when the run began; put the old one back, or start a new run"
         )
+    if log.llm_digest != checked.llm_digest:
+        raise UserError(
+            f"llm.model: the files of {resumed.config.llm.model} have changed since the run began "
+            f"({log.llm_digest[:12]}…, now {checked.llm_digest[:12]}…), and its agent learns from the states "
+            "of the old ones; put those back, or start a new run"
+        )
     for name, files in checked.reward_digests.items():
         if log.heads.get(name, files) != files:
             head = resumed.config.heads.get(name)

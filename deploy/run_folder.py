@@ -152,6 +152,8 @@ class LogRecord(NamedTuple):
     """Addresses of its shards with the passwords hidden; None where the run had a server of its own."""
     hidden_size: int
     """Of the LLM whose states it holds."""
+    llm_digest: str
+    """What tells that LLM from others: :func:`~mara.deploy.model_shape.find_digest`."""
     heads: dict[str, dict[str, str]]
     """Reward head, or other reward model, whose scores it holds → file, or what else → SHA-256."""
     prompts_digest: str

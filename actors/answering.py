@@ -49,7 +49,8 @@ class TimedAnswer:
     num_tokens: int
     """Of the response, with the end-of-sequence token if one was taken."""
     seconds: float
-    """From the reading of the prompt to the end of the answer, in a batch with others."""
+    """From the reading of the prompt to the end of the answer, in a batch with others; of several answers,
+    of which this is the best, the sum, and the scoring."""
     finish_reason: FinishReason
     score: float | None = None
     """By which it was the best; None where nothing was chosen, or none could be scored."""
@@ -185,11 +186,14 @@ class Answerer:
                 )
             for question, total_n in zip(asked, total_N.view(len(asked), -1), strict=True):
                 best = int(total_n.argmax())
-                # Its answers are decoded together, so the last one to end says how long they took.
-                began = min(draft.generation.started_at_s for draft in drafts[question])
-                ended = max(draft.generation.finished_at_s for draft in drafts[question])
+                # Each took a row of the batch: so many times what one answer takes.
+                decoding_s = sum(map(_decoding_s, drafts[question]))
                 score = float(total_n[best]) if total_n[best].isfinite() else None
-                yield _timed(question, drafts[question][best], ended - began + scoring_s, score=score)
+                yield _timed(question, drafts[question][best], decoding_s + scoring_s, score=score)
+
+
+def _decoding_s(draft: _Draft) -> float:
+    return draft.generation.finished_at_s - draft.generation.started_at_s
 
 
 def _timed(
@@ -197,7 +201,7 @@ def _timed(
 ) -> TimedAnswer:
     generation = draft.generation
     if seconds is None:
-        seconds = generation.finished_at_s - generation.started_at_s
+        seconds = _decoding_s(draft)
     return TimedAnswer(
         question=question,
         response=draft.response,

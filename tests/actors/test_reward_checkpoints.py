@@ -296,7 +296,7 @@ def test_weights_kept_by_pickle_are_read_without_running_what_is_in_them(tmp_pat
 
 def save_classifier(folder, family="Llama", padding_side="right", adds="bos", chat=CHAT, **settings):
     torch.manual_seed(1)
-    sizes = SIZES if family == "DebertaV2" else LLAMA
+    sizes = SIZES if family in ("DebertaV2", "Roberta") else LLAMA
     config = getattr(transformers, f"{family}Config")(**{**sizes, "num_labels": 1, **settings})
     model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
     for parameter in model.parameters():
@@ -400,6 +400,15 @@ def test_a_model_that_reads_fewer_positions_bounds_the_length(tmp_path):
     save_classifier(tmp_path, pad_token_id=0, max_position_embeddings=45)
     model = load_sequence_classifier(SequenceClassifierRewardConfig(model=str(tmp_path), **EXACT))
     assert model.score(CONVERSATIONS).isfinite().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("num_positions", "last_fits"), [(25, True), (24, False)])
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer(tmp_path, num_positions, last_fits):
+    sizes = {"max_position_embeddings": num_positions, "pad_token_id": 0, "type_vocab_size": 2}
+    save_classifier(tmp_path, "Roberta", adds="pair", chat=None, **sizes)
+    config = SequenceClassifierRewardConfig(model=str(tmp_path), template="pair", **EXACT)
+    fits = load_sequence_classifier(config).score(CONVERSATIONS).isfinite().tolist()
+    assert fits == [False, False, True, last_fits]  # the last one has 24 tokens
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
@@ -50,10 +51,11 @@ class TimedAnswer:
     num_tokens: int
     """Of the response, with the end-of-sequence token if one was taken."""
     seconds: float
-    """From the reading of the prompt to the end of the answer, in a batch with others."""
+    """From the reading of the prompt to the end of the answer, in a batch with others; of several answers,
+    of which this is the best, the sum, and the scoring."""
     finish_reason: FinishReason
     score: float | None = None
-    """By which it was the best; None where nothing was chosen."""
+    """By which it was the best; None where nothing was chosen, or none could be scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,10 @@ class Answerer:
         return self._engine
 
     def _best(self, drafts: Mapping[Question, Sequence[_Draft]]) -> Iterator[TimedAnswer]:
-        """Of several answers to a question the one with the highest score; the first drawn of equals."""
+        """Of several answers to a question the one with the highest score; the first drawn of equals.
+
+        One that could not be scored (-inf) is taken only where none could be.
+        """
         for name in {question.system for question in drafts}:
             system = self.systems[name]
             asked = [question for question in drafts if question.system == name]
@@ -176,19 +181,21 @@ class Answerer:
             started_s = time.monotonic()
             total_N = system.judge.score(said)
             scoring_s = (time.monotonic() - started_s) / max(1, len(asked))
-            if not total_N.isfinite().all():
+            if (total_N.isnan() | (total_N == torch.inf)).any():
                 raise UserError(
                     f"systems.{name}.judges: a score is not finite; look at the judges, or "
                     "try llm.dtype=float32"
                 )
             for question, total_n in zip(asked, total_N.view(len(asked), -1), strict=True):
                 best = int(total_n.argmax())
-                # Its answers are decoded together, so the last one to end says how long they took.
-                began = min(draft.generation.started_at_s for draft in drafts[question])
-                ended = max(draft.generation.finished_at_s for draft in drafts[question])
-                yield _timed(
-                    question, drafts[question][best], ended - began + scoring_s, score=float(total_n[best])
-                )
+                # Each took a row of the batch: so many times what one answer takes.
+                decoding_s = sum(map(_decoding_s, drafts[question]))
+                score = float(total_n[best]) if total_n[best].isfinite() else None
+                yield _timed(question, drafts[question][best], decoding_s + scoring_s, score=score)
+
+
+def _decoding_s(draft: _Draft) -> float:
+    return draft.generation.finished_at_s - draft.generation.started_at_s
 
 
 def _timed(
@@ -196,7 +203,7 @@ def _timed(
 ) -> TimedAnswer:
     generation = draft.generation
     if seconds is None:
-        seconds = generation.finished_at_s - generation.started_at_s
+        seconds = _decoding_s(draft)
     return TimedAnswer(
         question=question,
         response=draft.response,

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import requests
 
+from mara.actors.reward_models.http import REFUSING, SHOWN
 from mara.common.errors import UserError
 
 INSTRUCTION = (
@@ -44,6 +45,10 @@ Verdict = Literal["A", "B", "tie", "unclear"]
 
 class EndpointUnavailable(Exception):
     """The endpoint did not answer, as often as it was asked; one line says why. It may answer later."""
+
+
+class QuestionRefused(Exception):
+    """The endpoint does not take this question; one line says why. It may take others."""
 
 
 class Comparison(NamedTuple):
@@ -101,7 +106,8 @@ class LLMJudge:
 
         Raises:
             EndpointUnavailable: the endpoint does not answer, however often it is asked.
-            UserError: it refuses the question.
+            QuestionRefused: it refuses this question.
+            UserError: it refuses to be asked.
         """
         texts = tuple(
             self._ask(_question(self.instruction or INSTRUCTION, prompt, *order), wait)
@@ -144,10 +150,10 @@ class LLMJudge:
                 return self._text(reply)
             reason = f"status {reply.status_code}"
             if reply.status_code < 500 and reply.status_code not in BUSY:
-                raise UserError(
-                    f"{self.field}: {self.url} refuses the question ({reason}: "
-                    f"{reply.text.strip()[:200]!r}); check model, key and max_tokens"
-                )
+                said = f"{reason}: {reply.text.strip()[:SHOWN]!r}"
+                if reply.status_code in REFUSING:
+                    raise QuestionRefused(said)
+                raise UserError(f"{self.field}: {self.url} refuses to be asked ({said}); check model and key")
         raise EndpointUnavailable(f"{self.url} gave no verdict in {self.max_attempts} attempts ({reason})")
 
     def _text(self, reply: requests.Response) -> str:
@@ -156,7 +162,7 @@ class LLMJudge:
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{self.field}.url: {self.url} does not answer like an OpenAI-compatible endpoint "
-                f"({reply.text.strip()[:200]!r}); give the address of one, up to /v1"
+                f"({reply.text.strip()[:SHOWN]!r}); give the address of one, up to /v1"
             ) from error
         # A text that was cut off may end in half a character, which no file takes.
         return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""

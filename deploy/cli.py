@@ -69,6 +69,10 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="Address of the server, as replay.redis_url.")]
 AgentOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the agent.")]
+Trusted = Annotated[
+    bool,
+    typer.Option("--trust", help="Call the functions and servers that the folder of somebody else names."),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
 
 
@@ -106,6 +110,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check all that needs no start, print the resolved settings, stop."),
     ] = False,
+    trust: Trusted = False,
 ) -> None:
     """Train an agent, then compare it with the LLM it steers.
 
@@ -122,10 +127,12 @@ def train(
             changes = given_once([*([] if config is None else [config]), *(overrides or [])])
             if config is not None and "=" not in config:
                 raise UsageError(f"--resume goes on with the settings of {resume}, leave out {config!r}")
-            resumed = find_resumed(resume, changes, warn)
+            resumed = find_resumed(resume, changes, warn, is_trusted=trust)
             settings = resumed.config
         elif config is None:
             raise UsageError("missing argument 'CONFIG'")
+        elif trust:
+            raise UsageError("--trust belongs to --resume; leave it out")
         else:
             settings = load_config(find_config(config), given_once(overrides))
         if dry_run:
@@ -169,6 +176,7 @@ def evaluate(
         bool,
         typer.Option("--dry-run", help="Check CONFIG and all it names, print the resolved settings, stop."),
     ] = False,
+    trust: Trusted = False,
 ) -> None:
     """Compare the agent of a run with the LLM alone; or systems, data sets and judges as CONFIG says.
 
@@ -183,7 +191,9 @@ def evaluate(
             what = None
         changes = given_once(changes)
         if resume is not None or (what is not None and is_config(what)):
-            _compare(what, changes, out, resume, dry_run)
+            if trust and what is not None:
+                raise UsageError(f"--trust belongs to a folder, {what} is a configuration; leave it out")
+            _compare(what, changes, out, resume, dry_run, trust)
             return
         if what is None:
             raise UsageError("missing argument 'RUN|CONFIG'")
@@ -192,13 +202,13 @@ def evaluate(
             raise UsageError(
                 f"{given} belongs to a comparison; leave it out, or give a YAML file in place of {what}"
             )
-        _evaluate_run(Path(what), changes)
+        _evaluate_run(Path(what), changes, trust)
 
 
-def _evaluate_run(run: Path, overrides: list[str]) -> None:
+def _evaluate_run(run: Path, overrides: list[str], trust: bool) -> None:
     from mara.deploy.comparison.config import RECORD
     from mara.deploy.config_file import near_config
-    from mara.deploy.run_folder import check_agent, load_use
+    from mara.deploy.run_folder import check_agent, check_called, load_use
 
     if (run / RECORD).is_file():
         raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
@@ -206,6 +216,7 @@ def _evaluate_run(run: Path, overrides: list[str]) -> None:
         raise UserError(f"there is no run {str(run)!r}, and no configuration; did you mean {near}?")
     settings = load_use(run, overrides)
     check_agent(run)
+    check_called(run, settings, is_trusted=trust)
     from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
 
     check_used(overrides, EVALUATION_USES)
@@ -214,7 +225,12 @@ def _evaluate_run(run: Path, overrides: list[str]) -> None:
 
 
 def _compare(
-    config: str | None, overrides: list[str], out: Path | None, resume: Path | None, dry_run: bool
+    config: str | None,
+    overrides: list[str],
+    out: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    trust: bool,
 ) -> None:
     from mara.deploy.comparison.run import Place, check_resumed, check_same, compare, resumed_settings
     from mara.deploy.config_file import dump_comparison, find_config, load_comparison
@@ -225,7 +241,7 @@ def _compare(
         check_resumed(resume)
     if config is None:
         assert resume is not None
-        settings = resumed_settings(resume, overrides)
+        settings = resumed_settings(resume, overrides, is_trusted=trust)
     else:
         settings = load_comparison(find_config(config, is_comparison=True), overrides)
     if dry_run:
@@ -278,13 +294,15 @@ def calibrate(
         float,
         typer.Option(min=0.0, max=1.0, help="How often the gate may step in, against the agent without one."),
     ] = 0.5,
+    trust: Trusted = False,
 ) -> None:
     """Find where the agent should step in: thresholds that keep its gain at fewer interventions."""
     with _reported_errors():
-        from mara.deploy.run_folder import check_agent, load_use
+        from mara.deploy.run_folder import check_agent, check_called, load_use
 
         settings = load_use(run, overrides or [])
         check_agent(run)
+        check_called(run, settings, is_trusted=trust)
         from mara.deploy.calibration import CALIBRATION_USES, find_prompts
         from mara.deploy.calibration import calibrate as find_gate
         from mara.deploy.evaluation import check_used

@@ -63,8 +63,10 @@ class FinishedLog:
     """Those that it has; None where that shows only once a server has read ``data_dir``."""
 
 
-def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
-    """The log that ``replay.from`` names, if its episodes fit the settings; ``hidden_size`` is the LLM's.
+def find_log(config: RunConfig, hidden_size: int, llm_digest: str) -> FinishedLog:
+    """The log that ``replay.from`` names, if its episodes fit the settings.
+
+    ``hidden_size`` and ``llm_digest`` are those of the LLM as it is now.
 
     Raises:
         UserError: that is no run, its episodes do not fit, or they are not there any more.
@@ -97,6 +99,11 @@ def find_log(config: RunConfig, hidden_size: int) -> FinishedLog:
         raise UserError(
             f"{field}: its LLM has hidden size {record.hidden_size}, llm.model={config.llm.model} has "
             f"{hidden_size}; use the LLM that its episodes were made with"
+        )
+    if record.llm_digest != llm_digest:
+        raise UserError(
+            f"{field}: its episodes were made with other files of llm.model={config.llm.model} "
+            f"({record.llm_digest[:12]}…, now {llm_digest[:12]}…); put those back, or make new episodes"
         )
     if missing := sorted(config.rewards.keys() - record.heads.keys()):
         raise UserError(

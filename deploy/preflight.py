@@ -22,6 +22,7 @@ from mara.deploy.finished_run import FinishedLog, find_log, warn_of_forced
 from mara.deploy.hub import digest_of, load_source
 from mara.deploy.model_shape import (
     LLMIdentity,
+    find_digest,
     find_hidden_size,
     find_identity,
     find_num_positions,
@@ -47,6 +48,8 @@ class Checked:
     """Of the LLM."""
     llm: LLMIdentity
     """Its commit and chat template."""
+    llm_digest: str
+    """What tells its files from others: :func:`~mara.deploy.model_shape.find_digest`."""
     reward_digests: dict[str, dict[str, str]]
     """Reward head, or other reward model → file, or what else identifies it → SHA-256."""
     base_scores: dict[str, dict[str, float]]
@@ -91,6 +94,7 @@ def preflight(
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
     llm = find_identity(config.llm)
+    llm_digest = llm.commit or find_digest(config.llm)
     digests, base_scores = {}, {}
     for name, reward in config.reward_models.items():
         digests[name] = check_reward_model(f"rewards.{name}", reward)
@@ -103,7 +107,7 @@ def preflight(
     log = None
     if config.replay.from_run is not None:
         say("checking the run at replay.from")
-        log = find_log(config, hidden_size)
+        log = find_log(config, hidden_size, llm_digest)
         warn_of_forced(log.run_folder)
         for name in sorted(digests.keys() & log.heads.keys()):
             if digests[name] != log.heads[name]:
@@ -113,7 +117,17 @@ def preflight(
                     f"rewards.{name}{what} than the one that scored the episodes of {log.run_folder}; "
                     f"training goes by their scores, the evaluation by this {'head' if is_head else 'one'}"
                 )
-    return Checked(tuple(prompts), prompts_digest, hidden_size, llm, digests, base_scores, unpacks_llm, log)
+    return Checked(
+        prompts=tuple(prompts),
+        prompts_digest=prompts_digest,
+        hidden_size=hidden_size,
+        llm=llm,
+        llm_digest=llm_digest,
+        reward_digests=digests,
+        base_scores=base_scores,
+        unpacks_llm=unpacks_llm,
+        log=log,
+    )
 
 
 def check_context(config: AgentUse) -> None:

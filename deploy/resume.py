@@ -22,7 +22,6 @@ from typing import NamedTuple
 from mara.common.addresses import HIDDEN
 from mara.common.agent import CARD_FILE
 from mara.common.errors import UserError
-from mara.common.files import write_whole
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.preflight import Checked
@@ -36,9 +35,11 @@ from mara.deploy.run_folder import (
     new_record,
     read_log_record,
     read_run_record,
+    write_settings,
 )
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
 from mara.deploy.store import check_unused
+from mara.deploy.trust import called_by_run, check_trusted
 from mara.learner.checkpoint import find_checkpoint
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
@@ -140,11 +141,16 @@ def take_run_folder(
         yield Start(folder, record, resumed)
 
 
-def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> Resumed:
+def find_resumed(
+    run: Path, overrides: Sequence[str], warn: Callable[[str], None], *, is_trusted: bool = False
+) -> Resumed:
     """The run in the folder ``run``, with ``key=value`` overrides. Changes nothing; tells ``warn`` of damage.
 
+    ``is_trusted``: what it names may be called, whoever began it.
+
     Raises:
-        UserError: it is no run, is complete, or is going on; a setting cannot change; a file is damaged.
+        UserError: it is no run, is complete, is going on, or is somebody else's who is not trusted; a setting
+            cannot change; a file is damaged.
     """
     check_may_change(overrides)
     before = load_run(run)
@@ -169,6 +175,7 @@ def find_resumed(run: Path, overrides: Sequence[str], warn: Callable[[str], None
     _check_incomplete(folder, num_episodes, before, config)
     if record is None:
         raise UserError(f"{folder / RUN_RECORD} is missing or damaged; start a new run")
+    check_trusted(folder / CONFIG_FILE, called_by_run(before), called_by_run(config), is_trusted=is_trusted)
     record = record._replace(num_starts=record.num_starts + 1)
     return Resumed(folder, config, record, checkpoint, gradient_step, num_episodes)
 
@@ -217,6 +224,12 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
             f"llm.model={resumed.config.llm.model} has hidden size {checked.hidden_size}, had "
             f"{log.hidden_size} when the run began; put the old one back, or start a new run"
         )
+    if log.llm_digest != checked.llm_digest:
+        raise UserError(
+            f"llm.model: the files of {resumed.config.llm.model} have changed since the run began "
+            f"({log.llm_digest[:12]}…, now {checked.llm_digest[:12]}…), and its agent learns from the states "
+            "of the old ones; put those back, or start a new run"
+        )
     for name, files in checked.reward_digests.items():
         if log.heads.get(name, files) != files:
             head = resumed.config.heads.get(name)
@@ -234,7 +247,7 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
 
 def take_over(resumed: Resumed) -> None:
     """Note in the run folder that the run goes on: its settings, and one more start."""
-    write_whole(resumed.folder / CONFIG_FILE, dump_config(resumed.config))
+    write_settings(resumed.folder, dump_config(resumed.config))
     resumed.record.write(resumed.folder)
 
 

@@ -15,6 +15,7 @@ from mara.common.errors import UserError
 from mara.common.files import flush_to_disk, write_whole
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import dump_config, load_config, make_settings, read_content
+from mara.deploy.trust import called_by_rewards, check_trusted, sign
 from mara.learner.saving import AGENT_FOLDER, CHECKPOINT_FOLDER
 
 CONFIG_FILE = "config.yaml"
@@ -62,8 +63,18 @@ def fill_folder(folder: Path, settings: str) -> None:
         OSError: it cannot be written.
     """
     (folder / LOGS).mkdir()
-    write_whole(folder / CONFIG_FILE, settings)
+    write_settings(folder, settings)
     flush_to_disk(folder.parent)
+
+
+def write_settings(folder: Path, settings: str) -> None:
+    """Write the settings of a run or a comparison, signed as this user's.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    write_whole(folder / CONFIG_FILE, settings)
+    sign(folder / CONFIG_FILE)
 
 
 def _unused(wanted: Path) -> Path:
@@ -141,6 +152,8 @@ class LogRecord(NamedTuple):
     """Addresses of its shards with the passwords hidden; None where the run had a server of its own."""
     hidden_size: int
     """Of the LLM whose states it holds."""
+    llm_digest: str
+    """What tells that LLM from others: :func:`~mara.deploy.model_shape.find_digest`."""
     heads: dict[str, dict[str, str]]
     """Reward head, or other reward model, whose scores it holds → file, or what else → SHA-256."""
     prompts_digest: str
@@ -228,11 +241,27 @@ def load_use(folder: Path, overrides: Sequence[str] = ()) -> AgentUse:
     return make_settings(AgentUse, content, overrides, folder)
 
 
+def check_called(folder: Path, config: AgentUse, *, is_trusted: bool) -> None:
+    """Refuse to compare by functions and servers that a run of somebody else names.
+
+    Args:
+        folder: of the run, or of an exported agent, which names none that would be called.
+        config: what :func:`load_use` gave, with the settings that the user has changed.
+        is_trusted: the user has given ``--trust``.
+
+    Raises:
+        UserError: they would be called.
+    """
+    if not _is_exported(folder):
+        named, called = called_by_rewards(load_run(folder)), called_by_rewards(config)
+        check_trusted(folder / CONFIG_FILE, named, called, is_trusted=is_trusted)
+
+
 def check_resolved(path: Path, content: Any) -> None:
     """Refuse settings that name variables of the environment, as a configuration to start with may.
 
     In a file from somebody else they would hand a secret over: as part of the name of a model that is then
-    asked for, say. It is no protection from reward functions and servers that a run folder names.
+    asked for, say. Functions and servers that a run folder names: :func:`check_called`.
 
     Raises:
         UserError: there is one.

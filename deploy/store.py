@@ -166,9 +166,14 @@ def _lease(config: RunConfig, urls: Sequence[str], run_id: str, use: Use) -> Abs
 def _record_log(run_id: str, redis_urls: Sequence[str], checked: Checked, folder: Path) -> None:
     """Note for later runs where the episodes of this one are."""
     shown = [hide_password(url) for url in redis_urls] or None
-    LogRecord(run_id, shown, checked.hidden_size, checked.reward_digests, checked.prompts_digest).write(
-        folder
-    )
+    LogRecord(
+        run_id=run_id,
+        redis_urls=shown,
+        hidden_size=checked.hidden_size,
+        llm_digest=checked.llm_digest,
+        heads=checked.reward_digests,
+        prompts_digest=checked.prompts_digest,
+    ).write(folder)
 
 
 def _with_log(

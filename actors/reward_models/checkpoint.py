@@ -38,6 +38,10 @@ EPSILON = 1e-8
 BIAS_SETTINGS = ("score_bias", "bias")
 """What later and earlier checkpoints of Safe RLHF call the setting that the score head has a bias."""
 
+NORMALISATIONS = ("affine", "scale", "translate", "identity")
+NORMALISATION_OF = {"reward": "affine", "cost": "scale", "critic": "identity"}
+"""What the ``score_type`` of a Safe RLHF checkpoint means for its scores: the sign of a cost stays."""
+
 Logits = Callable[[Sequence[Encoded]], torch.Tensor]
 """Raw scores, float [B], of conversations of about the same length."""
 
@@ -87,18 +91,26 @@ class CheckpointRewardModel:
 
 
 class Normaliser(torch.nn.Module):
-    """Running mean and variance of the scores that the training of a Safe RLHF checkpoint saw."""
+    """Running mean and variance of the scores that the training of a Safe RLHF checkpoint saw.
+
+    ``affine`` subtracts the mean and divides by the deviation, ``scale`` and ``translate`` do one of the two.
+    """
 
     mean: torch.Tensor
     var: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, function: str) -> None:
         super().__init__()
+        self._function = function
         self.register_buffer("mean", torch.zeros(1))
         self.register_buffer("var", torch.ones(1))
 
     def forward(self, scores_B: torch.Tensor) -> torch.Tensor:
-        return (scores_B - self.mean.float()) / (self.var.float().sqrt() + EPSILON)
+        if self._function in ("affine", "translate"):
+            scores_B = scores_B - self.mean.float()
+        if self._function in ("affine", "scale"):
+            scores_B = scores_B / (self.var.float().sqrt() + EPSILON)
+        return scores_B
 
 
 class ScalarHeadModel(LlamaPreTrainedModel):  # type: ignore[misc]
@@ -131,7 +143,7 @@ class BeaverModel(ScalarHeadModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.score_head = torch.nn.Linear(config.hidden_size, 1)
-        self.normalizer = Normaliser()
+        self.normalizer = Normaliser(normalisation(config) or "identity")
         self.post_init()
 
     @property
@@ -140,10 +152,21 @@ class BeaverModel(ScalarHeadModel):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         scores_B = super().forward(input_ids, attention_mask)
-        if getattr(self.config, "do_normalize", False):
-            normalised_B: torch.Tensor = self.normalizer(scores_B)
-            return normalised_B
-        return scores_B
+        normalised_B: torch.Tensor = self.normalizer(scores_B)
+        return normalised_B
+
+
+def normalisation(config: Any) -> str | None:
+    """What the settings of a Safe RLHF checkpoint say is done to its scores, one of :data:`NORMALISATIONS`.
+
+    None: they say something else, or two things.
+    """
+    if not getattr(config, "do_normalize", False):
+        return "identity"
+    kind: Any = getattr(config, "score_type", None)
+    named = getattr(config, "normalize_function", None)
+    meant = {name for name in (named, NORMALISATION_OF.get(kind, kind)) if name is not None} or {"affine"}
+    return meant.pop() if len(meant) == 1 and meant <= set(NORMALISATIONS) else None
 
 
 class UltraRMModel(ScalarHeadModel):
@@ -171,8 +194,16 @@ def load_beaver(config: BeaverRewardConfig) -> CheckpointRewardModel:
             raise _unfit(config, "its config.json says that the score head has a bias, its weights have none")
         model.score_head.register_parameter("bias", None)
         missing.discard("score_head.bias")
-    if not getattr(model.config, "do_normalize", False):
-        missing -= {"normalizer.mean", "normalizer.var"}
+    match normalisation(model.config):
+        case None:
+            says = {name: getattr(model.config, name, None) for name in ("score_type", "normalize_function")}
+            raise _unfit(
+                config,
+                f"its config.json asks for scores to be normalised in a way that is not known ({says})",
+                f"; of {', '.join(NORMALISATIONS)} give one in normalize_function",
+            )
+        case "identity":
+            missing -= {"normalizer.mean", "normalizer.var"}
     _refuse_missing(config, missing)
     return _scalar_model(TextEncoder(tokenizer, BEAVER_TEMPLATE, True, config.add_eos), model, config)
 

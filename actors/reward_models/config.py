@@ -63,8 +63,8 @@ class BeaverRewardConfig(CheckpointConfig):
     """A Llama body with ``score_head``: PKU-Alignment/beaver-7b-v1.0-reward and -cost (Safe RLHF)."""
 
     kind: Literal["beaver"] = "beaver"
-    add_eos: bool = False
-    """Put the end-of-sequence token behind the answer, as the models' own training did."""
+    add_eos: bool = True
+    """Put the end-of-sequence token behind the answer, as the models' own training and evaluation do."""
 
 
 class UltraRMRewardConfig(CheckpointConfig):

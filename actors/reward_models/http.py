@@ -23,10 +23,18 @@ from mara.common.errors import UserError
 MAX_ANSWER_BYTES = 16 << 20
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes after which the same request may succeed."""
+REFUSING = (400, 413, 422)
+"""Status codes with which one request is refused, as it is too long, say; others may be taken."""
+SHOWN = 200
+"""Characters that are told of what a server says."""
 
 
 class HttpFailed(Exception):
     """A server gave no scores; one line says why."""
+
+
+class HttpRefused(HttpFailed):
+    """A server does not take these conversations; one line says why. It may take others."""
 
 
 class HttpRewardModel:
@@ -47,6 +55,7 @@ class HttpRewardModel:
         """Return float32 [B]. Blocks for ``timeout_s`` a batch at most.
 
         Raises:
+            HttpRefused: the server refuses a batch, which it may for one of its conversations.
             HttpFailed: the server is away, refuses, or gives something else.
         """
         scores: list[float] = []
@@ -77,6 +86,9 @@ class HttpRewardModel:
         with self._client.stream("POST", self._config.url, json=content, timeout=left_s) as response:
             if response.status_code in BUSY:
                 raise _Busy(f"status {response.status_code}")
+            if response.status_code in REFUSING:
+                said = next(response.iter_text(SHOWN), "").strip()
+                raise HttpRefused(f"{self._config.url}: status {response.status_code}: {said!r}")
             if response.status_code != 200:
                 raise HttpFailed(f"{self._config.url}: status {response.status_code}")
             for part in response.iter_bytes():

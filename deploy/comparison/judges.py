@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from mara.actors.llm import LLM
 from mara.actors.llm_judge import LLMJudge
 from mara.actors.reading import Reading, read_responses
 from mara.actors.reward_models.config import RewardModelConfig
-from mara.actors.reward_models.http import read_api_key
+from mara.actors.reward_models.http import HttpRefused, read_api_key
 from mara.actors.reward_models.loading import load_reward_model
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.errors import UserError
@@ -43,6 +45,11 @@ def check_scoring_judge(
     return head_digests(config.path)
 
 
+MANY_REFUSED = 8
+"""Answers, or pairs, that a judge's server may refuse before it has taken any. More are no matter of what
+is asked: a setting is wrong."""
+
+
 class Judges:
     """The judges that score, each opened when it is first needed. What heads read is read once for all.
 
@@ -60,6 +67,8 @@ class Judges:
     ) -> None:
         self._configs, self._base, self._search_folder = configs, base, search_folder
         self._opened: dict[str, RewardHead | RewardModel] = {}
+        self._num_refused: Counter[str] = Counter()
+        self._has_scored: set[str] = set()
 
     def judge(
         self, names: Sequence[str], said: Sequence[Conversation], others: Sequence[str | None] = ()
@@ -67,10 +76,11 @@ class Judges:
         """Of each response what every judge in ``names`` says, and how likely it is, as their files have it.
 
         ``others`` has for each another prompt, or None, after which its likelihood is looked at as well. Only
-        the likelihood needs them.
+        the likelihood needs them. A response that a server refuses has the score None, and beside it what the
+        server said.
 
         Raises:
-            UserError: a number is not finite.
+            UserError: a number is not finite, or a judge gives none.
         """
         readings = read_responses(self._base(), said) if self._must_read(names) else []
         found: list[dict[str, dict[str, Any]]] = [{} for _ in said]
@@ -85,12 +95,14 @@ class Judges:
                         "logprob_elsewhere": elsewhere,
                     }
                 continue
-            for row, score in zip(found, self._scores(name, said, readings).tolist(), strict=True):
-                row[name] = {"score": score}
+            for row, score in zip(found, self._scores(name, said, readings), strict=True):
+                is_refused = isinstance(score, str)
+                row[name] = {"score": None, "refused": score} if is_refused else {"score": score}
         return found
 
     def weighted(self, names: Sequence[str]) -> RewardModel:
-        """The sum of the scores of ``names``, by their weights, as one reward model."""
+        """The sum of the scores of ``names``, by their weights, as one reward model; -inf where one of them
+        was refused."""
         return _Weighted(self, {name: self._configs[name].weight for name in names})
 
     def _elsewhere(
@@ -118,21 +130,37 @@ class Judges:
                 self._opened[name] = load_reward_model(f"judges.{name}", config, self._search_folder)
         return self._opened[name]
 
-    def _scores(self, name: str, said: Sequence[Conversation], readings: Sequence[Reading]) -> torch.Tensor:
+    def _scores(
+        self, name: str, said: Sequence[Conversation], readings: Sequence[Reading]
+    ) -> Sequence[float | str]:
+        """The score of each response, or what a server said that refused it."""
         judge = self._open(name)
+        scores: Sequence[float | str]
         if isinstance(judge, RewardHead):
-            scores_B = judge.score_states([reading.states_ND for reading in readings])
+            scores = judge.score_states([reading.states_ND for reading in readings]).tolist()
         else:
-            scores_B = self._asked(name, judge, said)
-        if not scores_B.isfinite().all():
+            scores = self._asked(name, judge, said)
+        if not all(isinstance(score, str) or math.isfinite(score) for score in scores):
             raise UserError(
                 f"judges.{name}: a score is not finite; look at the judge, or try llm.dtype=float32"
             )
-        return scores_B
+        return scores
 
-    def _asked(self, name: str, judge: RewardModel, said: Sequence[Conversation]) -> torch.Tensor:
+    def _asked(self, name: str, judge: RewardModel, said: Sequence[Conversation]) -> Sequence[float | str]:
         try:
-            return judge.score(said)
+            scores: list[float | str] = judge.score(said).tolist()
+            self._has_scored.add(name)
+            return scores
+        except HttpRefused as refusal:
+            if len(said) > 1:  # It may have taken the others.
+                half = len(said) // 2
+                return [*self._asked(name, judge, said[:half]), *self._asked(name, judge, said[half:])]
+            self._num_refused[name] += 1
+            if self._num_refused[name] >= MANY_REFUSED and name not in self._has_scored:
+                raise UserError(
+                    f"judges.{name}: no scores ({refusal}); look at that, then resume"
+                ) from refusal
+            return [str(refusal)]
         except Exception as error:
             # A function or a server of the user's fails in ways of its own.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -146,9 +174,12 @@ class _Weighted:
 
     def score(self, conversations: Sequence[Conversation]) -> torch.Tensor:
         rows = self.judges.judge(list(self.weights), conversations)
-        return torch.tensor(
-            [sum(weight * row[name]["score"] for name, weight in self.weights.items()) for row in rows]
-        )
+        return torch.tensor([self._sum(row) for row in rows])
+
+    def _sum(self, row: Mapping[str, Mapping[str, Any]]) -> float:
+        if any(row[name]["score"] is None for name in self.weights):
+            return -math.inf
+        return sum(weight * float(row[name]["score"]) for name, weight in self.weights.items())
 
 
 def make_llm_judge(name: str, config: LLMJudgeConfig) -> LLMJudge:

@@ -88,7 +88,7 @@ def _content(report: Report) -> dict[str, Any]:
         "category_rates": list(_rates(report["categories"])),
         "headings": [heading for heading, _, _ in FIGURES],
         "figures": _figures,
-        "score": "{:+.3f}".format,
+        "score": _score,
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True, width=100),
     }
 
@@ -103,16 +103,20 @@ def _rates(pairs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 **{key: pair.get(key, "") for key in NOT_RATES},
                 "judge": judge,
                 "rate": f"{rate['rate']:+.1%}",
-                "interval": _interval(rate, pair["num_prompts"]),
+                "interval": _interval(rate),
                 **{key: rate[key] for key in ("wins", "ties", "losses")},
             }
 
 
-def _interval(rate: dict[str, Any], num_prompts: int) -> str:
+def _score(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.3f}"
+
+
+def _interval(rate: dict[str, Any]) -> str:
     """Resampling says nothing where all prompts tie, or where there are hardly any."""
     if rate["wins"] == rate["losses"] == 0:
         return "all tie"
-    if num_prompts < FEWEST_PROMPTS:
+    if rate["wins"] + rate["ties"] + rate["losses"] < FEWEST_PROMPTS:
         return "too few prompts"
     return f"{rate['low']:+.1%} to {rate['high']:+.1%}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,8 @@ rate of a against b (a fraction) with its 95 % interval, wins, ties and losses, 
 ``juries``: the judges of ``joint`` and of the other rates that several give together.
 ``categories``: the same with ``category``, for its prompts alone.
 ``verdicts``: of each LLM judge, pair and data set how many verdicts changed with the order or were unclear.
+``refused``: of each judge, data set and what it was to judge how often its server refused, and what it said
+the first time. These prompts are left out of its rates and means.
 ``systems``: data set → system → mean scores, fluency, speed.
 ``samples``: data set → prompts with every system's answer and scores.
 """
@@ -38,6 +40,7 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
         "pairs": [],
         "categories": [],
         "verdicts": [],
+        "refused": [],
         "systems": {},
         "samples": {},
     }
@@ -50,6 +53,7 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
             for category, places in found.categories().items():
                 report["categories"].append({**where, "category": category, **found.rates(a, b, places)})
             report["verdicts"] += [{**where, **counts} for counts in found.order_effects(a, b)]
+        report["refused"] += [{"dataset": dataset, **counts} for counts in found.refusals()]
         report["systems"][dataset] = {name: found.system(name) for name in config.systems}
         report["samples"][dataset] = found.samples(config.num_samples)
     report["settings"] = config.model_dump(mode="json")
@@ -81,25 +85,30 @@ class _Found:
     def rates(self, a: str, b: str, places: Sequence[int]) -> dict[str, Any]:
         """Preference rates of ``a`` against ``b`` on the prompts at ``places``, by judge and by jury.
 
-        A jury's win is better by each of its judges. Equal texts are ties.
+        A jury's win is better by each of its judges. Equal texts are ties. A judge has no rate where it has
+        refused all.
         """
-        chosen = list(places)
+        chosen = np.array(list(places), int)
         differs_N = np.array([one != other for one, other in zip(*self._texts(a, b), strict=True)])
         scored = {
-            judge: np.sign(config.weight) * (self._score(a, judge) - self._score(b, judge)) * differs_N
+            judge: np.sign(config.weight)
+            * np.where(differs_N, self._score(a, judge) - self._score(b, judge), 0.0)
             for judge, config in self._config.scoring_judges.items()
             if config.weight != 0
         }
         compared = {
-            judge: np.array([row["difference"] for row in self._verdicts[a, b, judge]], float)
+            judge: np.array([row.get("difference") for row in self._verdicts[a, b, judge]], float)
             for judge in self._config.llm_judges
         }
         rates: dict[str, Any] = {"num_prompts": len(chosen)}
-        for judge, values_N in (scored | compared).items():
-            rates[judge] = asdict(preference_rate([values_N[chosen]], self._config.seed))
+        judged = {judge: [values_N] for judge, values_N in (scored | compared).items()}
         for name, judges in self._config.joint_rates.items():
-            together = [scored[judge][chosen] for judge in judges]
-            rates[name] = asdict(preference_rate(together, self._config.seed))
+            judged[name] = [scored[judge] for judge in judges]
+        for judge, values in judged.items():
+            is_known_N = np.isfinite(np.stack(values)).all(axis=0)
+            if len(known := chosen[is_known_N[chosen]]):
+                rate = preference_rate([values_N[known] for values_N in values], self._config.seed)
+                rates[judge] = asdict(rate)
         return rates
 
     def categories(self) -> dict[str, list[int]]:
@@ -114,12 +123,20 @@ class _Found:
         """How often each LLM judge said something else in the other order, or nothing clear."""
         found = []
         for judge in self._config.llm_judges:
-            verdicts = [tuple(row["verdicts"]) for row in self._verdicts[a, b, judge]]
+            verdicts = [tuple(row["verdicts"]) for row in self._verdicts[a, b, judge] if "refused" not in row]
             agreeing = {("A", "B"), ("B", "A"), ("tie", "tie")}
             unclear = sum("unclear" in both for both in verdicts)
             disagreeing = sum(both not in agreeing for both in verdicts) - unclear
             found.append({"judge": judge, "num_disagreeing": disagreeing, "num_unclear": unclear})
         return found
+
+    def refusals(self) -> Iterator[dict[str, Any]]:
+        """What each judge's server refused to judge, how often, and what it said the first time."""
+        asked = {(name, judge): rows for (name, judge), rows in self._scores.items()}
+        asked |= {(f"{a} against {b}", judge): rows for (a, b, judge), rows in self._verdicts.items()}
+        for (what, judge), rows in asked.items():
+            if said := [row["refused"] for row in rows if "refused" in row]:
+                yield {"judge": judge, "of": what, "num": len(said), "said": said[0]}
 
     def system(self, name: str) -> dict[str, Any]:
         """Mean scores, fluency and speed of one system. None where that is not known."""
@@ -131,9 +148,7 @@ class _Found:
         timed = [answer for answer in answers if answer["seconds"]]
         ends = [answer["finish_reason"] for answer in answers if answer["finish_reason"] is not None]
         return {
-            "mean_scores": {
-                judge: float(self._score(name, judge).mean()) for judge in self._config.scoring_judges
-            },
+            "mean_scores": {judge: _mean(self._score(name, judge)) for judge in self._config.scoring_judges},
             "perplexity": float(np.exp(-logprob / num_tokens)) if num_tokens else None,
             "relevance": _relevance(likelihoods),
             "distinct_1": distinct(words, 1),
@@ -184,6 +199,12 @@ def _relevance(likelihoods: Sequence[Row]) -> float | None:
     num_tokens = sum(row["num_tokens"] for row in compared)
     gained = sum(row["logprob"] - row["logprob_elsewhere"] for row in compared)
     return gained / num_tokens if num_tokens else None
+
+
+def _mean(scores_N: np.ndarray) -> float | None:
+    """Of those that there are; None if there are none."""
+    known_N = scores_N[np.isfinite(scores_N)]
+    return float(known_N.mean()) if len(known_N) else None
 
 
 def repetition(texts: Sequence[Sequence[str]]) -> float:

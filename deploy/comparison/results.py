@@ -6,7 +6,8 @@
     FOLDER/comparison.json                      what must stay the same for it to go on
     FOLDER/prompts/DATASET.jsonl                id, prompt, category
     FOLDER/answers/DATASET/SYSTEM.jsonl         id, prompt, response, tokens, seconds, finish_reason
-    FOLDER/scores/DATASET/SYSTEM/JUDGE.jsonl    id, score; where it compares: id, against, difference, …
+    FOLDER/scores/DATASET/SYSTEM/JUDGE.jsonl    id, score; where it compares: id, against, difference, …;
+                                                refused, where a server would not judge: what it said
     FOLDER/report.json, report.md, report.html  made from the files above alone
 """
 

@@ -25,12 +25,12 @@ from mara.deploy.comparison.checks import Checked, changes, check
 from mara.deploy.comparison.config import RECORD, ComparisonConfig
 from mara.deploy.comparison.crew import Crew
 from mara.deploy.comparison.host import HostSpec, Work
-from mara.deploy.comparison.judges import make_llm_judge
+from mara.deploy.comparison.judges import MANY_REFUSED, make_llm_judge
 from mara.deploy.comparison.page import print_summary, write_report
 from mara.deploy.comparison.plan import Planner
 from mara.deploy.comparison.report import make_report
 from mara.deploy.comparison.results import Results
-from mara.deploy.comparison.verdicts import Pair, Verdicts
+from mara.deploy.comparison.verdicts import Pair, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
 from mara.deploy.exchange import check_out
@@ -42,6 +42,7 @@ from mara.deploy.ray_head import open_cluster
 from mara.deploy.run_folder import CONFIG_FILE, LOGS, check_resolved, fill_folder, make_folder
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.deploy.signals import StopSignal
+from mara.deploy.trust import called_by_comparison, check_trusted
 
 POLL_S = 0.2
 
@@ -56,15 +57,21 @@ class Place:
     """The folder of a comparison that goes on."""
 
 
-def resumed_settings(folder: Path, overrides: Sequence[str]) -> ComparisonConfig:
+def resumed_settings(folder: Path, overrides: Sequence[str], *, is_trusted: bool = False) -> ComparisonConfig:
     """The settings of the comparison in ``folder``.
 
+    ``is_trusted``: what they name may be called, whoever began it.
+
     Raises:
-        UserError: it is no such folder, or a setting is wrong.
+        UserError: it is no such folder, a setting is wrong, or it is somebody else's who is not trusted.
     """
     check_resumed(folder)
-    check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))
-    return load_comparison(folder / CONFIG_FILE, overrides)
+    path = folder / CONFIG_FILE
+    check_resolved(path, read_content(path))
+    config = load_comparison(path, overrides)
+    named = called_by_comparison(load_comparison(path, ()))
+    check_trusted(path, named, called_by_comparison(config), is_trusted=is_trusted)
+    return config
 
 
 def check_resumed(folder: Path) -> None:
@@ -296,11 +303,21 @@ class _Comparison:
         self._begin("verdicts", len(differing))
         self._progress.state(f"asking {name}")
         verdicts = Verdicts(make_llm_judge(name, config), differing, config.concurrency)
-        num_left = len(differing)
+        num_left, num_answered = len(differing), 0
+        refused: list[tuple[Pair, Refused]] = []  # written last: where all are, a setting is wrong
         try:
             while num_left:
                 for pair, found in verdicts.take():
-                    self._keep(name, pair, found)
+                    if isinstance(found, Refused):
+                        refused.append((pair, found))
+                        if len(refused) >= MANY_REFUSED and not num_answered:
+                            raise UserError(
+                                f"judges.{name}: {config.url} refuses every question ({found.why}); check "
+                                "model and max_tokens"
+                            )
+                    else:
+                        self._keep(name, pair, found)
+                        num_answered += 1
                     self._count()
                     num_left -= 1
                 self._progress.display.refresh()
@@ -309,6 +326,14 @@ class _Comparison:
             raise RunFailed(f"judges.{name}: {error}") from error
         finally:
             verdicts.stop()
+        if refused:
+            self._progress.display.say(
+                f"warning: judges.{name} refused {len(refused)} of {len(differing)} questions, which count "
+                f"for nothing ({refused[0][1].why})"
+            )
+        for pair, refusal in refused:
+            row = {"id": pair.id, "against": pair.against, "refused": refusal.why}
+            self._results.add_score(pair.dataset, pair.system, name, row)
 
     def _keep(self, judge: str, pair: Pair, found: Comparison) -> None:
         row = {"id": pair.id, "against": pair.against, **found._asdict()}

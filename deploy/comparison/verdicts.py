@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mara.actors.llm_judge import Comparison, LLMJudge
+from mara.actors.llm_judge import Comparison, LLMJudge, QuestionRefused
 
 
 class Pair(NamedTuple):
@@ -22,6 +22,12 @@ class Pair(NamedTuple):
     second: str
 
 
+class Refused(NamedTuple):
+    """A pair that the judge's endpoint did not take."""
+
+    why: str
+
+
 class Verdicts:
     """Asks a judge about ``pairs`` from several threads, which end with the process at the latest."""
 
@@ -29,14 +35,16 @@ class Verdicts:
         self._judge = judge
         self._stop = threading.Event()
         self._pairs: queue.SimpleQueue[Pair] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[tuple[Pair, Comparison] | BaseException] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[Pair, Comparison | Refused] | BaseException] = (
+            queue.SimpleQueue()
+        )
         for pair in pairs:
             self._pairs.put(pair)
         for _ in range(min(num_threads, len(pairs))):
             # Daemons: a question that nobody wants answered any more must not hold up the end.
             threading.Thread(target=self._ask, daemon=True).start()
 
-    def take(self) -> Iterator[tuple[Pair, Comparison]]:
+    def take(self) -> Iterator[tuple[Pair, Comparison | Refused]]:
         """What has been found since the last call. Does not wait.
 
         Raises:
@@ -66,6 +74,8 @@ class Verdicts:
             try:
                 found = self._judge.compare(pair.prompt, pair.first, pair.second, wait=self._wait)
                 self._found.put((pair, found))
+            except QuestionRefused as refusal:
+                self._found.put((pair, Refused(str(refusal))))
             except BaseException as error:
                 self._found.put(error)
                 return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mara.actors.answering import Answerer, Question, System
+from mara.actors.answering import Answerer, Question, System, _Draft
 from mara.actors.config import DecodingConfig, LLMConfig, TruncationConfig
+from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AgentPolicy
 from mara.actors.evaluation import answer_prompts
 from mara.actors.llm import LLM, load_llm
@@ -148,3 +149,38 @@ def test_a_best_answer_needs_a_finite_score(llm):
     machine = answerer(llm, {"best": System("sample", 2, Broken())})
     with pytest.raises(UserError, match=r"systems\.best\.judges: a score is not finite"):
         list(machine.answer(asked("best")))
+
+
+def test_an_answer_that_could_not_be_scored_is_best_only_where_none_could(llm):
+    class Refuses:
+        """All answers to one prompt, and the first to each other."""
+
+        def score(self, conversations):
+            seen: set[str] = set()
+            scores = []
+            for said in conversations:
+                is_refused = said.prompt == TEXTS[0] or said.prompt not in seen
+                scores.append(-torch.inf if is_refused else -5.0)
+                seen.add(said.prompt)
+            return torch.tensor(scores)
+
+    found = answerer(llm, {"best": System("sample", 2, Refuses())}).answer(asked("best"))
+    scores = {answer.question.prompt: answer.score for answer in found}
+    assert scores == {TEXTS[0]: None, **dict.fromkeys(TEXTS[1:], -5.0)}
+
+
+def test_the_best_of_several_took_the_time_of_all_and_of_the_scoring(llm, monkeypatch):
+    clock = iter([100.0, 106.0])
+    monkeypatch.setattr("mara.actors.answering.time.monotonic", lambda: next(clock))
+    machine = answerer(llm, {"best": System("sample", 2, CountsLetters())})
+    questions = asked("best", ["why", "how so"])
+    times = [(1.0, 3.0), (2.0, 6.0)]
+    drafts = {
+        question: [
+            _Draft("a" * number, Generation(Request([1], 0), began, response_ids=[1], finished_at_s=ended))
+            for number, (began, ended) in enumerate(times)
+        ]
+        for question in questions
+    }
+    # Two and four seconds in a row of the batch each, and half of the six that it took to score both.
+    assert [answer.seconds for answer in machine._best(drafts)] == [9.0, 9.0]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mara.actors.llm_judge import EndpointUnavailable, LLMJudge, read_verdict
+from mara.actors.llm_judge import EndpointUnavailable, LLMJudge, QuestionRefused, read_verdict
 from mara.common.errors import UserError
 
 Answer = Callable[[str], tuple[int, str]]
@@ -77,13 +77,22 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_stays_away_is_told(endpoint
     assert len(endpoint.requests) == 4 + 3
 
 
-def test_a_question_that_is_refused_is_not_asked_again(endpoint):
+def test_an_endpoint_that_refuses_to_be_asked_is_not_asked_again(endpoint):
     endpoint.answer = lambda question: (404, "no model big")
     with pytest.raises(
-        UserError, match=r"judges\.big: .* refuses the question \(status 404: 'no model big'\)"
+        UserError, match=r"judges\.big: .* refuses to be asked \(status 404: 'no model big'\)"
     ):
         judge(endpoint).compare("why?", "one", "two")
     assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_is_refused_is_not_asked_again_and_others_may_be(endpoint, status):
+    endpoint.answer = lambda question: (status, "too\nlong") if "why" in question else (200, "[[A]]")
+    with pytest.raises(QuestionRefused, match=rf"^status {status}: 'too\\nlong'$"):
+        judge(endpoint).compare("why?", "one", "two")
+    assert len(endpoint.requests) == 1
+    assert judge(endpoint).compare("how?", "one", "two").verdicts == ("A", "A")
 
 
 def test_what_is_no_such_endpoint_is_told(endpoint):

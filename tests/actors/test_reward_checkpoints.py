@@ -116,7 +116,7 @@ NORMALISER = {
 
 def beaver_ids(conversation: Conversation) -> list[int]:
     text = f"BEGINNING OF CONVERSATION: USER: {conversation.prompt} ASSISTANT:{conversation.response}"
-    return [BOS, *spell(text)]
+    return [BOS, *spell(text), EOS]
 
 
 def check_batching(model, expected: list[float]) -> None:
@@ -154,6 +154,40 @@ def test_a_beaver_checkpoint_scores_as_its_formula_says(tmp_path, settings, bias
     check_batching(load_beaver(BeaverRewardConfig(model=str(tmp_path), batch_size=3, **EXACT)), expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"score_type": "reward"}, (1.5, 2.0)),
+        ({"score_type": "cost"}, (0.0, 2.0)),
+        ({"score_type": "critic"}, (0.0, 1.0)),
+        ({"normalize_function": "affine"}, (1.5, 2.0)),
+        ({"normalize_function": "scale"}, (0.0, 2.0)),
+        ({"normalize_function": "translate"}, (1.5, 1.0)),
+        ({"normalize_function": "scale", "score_type": "cost"}, (0.0, 2.0)),
+    ],
+)
+def test_the_scores_of_a_beaver_checkpoint_are_normalised_as_its_settings_say(tmp_path, settings, wanted):
+    head, (mean, deviation) = score_head(), wanted
+    body = save_body(tmp_path, head | NORMALISER, do_normalize=True, **settings)
+    model = load_beaver(BeaverRewardConfig(model=str(tmp_path), **EXACT))
+    score = float(head["score_head.weight"][0] @ last_state(body, beaver_ids(CONVERSATIONS[0])))
+    assert float(model.score(CONVERSATIONS[:1])) == pytest.approx((score - mean) / deviation, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score_type": "odd"},
+        {"normalize_function": "z"},
+        {"normalize_function": "affine", "score_type": "cost"},
+    ],
+)
+def test_a_beaver_checkpoint_whose_normalisation_is_not_known_is_refused(tmp_path, settings):
+    save_body(tmp_path, score_head() | NORMALISER, do_normalize=True, **settings)
+    with pytest.raises(UserError, match=r"normalised in a way that is not known \(.*give one in normalize_f"):
+        load_beaver(BeaverRewardConfig(model=str(tmp_path), **EXACT))
+
+
 def test_a_beaver_checkpoint_without_a_normaliser_is_used_unless_it_asks_for_one(tmp_path):
     save_body(tmp_path, score_head(), do_normalize=False)
     load_beaver(BeaverRewardConfig(model=str(tmp_path), **EXACT))
@@ -176,7 +210,7 @@ def test_the_end_of_sequence_token_is_added_once_if_asked_for(tmp_path, add_eos)
     body = save_body(tmp_path, head)
     model = load_beaver(BeaverRewardConfig(model=str(tmp_path), add_eos=add_eos, **EXACT))
     for response, after in (("yes", [EOS] * add_eos), ("yes</s>", [EOS])):
-        ids = beaver_ids(Conversation("why", "yes")) + after
+        ids = beaver_ids(Conversation("why", "yes"))[:-1] + after
         if response == "yes</s>":
             # The text of a special token is that token.
             assert model._encode(Conversation("why", response)).ids == ids
@@ -262,7 +296,7 @@ def test_weights_kept_by_pickle_are_read_without_running_what_is_in_them(tmp_pat
 
 def save_classifier(folder, family="Llama", padding_side="right", adds="bos", chat=CHAT, **settings):
     torch.manual_seed(1)
-    sizes = SIZES if family == "DebertaV2" else LLAMA
+    sizes = SIZES if family in ("DebertaV2", "Roberta") else LLAMA
     config = getattr(transformers, f"{family}Config")(**{**sizes, "num_labels": 1, **settings})
     model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
     for parameter in model.parameters():
@@ -355,7 +389,7 @@ def test_a_truncated_conversation_has_the_score_of_the_longest_beginning_of_its_
     save_body(tmp_path, score_head())
     settings = EXACT | {"model": str(tmp_path), "add_eos": add_eos}
     free = load_beaver(BeaverRewardConfig(**settings))
-    limit = len(beaver_ids(Conversation("hello", "Hello! How"))) + add_eos
+    limit = len(beaver_ids(Conversation("hello", "Hello! How"))) - 1 + add_eos
     cut = load_beaver(BeaverRewardConfig(max_length=limit, too_long="truncate", **settings))
     expected = float(free.score([Conversation("hello", "Hello! How")]))
     assert float(cut.score([CONVERSATIONS[0]])) == pytest.approx(expected, abs=1e-5)
@@ -366,6 +400,15 @@ def test_a_model_that_reads_fewer_positions_bounds_the_length(tmp_path):
     save_classifier(tmp_path, pad_token_id=0, max_position_embeddings=45)
     model = load_sequence_classifier(SequenceClassifierRewardConfig(model=str(tmp_path), **EXACT))
     assert model.score(CONVERSATIONS).isfinite().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("num_positions", "last_fits"), [(25, True), (24, False)])
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer(tmp_path, num_positions, last_fits):
+    sizes = {"max_position_embeddings": num_positions, "pad_token_id": 0, "type_vocab_size": 2}
+    save_classifier(tmp_path, "Roberta", adds="pair", chat=None, **sizes)
+    config = SequenceClassifierRewardConfig(model=str(tmp_path), template="pair", **EXACT)
+    fits = load_sequence_classifier(config).score(CONVERSATIONS).isfinite().tolist()
+    assert fits == [False, False, True, last_fits]  # the last one has 24 tokens
 
 
 @pytest.mark.parametrize(

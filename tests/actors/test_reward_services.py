@@ -12,7 +12,7 @@ import pytest
 
 from mara.actors.reward_models.config import FunctionRewardConfig, HttpRewardConfig
 from mara.actors.reward_models.function import FunctionRewardModel, load_function
-from mara.actors.reward_models.http import HttpFailed, HttpRewardModel
+from mara.actors.reward_models.http import HttpFailed, HttpRefused, HttpRewardModel
 from mara.actors.reward_models.loading import load_reward_model
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
@@ -73,6 +73,8 @@ class Server:
         """Of the next answers; then 200."""
         self.answer = lambda content: {"scores": [len(one["response"]) for one in content["conversations"]]}
         self.delay_s = 0.0
+        self.pause_s = 0.0
+        """After each byte of an answer."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,7 +87,11 @@ class Server:
                 body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                for place in range(len(body)) if server.pause_s else ():
+                    self.wfile.write(body[place : place + 1])
+                    time.sleep(server.pause_s)
+                if not server.pause_s:
+                    self.wfile.write(body)
 
             def log_message(self, *arguments):
                 pass
@@ -175,12 +181,26 @@ def test_a_server_that_refuses_is_not_asked_again(server):
     assert len(server.requests) == 1
 
 
+def test_what_a_server_says_of_a_request_that_it_does_not_take_is_told(server):
+    server.statuses, server.answer = [400], lambda content: b"too long " * 100
+    with pytest.raises(HttpRefused, match=r"/score: status 400: '(too long ){22}to'$"):
+        make_model(server).score(CONVERSATIONS)
+    assert len(server.requests) == 1
+
+
 def test_a_server_that_is_slow_fails_within_the_time_for_all_attempts(server):
     server.delay_s = 5.0
     started = time.monotonic()
     with pytest.raises(HttpFailed, match="timed out"):
         make_model(server, timeout_s=0.3, max_attempts=100).score(CONVERSATIONS)
     assert time.monotonic() - started < 4
+
+
+def test_an_answer_that_comes_byte_by_byte_fails_when_the_time_is_over(server):
+    server.answer = lambda content: json.dumps({"scores": [1.0]}).encode() + b" " * 100
+    server.pause_s = 0.05
+    with pytest.raises(HttpFailed, match=r"/score: no whole answer in 0\.3 s$"):
+        make_model(server, timeout_s=0.3).score(CONVERSATIONS[:1])
 
 
 def test_a_server_that_is_not_there_is_one_line():

@@ -174,6 +174,23 @@ def test_a_model_that_gives_nothing_for_too_long_ends_the_actor_with_the_reason(
         scorer.submit([])
 
 
+def test_a_model_that_gives_some_scores_is_not_away(make_scorer, kept, answers):
+    picky = Lengths(unsure=lambda response: len(response) % 2 == 1)
+    scorer = make_scorer(max_outage_s=0.0, picky=picky)
+    for start in range(0, 30, 10):
+        scorer.submit(answers[start : start + 10])
+        kept.wait_for(5 + start // 2)
+    assert [episode.uid for episode in kept.episodes] == [f"e{n}" for n in range(0, 30, 2)]
+
+
+def test_a_model_whose_scores_are_all_not_finite_is_away(make_scorer, answers):
+    scorer = make_scorer(max_outage_s=0.0, lost=Lengths(unsure=lambda response: True))
+    scorer.submit(answers[:3])
+    wait_until(lambda: not scorer._thread.is_alive())
+    with pytest.raises(UserError, match=r"^rewards\.lost: no score for 0 s \(some scores are not finite\)"):
+        scorer.submit([])
+
+
 def test_what_the_sink_raises_reaches_the_rollout_loop(make_scorer, answers):
     def full(episodes):
         raise OSError("gone")

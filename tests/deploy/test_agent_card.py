@@ -39,7 +39,7 @@ def test_a_head_is_named_without_its_place_and_known_by_its_content(
 def test_a_shipped_head_has_the_name_that_a_configuration_gives_it(tmp_path: Path) -> None:
     config = load_config(find_config("quickstart"))
     checked = Checked(
-        (), "", 576, LLMIdentity(None, None), {name: {} for name in config.rewards}, {}, False, None
+        (), "", 576, LLMIdentity(None, None), "", {name: {} for name in config.rewards}, {}, False, None
     )
     card = agent_card(config, checked, "run-1")
     assert card["rewards"]["helpful"]["head"] == "mara:heads/helpful-smollm2-135m-instruct"

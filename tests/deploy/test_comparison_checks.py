@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -168,6 +171,24 @@ def test_a_dry_run_of_resuming_checks_that_it_is_the_same_comparison(path: Path,
 def test_a_folder_that_is_in_use_is_not_taken_for_a_new_one(path: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", str(path), "--out", str(tmp_path)])
     assert_one_line(result, f"--out={tmp_path} is not empty")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_another_adapter_makes_another_comparison(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    peft = ModuleType("peft")
+    peft.__spec__ = ModuleSpec("peft", None)
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    config = load_comparison(path, ["systems.tuned.kind=llm", f"systems.tuned.adapter={folder}"])
+    before = check(config).identity
+    assert changes(before, check(config).identity) == []
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    assert changes(before, check(config).identity) == ["the content of systems.tuned.adapter has changed"]
 
 
 def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path, RunConfig]) -> None:

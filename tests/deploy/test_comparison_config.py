@@ -114,6 +114,13 @@ def test_systems_are_answered_in_waves_and_compared_with_the_baseline_and_as_ask
     assert (other.model, other.dtype, adapter) == ("other/llm", config.llm.dtype, None)
 
 
+def test_another_llm_has_neither_the_revision_nor_the_file_of_the_base(path: Path) -> None:
+    config = load_comparison(path, ["llm.model=a/b", "llm.revision=v1", "llm.gguf_file=x.gguf"])
+    assert config.llm_of("fixed")[0] == config.llm and config.llm.revision == "v1"
+    other, _ = config.llm_of("fixed_again")
+    assert (other.model, other.revision, other.gguf_file) == ("other/llm", None, None)
+
+
 def test_an_agent_may_have_a_threshold_and_a_gate_of_its_own(path: Path) -> None:
     changes = ["systems.a.kind=agent", "systems.a.path=x", "decoding.threshold=0.4"]
     config = load_comparison(path, changes)

@@ -13,7 +13,7 @@ from mara.actors.prompts import Prompt
 from mara.common.errors import UserError
 from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.comparison.crew import SILENT_AFTER_S, Crew
-from mara.deploy.comparison.host import HostSpec, Model, Work
+from mara.deploy.comparison.host import ComparisonHost, HostSpec, Model, Work
 from mara.deploy.comparison.plan import Planner
 from mara.deploy.comparison.results import Results
 from mara.deploy.config_file import make_settings
@@ -143,6 +143,40 @@ def test_chunks_go_to_whoever_is_free_and_knows_their_model(config, tmp_path) ->
     assert team.taken == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
     team.crew.kill()
     assert team["actor-0"].killed and team["actor-1"].killed
+
+
+def test_an_actor_goes_on_with_the_model_it_has_while_there_is_work_for_it(config, tmp_path) -> None:
+    team = Team(config, tmp_path)
+    team.crew.add(chunk(n, config, name, model) for n, (name, model) in enumerate(["am", "bn", "cn", "dm"]))
+    for name in ("actor-0", "actor-1"):
+        team[name].runs()
+    team.crew.poll()
+    assert [ids_of(team[f"actor-{n}"].given[-1]) for n in range(2)] == ["a", "b"]
+    team["actor-0"].hands_in("a", is_done=True)
+    team.crew.poll()
+    assert ids_of(team["actor-0"].given[-1]) == "d"
+    team["actor-0"].hands_in("d", is_done=True)
+    team.crew.poll()
+    assert ids_of(team["actor-0"].given[-1]) == "c"
+
+
+def test_a_process_answers_each_chunk_with_its_own_llm(tmp_path, llm_folder, make_llm_folder) -> None:
+    content = SETTINGS | {
+        "llm": {"model": str(llm_folder), "dtype": "float32", "device": "cpu"},
+        "decoding": {"max_new_tokens": 6},
+        "systems": {"base": {"kind": "llm"}, "other": {"kind": "llm", "model": str(make_llm_folder(seed=1))}},
+    }
+    config = make_settings(ComparisonConfig, content, [], tmp_path)
+    host = ComparisonHost(HostSpec("actor-0", config, tmp_path, tmp_path))
+
+    def said(system: str) -> str:
+        work = Work(0, Model(*config.llm_of(system)), "d", (Question(system, "p", "why"),))
+        (row,) = host._do(work)
+        return str(row["row"]["response"])
+
+    first, other = said("base"), said("other")
+    assert first != other
+    assert (said("other"), said("base")) == (other, first)
 
 
 def test_what_a_dead_actor_had_not_handed_in_goes_to_another(config, tmp_path) -> None:

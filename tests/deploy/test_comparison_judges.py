@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 
 from mara.actors.heads import HeadRewardModel, RewardHead
 from mara.actors.llm import load_llm
+from mara.actors.llm_judge import Comparison, EndpointUnavailable, QuestionRefused
+from mara.actors.reward_models.http import HttpRefused
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
 from mara.deploy.comparison import judges as module
 from mara.deploy.comparison.config import ComparisonConfig
-from mara.deploy.comparison.judges import Judges
+from mara.deploy.comparison.judges import MANY_REFUSED, Judges
+from mara.deploy.comparison.verdicts import Pair, Refused, Verdicts
 from mara.deploy.config import RunConfig
 
 SAID = [Conversation("why", "so it is"), Conversation("why", ""), Conversation("how so", "abc")]
@@ -95,3 +99,71 @@ def test_a_score_that_is_no_number_is_told(made, monkeypatch) -> None:
     )
     with pytest.raises(UserError, match=r"judges\.cost: a score is not finite"):
         judges.judge(["cost"], SAID)
+
+
+class Picky:
+    """A server that takes no answer with an "a" in it."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def score(self, conversations):
+        self.num_asked += 1
+        if any("a" in one.response for one in conversations):
+            raise HttpRefused("http://x: status 400: 'no'")
+        return torch.tensor([float(len(one.response)) for one in conversations])
+
+
+def test_an_answer_that_a_server_refuses_has_no_score_and_the_others_have(made, monkeypatch) -> None:
+    judges, _ = made
+    picky = Picky()
+    monkeypatch.setattr(judges, "_open", lambda name: picky)
+    said = [Conversation("p", text) for text in ("x", "yy", "a", "zzz", "ab")]
+    rows = [row["helpful"] for row in judges.judge(["helpful"], said)]
+    assert [row["score"] for row in rows] == [1.0, 2.0, None, 3.0, None]
+    assert rows[2]["refused"] == "http://x: status 400: 'no'" and "refused" not in rows[0]
+    assert picky.num_asked < 2 * len(said)
+    total_B = judges.weighted(["helpful", "cost"]).score(said)
+    assert total_B.isfinite().tolist() == [True, True, False, True, False]
+    assert (total_B[2], total_B[4]) == (-torch.inf, -torch.inf)
+
+
+def test_a_server_that_refuses_every_answer_ends_it(made, monkeypatch) -> None:
+    judges, _ = made
+    monkeypatch.setattr(judges, "_open", lambda name: Picky())
+    few, many = [Conversation("p", "a")] * (MANY_REFUSED - 1), [Conversation("p", "a")] * 100
+    assert all(row["helpful"]["score"] is None for row in judges.judge(["helpful"], few))
+    with pytest.raises(UserError, match=r"judges\.helpful: no scores \(http://x: status 400: 'no'\); look"):
+        judges.judge(["helpful"], many)
+
+
+def test_a_thread_asks_nothing_more_after_an_error_and_goes_on_after_a_refusal() -> None:
+    class Judge:
+        def __init__(self, *errors: Exception) -> None:
+            self.errors, self.num_asked = list(errors), 0
+
+        def compare(self, prompt, first, second, wait):
+            self.num_asked += 1
+            if self.errors:
+                raise self.errors.pop(0)
+            return Comparison(0, ("tie", "tie"), ("", ""))
+
+    def asked(judge: Judge) -> list[object]:
+        before = set(threading.enumerate())
+        verdicts = Verdicts(judge, [Pair("d", "a", "b", str(n), "p", "x", "y") for n in range(4)], 1)
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+        found: list[object] = []
+        try:
+            for _, what in verdicts.take():
+                found.append(what)
+        except EndpointUnavailable as error:
+            found.append(error)
+        return found
+
+    tie = Comparison(0, ("tie", "tie"), ("", ""))
+    away = EndpointUnavailable("away")
+    assert asked(broken := Judge(QuestionRefused("no"), away)) == [Refused("no"), away]
+    assert broken.num_asked == 2
+    assert asked(picky := Judge(QuestionRefused("no"))) == [Refused("no"), tie, tie, tie]
+    assert picky.num_asked == 4

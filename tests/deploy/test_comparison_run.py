@@ -17,7 +17,7 @@ from mara.deploy.comparison.config import RECORD
 from mara.deploy.comparison.results import Results
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_comparison, load_comparison
-from mara.deploy.run_folder import CONFIG_FILE, LOGS
+from mara.deploy.run_folder import LOGS, write_settings
 from mara.deploy.run_lock import hold_run
 
 SAYS = {"base": "plain", "mara": "guided"}
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> P
     checked = check(comparison)
     folder = tmp_path / "out"
     (folder / LOGS).mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(dump_comparison(comparison))
+    write_settings(folder, dump_comparison(comparison))
     (folder / RECORD).write_text(json.dumps(checked.identity))
     with Results(folder) as results:
         results.keep_prompts("held_out", checked.prompts["held_out"])
@@ -108,6 +108,35 @@ def test_a_judge_is_asked_about_answers_that_differ_and_never_twice(folder: Path
     assert len(endpoint.requests) == asked
     for name in ("report.json", "report.md", "report.html"):
         assert (folder / name).read_text() == (folder / f"before-{name}").read_text()
+
+
+def test_a_question_that_is_refused_counts_for_nothing_and_is_told(folder: Path, endpoint: Any) -> None:
+    endpoint.answer = lambda question: (400, "too long") if "how so" in question else (200, "[[A]]")
+    output = mara("eval", "--resume", folder)
+    assert "judges.big refused 1 of 3 questions, which count for nothing (status 400: 'too long')" in output
+    report = json.loads((folder / "report.json").read_text())
+    (pair,), (verdicts,) = report["pairs"], report["verdicts"]
+    counted = [pair["big"][name] for name in ("wins", "ties", "losses")]
+    assert (pair["num_prompts"], counted) == (4, [0, 3, 0])  # one of them with equal answers
+    assert (verdicts["num_disagreeing"], verdicts["num_unclear"]) == (2, 0)
+    where = {"dataset": "held_out", "judge": "big", "of": "mara against base"}
+    assert report["refused"] == [{**where, "num": 1, "said": "status 400: 'too long'"}]
+    for name in ("report.md", "report.html"):
+        assert "Refused by the judge's server" in (folder / name).read_text().replace("&#39;", "'")
+    asked = len(endpoint.requests)
+    mara("eval", "--resume", folder)
+    assert len(endpoint.requests) == asked
+
+
+def test_a_judge_that_refuses_whatever_it_is_asked_ends_the_comparison(
+    folder: Path, endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mara.deploy.comparison.run.MANY_REFUSED", 3)
+    endpoint.answer = lambda question: (400, "max_tokens is not known")
+    output = mara("eval", "--resume", folder, status=2)
+    assert "refuses every question (status 400: 'max_tokens is not known'); check model and max_t" in output
+    endpoint.answer = lambda question: (200, "[[A]]")  # and nothing is kept of it
+    assert "refused" not in mara("eval", "--resume", folder)
 
 
 def test_the_same_command_goes_on_and_a_changed_one_is_refused(folder: Path, endpoint: Any) -> None:

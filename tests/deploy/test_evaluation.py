@@ -196,6 +196,10 @@ def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run, no_loading):
     without = config.model_copy(update={"prompts": config.prompts.model_copy(update={"evaluation": None})})
     with pytest.raises(UserError, match=r"prompts\.evaluation is not set"):
         run_evaluation(folder, without)
+    free = {name: head.model_copy(update={"weight": 0.0}) for name, head in config.rewards.items()}
+    for rewards in (free, {}):
+        with pytest.raises(UserError, match=r"^rewards is empty or has no weight but 0"):
+            run_evaluation(folder, config.model_copy(update={"rewards": rewards}))
 
 
 def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(tiny_run):

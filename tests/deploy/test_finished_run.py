@@ -28,7 +28,7 @@ from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
 from mara.deploy.console import PlainDisplay, View
 from mara.deploy.finished_run import find_log, warn_of_forced
-from mara.deploy.model_shape import LLMIdentity
+from mara.deploy.model_shape import LLMIdentity, find_digest
 from mara.deploy.preflight import Checked, preflight
 from mara.deploy.progress import Progress
 from mara.deploy.run_folder import LogRecord, make_run_folder, read_log_record
@@ -37,6 +37,8 @@ from mara.deploy.signals import StopSignal
 from mara.deploy.store import open_store
 
 HIDDEN_SIZE = 32
+LLM = "1234"
+"""Digest of its files."""
 COLUMNS = {
     "actions_T": np.uint8,
     "ranks_T": np.int16,
@@ -67,6 +69,7 @@ def make_run(config_path: Path) -> MakeRun:
             "run-1",
             None if redis_url is None else [redis_url],
             HIDDEN_SIZE,
+            LLM,
             {name: {} for name in scores},
             "p",
         )
@@ -128,7 +131,7 @@ def test_an_unknown_name_for_it_is_told_the_right_one(config_path: Path) -> None
 def test_a_folder_that_is_no_run_is_named(config_path: Path, tmp_path: Path) -> None:
     config = offline(config_path, tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"replay.from=.*nowhere: .* does not exist; give"):
-        find_log(config, HIDDEN_SIZE)
+        find_log(config, HIDDEN_SIZE, LLM)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +148,16 @@ def test_episodes_made_with_other_settings_are_refused_by_name(
 ) -> None:
     config = offline(config_path, make_run(theirs))
     with pytest.raises(UserError, match=rf"its episodes were made with {named}; use the same"):
-        find_log(config, HIDDEN_SIZE)
+        find_log(config, HIDDEN_SIZE, LLM)
 
 
 def test_episodes_of_another_hidden_size_are_refused(config_path: Path, make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"hidden size 32, llm.model=.* has 64"):
-        find_log(offline(config_path, make_run()), 64)
+        find_log(offline(config_path, make_run()), 64, LLM)
+    with pytest.raises(
+        UserError, match=r"with other files of llm\.model=.* \(1234…, now 5678…\); put those back, or make"
+    ):
+        find_log(offline(config_path, make_run()), HIDDEN_SIZE, "5678")
 
 
 def test_a_reward_without_scores_is_refused_and_the_ones_there_are_listed(
@@ -160,16 +167,16 @@ def test_a_reward_without_scores_is_refused_and_the_ones_there_are_listed(
     with pytest.raises(
         UserError, match=r"rewards.helpful: .* no score of that name \(they have cost, polite\)"
     ):
-        find_log(config, HIDDEN_SIZE)
+        find_log(config, HIDDEN_SIZE, LLM)
 
 
 def test_episodes_that_went_with_their_server_are_told_of(config_path: Path, make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"its episodes are gone.*replay.durable=true"):
-        find_log(offline(config_path, make_run()), HIDDEN_SIZE)
+        find_log(offline(config_path, make_run()), HIDDEN_SIZE, LLM)
     folder = make_run()
     (folder / "replay").mkdir()
     with pytest.raises(UserError, match="its episodes are gone"):
-        find_log(offline(config_path, folder), HIDDEN_SIZE)
+        find_log(offline(config_path, folder), HIDDEN_SIZE, LLM)
 
 
 def test_a_run_without_a_record_is_told_of(config_path: Path, make_run: MakeRun) -> None:
@@ -177,17 +184,17 @@ def test_a_run_without_a_record_is_told_of(config_path: Path, make_run: MakeRun)
     for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
         damage(folder / "replay.json")
         with pytest.raises(UserError, match=r"no replay.json"):
-            find_log(offline(config_path, folder), HIDDEN_SIZE)
+            find_log(offline(config_path, folder), HIDDEN_SIZE, LLM)
 
 
 def test_a_run_that_read_anothers_episodes_stands_for_the_other(config_path: Path, make_run: MakeRun) -> None:
     first = make_run()
     (first / "replay" / "appendonlydir").mkdir(parents=True)
     second = make_run_folder(offline(config_path, first))
-    assert find_log(offline(config_path, second), HIDDEN_SIZE).data_dir == first / "replay"
+    assert find_log(offline(config_path, second), HIDDEN_SIZE, LLM).data_dir == first / "replay"
     shutil.rmtree(first)
     with pytest.raises(UserError, match=rf"replay.from={second} \(episodes of {first}\): .*{first}"):
-        find_log(offline(config_path, second), HIDDEN_SIZE)
+        find_log(offline(config_path, second), HIDDEN_SIZE, LLM)
 
 
 def test_a_server_with_the_episodes_is_found_and_one_without_is_not(
@@ -196,13 +203,13 @@ def test_a_server_with_the_episodes_is_found_and_one_without_is_not(
     shown = hide_password(server.url)
     folder = make_run(redis_url=shown)
     with pytest.raises(UserError, match=r"password .*; add replay.redis_url") as caught:
-        find_log(offline(config_path, folder), HIDDEN_SIZE)
+        find_log(offline(config_path, folder), HIDDEN_SIZE, LLM)
     assert shown in str(caught.value)
     config = offline(config_path, folder, f"replay.redis_url={server.url}")
     with pytest.raises(UserError, match=r"no episodes of it any more \(keys mara:run-1:"):
-        find_log(config, HIDDEN_SIZE)
+        find_log(config, HIDDEN_SIZE, LLM)
     append(server.url, "run-1")
-    log = find_log(config, HIDDEN_SIZE)
+    log = find_log(config, HIDDEN_SIZE, LLM)
     assert (log.run_id, log.redis_urls, log.data_dir) == ("run-1", [server.url], None)
 
 
@@ -212,7 +219,7 @@ def test_episodes_that_made_room_before_anybody_read_are_told_of_at_the_start(
     folder = make_run(redis_url=hide_password(server.url))
     config = offline(config_path, folder, f"replay.redis_url={server.url}")
     append(server.url, "run-1", ["e"])
-    find_log(config, HIDDEN_SIZE)
+    find_log(config, HIDDEN_SIZE, LLM)
     assert capsys.readouterr().err == ""
     with connect(server.url) as client:
         record_bytes = client.strlen("mara:run-1:0:record:e")
@@ -220,7 +227,7 @@ def test_episodes_that_made_room_before_anybody_read_are_told_of_at_the_start(
         num_kept = small.log_max_bytes // (record_bytes + 2)  # their uids are three letters
         append(server.url, "run-1", [f"{number:03}" for number in range(100)], small)
         assert client.xlen("mara:run-1:0:episodes") == num_kept < 101
-    find_log(config, HIDDEN_SIZE)
+    find_log(config, HIDDEN_SIZE, LLM)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{101 - num_kept} of its 101 episodes are gone" in line
     assert f"training goes by the {num_kept} that are left" in line
@@ -234,24 +241,26 @@ def test_a_run_that_goes_on_is_refused_with_who_and_what_to_do(
     (folder / "replay" / "appendonlydir").mkdir(parents=True)
     told = rf"replay.from=.*: its run goes on .*\(process {os.getpid()} on .*\); wait for its end, or stop it"
     with hold_run(folder), pytest.raises(UserError, match=told):
-        find_log(offline(config_path, folder), HIDDEN_SIZE)
-    assert find_log(offline(config_path, folder), HIDDEN_SIZE).data_dir == folder / "replay"
+        find_log(offline(config_path, folder), HIDDEN_SIZE, LLM)
+    assert find_log(offline(config_path, folder), HIDDEN_SIZE, LLM).data_dir == folder / "replay"
     # Its folder may be that of another machine: then the server tells.
     folder = make_run(redis_url=server.url)
     append(server.url, "run-1")
     with hold_lease([server.url], "run-1", "writes", 5.0), pytest.raises(UserError, match=told):
-        find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
+        find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE, LLM)
     with hold_lease([server.url], "run-1", "reads", 5.0), connect(server.url) as client:
-        log = find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE)
+        log = find_log(offline(config_path, folder, f"replay.redis_url={server.url}"), HIDDEN_SIZE, LLM)
         assert log.num_episodes == client.xlen("mara:run-1:0:episodes")  # what the progress goes by
 
 
 def test_episodes_in_the_run_folder_are_for_this_machine_only(config_path: Path, make_run: MakeRun) -> None:
     folder = make_run()
     (folder / "replay" / "appendonlydir").mkdir(parents=True)
-    assert find_log(offline(config_path, folder), HIDDEN_SIZE).data_dir == folder / "replay"
+    assert find_log(offline(config_path, folder), HIDDEN_SIZE, LLM).data_dir == folder / "replay"
     with pytest.raises(UserError, match=r"leave out ray.address"):
-        find_log(offline(config_path, folder, "ray.address=auto", "replay.redis_url=redis://h"), HIDDEN_SIZE)
+        find_log(
+            offline(config_path, folder, "ray.address=auto", "replay.redis_url=redis://h"), HIDDEN_SIZE, LLM
+        )
 
 
 def test_a_record_holds_no_password(make_run: MakeRun) -> None:
@@ -271,13 +280,14 @@ def test_another_head_of_the_same_name_is_warned_of(
     save_head(tmp_path / "helpful", head, {})
     folder = make_run()
     (folder / "replay" / "appendonlydir").mkdir(parents=True)
+    llm_digest = find_digest(load_config(config_path).llm)
     for heads, warned in (
         ({"helpful": head_digests(tmp_path / "helpful")}, False),
         ({"helpful": {"x": "0"}}, True),
     ):
-        LogRecord("run-1", None, HIDDEN_SIZE, heads, "p").write(folder)
+        LogRecord("run-1", None, HIDDEN_SIZE, llm_digest, heads, "p").write(folder)
         checked = preflight(offline(config_path, folder))
-        assert checked.log is not None
+        assert checked.log is not None and checked.llm_digest == llm_digest
         assert checked.prompts_digest == sha256((tmp_path / "prompts.jsonl").read_bytes()).hexdigest()
         captured = capsys.readouterr()
         assert ("is another head than the one that scored" in captured.out + captured.err) == warned
@@ -290,9 +300,10 @@ def test_a_log_with_fewer_episodes_than_are_asked_for_is_told_of(
     append(server.url, "run-1")
     at = ("learner.num_episodes=1000", f"replay.redis_url={server.url}")
     config = offline(config_path, folder, *at)
-    log = find_log(config, HIDDEN_SIZE)
+    log = find_log(config, HIDDEN_SIZE, LLM)
     assert log.num_episodes is not None
-    checked = Checked((), "p", HIDDEN_SIZE, LLMIdentity(None, None), {}, {}, unpacks_llm=False, log=log)
+    identity = LLMIdentity(None, None)
+    checked = Checked((), "p", HIDDEN_SIZE, identity, LLM, {}, {}, unpacks_llm=False, log=log)
     for wanted, is_told in ((1000, True), (log.num_episodes, False)):
         learner = config.learner.model_copy(update={"num_episodes": wanted})
         view = View("t", num_episodes=wanted)

@@ -182,20 +182,34 @@ def test_a_complete_run_whose_last_checkpoint_is_missing_does_the_rest_again(
     assert find_resumed(run, [], pytest.fail).num_episodes == 20
 
 
-def found(heads: dict[str, dict[str, str]], hidden_size: int = 32, prompts_digest: str = "p") -> Checked:
+def found(
+    heads: dict[str, dict[str, str]], hidden_size: int = 32, prompts_digest: str = "p", llm_digest: str = "l"
+) -> Checked:
     """What the checks of a start found out."""
     return Checked(
-        (), prompts_digest, hidden_size, LLMIdentity(None, None), heads, {}, unpacks_llm=False, log=None
+        prompts=(),
+        prompts_digest=prompts_digest,
+        hidden_size=hidden_size,
+        llm=LLMIdentity(None, None),
+        llm_digest=llm_digest,
+        reward_digests=heads,
+        base_scores={},
+        unpacks_llm=False,
+        log=None,
     )
 
 
 def test_a_run_that_is_no_longer_what_it_was_is_refused(run: Path) -> None:
     heads = {"helpful": {"model": "1"}}
-    LogRecord("run-1", None, 32, heads, "p").write(run)
+    LogRecord("run-1", None, 32, "l", heads, "p").write(run)
     resumed = find_resumed(run, [], pytest.fail)
     check_as_it_was(resumed, found(heads))
     with pytest.raises(UserError, match="hidden size 33, had 32 when the run began"):
         check_as_it_was(resumed, found(heads, 33))
+    with pytest.raises(
+        UserError, match=r"^llm\.model: the files of .* have changed since the run began \(l…, now m…\)"
+    ):
+        check_as_it_was(resumed, found(heads, llm_digest="m"))
     with pytest.raises(UserError, match=r"^rewards\.helpful\.path: the files of .* have changed"):
         check_as_it_was(resumed, found({"helpful": {"model": "2"}}))
     with pytest.raises(

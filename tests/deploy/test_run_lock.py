@@ -60,6 +60,17 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_the_lock_of_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_another_made_after_the_file_was_removed_stays(tmp_path: Path) -> None:
+    first = hold_run(tmp_path)
+    first.__enter__()
+    (tmp_path / LOCK).unlink()  # by a person
+    with hold_run(tmp_path):
+        first.__exit__(None, None, None)
+        assert who_runs(tmp_path) is not None
+        with pytest.raises(UserError, match="in use"):
+            hold_run(tmp_path).__enter__()
+
+
 def test_of_many_who_want_to_run_one_does_at_a_time(tmp_path: Path) -> None:
     inside: list[int] = []
     most: list[int] = []

@@ -164,7 +164,9 @@ def normalisation(config: Any) -> str | None:
     if not getattr(config, "do_normalize", False):
         return "identity"
     kind, named = getattr(config, "score_type", None), getattr(config, "normalize_function", None)
-    meant = {name for name in (named, NORMALISATION_OF.get(kind, kind)) if name is not None} or {"affine"}
+    meant = {name for name in (named, NORMALISATION_OF.get(str(kind), kind)) if name is not None} or {
+        "affine"
+    }
     return meant.pop() if len(meant) == 1 and meant <= set(NORMALISATIONS) else None
 
 

@@ -157,7 +157,8 @@ class _Weighted:
     def _sum(self, row: Mapping[str, Mapping[str, Any]]) -> float:
         if any(row[name]["score"] is None for name in self.weights):
             return -math.inf
-        return sum(weight * row[name]["score"] for name, weight in self.weights.items())
+        total: float = sum(weight * row[name]["score"] for name, weight in self.weights.items())
+        return total
 
 
 def make_llm_judge(name: str, config: LLMJudgeConfig) -> LLMJudge:

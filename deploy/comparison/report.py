@@ -103,7 +103,7 @@ class _Found:
         if scored:
             judged["joint"] = list(scored.values())
         for judge, values in judged.items():
-            is_known_N = np.isfinite(values).all(0)
+            is_known_N = np.logical_and.reduce([np.isfinite(values_N) for values_N in values])
             if len(known := chosen[is_known_N[chosen]]):
                 rate = preference_rate([values_N[known] for values_N in values], self._config.seed)
                 rates[judge] = asdict(rate)

@@ -47,6 +47,8 @@ class GateOutcome:
     """Mean over prompts and reward models of what the answers' scores exceed those of the greedy LLM by, in
     standard deviations of the LLM's scores; each reward model counts by the size of its weight. Less noisy
     than a rate of so few prompts."""
+    gain_error: float
+    """Half of the width of its 95 % interval over prompts; 0 for a single prompt."""
     interventions: float
     """Tokens that are not the LLM's first candidate, over all tokens."""
     perplexity: float
@@ -99,6 +101,11 @@ def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> Ga
     )
 
 
+def is_proved(outcome: GateOutcome) -> bool:
+    """Whether the gain is more than chance would give with so many prompts: its interval is above 0."""
+    return outcome.gain > outcome.gain_error > 0
+
+
 def _outcome(
     gate: GateConfig,
     answers: Sequence[ScoredAnswer],
@@ -107,17 +114,19 @@ def _outcome(
 ) -> GateOutcome:
     # Batches of other shapes round differently: the same tokens must not win or lose by that.
     differs_N = np.array([a.response_ids != b.response_ids for a, b in zip(answers, base, strict=True)])
-    differences, gains = [], []
+    differences: list[np.ndarray] = []
+    gain_N = np.zeros(len(answers))
     for name, weight in weights.items():
         base_N = np.array([answer.scores[name] for answer in base])
         difference_N = (np.array([answer.scores[name] for answer in answers]) - base_N) * differs_N
         differences.append(np.sign(weight) * difference_N)
-        gains.append(weight * float(difference_N.mean()) / max(float(base_N.std()), 1e-9))
+        gain_N += weight * difference_N / max(float(base_N.std()), 1e-9) / sum(map(abs, weights.values()))
     tokens = sum(len(answer.response_ids) for answer in answers)
     return GateOutcome(
         gate=gate,
         joint=preference_rate(differences),
-        gain=sum(gains) / sum(map(abs, weights.values())),
+        gain=float(gain_N.mean()),
+        gain_error=1.96 * float(gain_N.std(ddof=1)) / len(gain_N) ** 0.5 if len(gain_N) > 1 else 0.0,
         interventions=sum(rank > 0 for answer in answers for rank in answer.accepted_ranks) / max(1, tokens),
         perplexity=float(np.exp(-np.concatenate([answer.token_logprobs for answer in answers]).mean())),
     )

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from mara.actors.reward_models.function import FunctionFailed
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.episode import Episode
 from mara.common.errors import UserError
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MOST_AT_ONCE = 64
 """Answers that are sent to the reward models together, at most."""
+MOST_FAILURES = 3
+"""Calls in which a function that has never given a score may fail in the same way: that is its code, no
+outage."""
 
 
 class Judge(NamedTuple):
@@ -66,6 +70,9 @@ class Scorer:
         self._num_dropped = 0
         self._failing_since: dict[str, float] = {}
         self._told: set[tuple[str, str]] = set()
+        self._has_scored: set[str] = set()
+        self._failures: dict[str, tuple[str, int]] = {}
+        """Function that has never given a score → how it failed last, and how often in a row."""
         self._pool = ThreadPoolExecutor(len(judges), "reward")
         self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
         self._thread.start()
@@ -74,7 +81,7 @@ class Scorer:
         """Take over finished answers. Returns at once.
 
         Raises:
-            UserError: a judge has given no score for longer than it may.
+            UserError: a judge has given no score for longer than it may, or a function fails each time.
             BaseException: what else ended the scorer.
         """
         with self._changed:
@@ -144,15 +151,21 @@ class Scorer:
         """The scores of judge ``name``, float32 [B]; NaN where there is none.
 
         Raises:
-            UserError: it has given none for longer than it may.
+            UserError: it has given none for longer than it may, or is a function that fails each time.
         """
         why = "some scores are not finite"
         try:
             scores_B = future.result()
             assert scores_B.shape == (count,), f"{tuple(scores_B.shape)} scores for {count} conversations"
+        except FunctionFailed as error:
+            why = str(error)
+            scores_B = torch.full((count,), torch.nan)
+            self._count_failure(name, why)
         except Exception as error:
             why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             scores_B = torch.full((count,), torch.nan)
+        if scores_B.isfinite().any():
+            self._has_scored.add(name)
         if scores_B.isfinite().all():
             self._failing_since.pop(name, None)
             return scores_B
@@ -176,3 +189,19 @@ class Scorer:
                 f"raise rewards.{name}.max_outage_s={longest_s:g}"
             )
         return scores_B
+
+    def _count_failure(self, name: str, why: str) -> None:
+        """The function ``name`` has failed.
+
+        Raises:
+            UserError: it has done so each time, in the same way.
+        """
+        kind = why.partition(":")[0]
+        before, count = self._failures.get(name, (kind, 0))
+        count = count + 1 if kind == before else 1
+        self._failures[name] = kind, count
+        if count >= MOST_FAILURES and name not in self._has_scored:
+            raise UserError(
+                f"rewards.{name}: its function fails each time ({why}); mend it; the log of its process has "
+                "the traceback"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mara.actors.calibration import GateOutcome, choose_gate, try_gates
+from mara.actors.calibration import GateOutcome, choose_gate, is_proved, try_gates
 from mara.actors.config import GateConfig
 from mara.common.errors import UserError
 from mara.common.files import write_whole
@@ -33,12 +33,19 @@ CALIBRATION_USES = (
     "evaluation.rows",
 )
 GATES_FILE = "gates.json"
+COLUMNS = (
+    "interventions: tokens that are not the LLM's first candidate; joint rate: answers better than the "
+    "greedy LLM's by all rewards, less those worse by all; gain: mean excess of the scores over the greedy "
+    "LLM's, in their deviations, ± its 95 % interval; perplexity: under the plain LLM, lower is likelier text"
+)
 
 
 def calibrate(
     folder: Path, config: AgentUse, prompts: Path, num_prompts: int, max_interventions: float
 ) -> GateOutcome | None:
     """Try gates on the first ``num_prompts`` of ``prompts``, print and save what each does, name the best.
+
+    It is named only if its gain is more than chance.
 
     Raises:
         UserError: there is no agent or reward model, a head does not fit, or a score is not finite.
@@ -65,10 +72,15 @@ def calibrate(
     path = folder / GATES_FILE
     content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
     gates = [asdict(outcome) | {"gate": outcome.gate.model_dump()} for outcome in outcomes]
-    chosen = None if best is None else best.gate.model_dump()
+    chosen = None if best is None or not is_proved(best) else best.gate.model_dump()
     write_whole(path, json.dumps(content | {"chosen": chosen, "gates": gates}, indent=2) + "\n")
     if best is None:
         say("no gate steps in so seldom; raise --max-interventions")
+    elif not is_proved(best):
+        say(
+            f"no gate is named: {len(asked)} prompts cannot tell the best gain, {best.gain:+.2f} ± "
+            f"{best.gain_error:.2f}, from none; give more (--num-prompts), or train the agent longer"
+        )
     else:
         say(f"use it with: {' '.join(gate_settings(best.gate)) or 'no gate'}")
     say(f"gates: {path}")
@@ -96,7 +108,7 @@ def gate_settings(gate: GateConfig) -> Sequence[str]:
 
 
 def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> None:
-    """One row for each gate; the first is open everywhere, the best has a star."""
+    """One row for each gate; the first is open everywhere, the best has a star. Then what the columns are."""
     table = Table(title="Agent behind each gate, against the LLM alone")
     for column in ("", "gate", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
         table.add_column(column, justify="left" if column in ("", "gate") else "right")
@@ -109,7 +121,9 @@ def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> No
             f"{outcome.interventions:.1%}",
             f"{outcome.joint.rate:+.1%}",
             f"{outcome.joint.low:+.1%} to {outcome.joint.high:+.1%}",
-            f"{outcome.gain:+.2f}",
+            f"{outcome.gain:+.2f} ± {outcome.gain_error:.2f}",
             f"{outcome.perplexity:.2f}",
         )
-    Console(width=None if Console().is_terminal else 110).print(table)
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(COLUMNS, highlight=False)

@@ -40,6 +40,8 @@ class View:
     """Episodes the run is going to train on."""
     start_transitions: int = 0
     """Transitions that must have come before training starts."""
+    has_actors: bool = True
+    """Whether rollout actors make the episodes, rather than a finished run's log having them."""
     unit: str = EPISODES
     """What is counted. Only of episodes there are the tables of rollouts and learner."""
     state: str = "starting"
@@ -233,8 +235,9 @@ def draw(view: View, spinner: Spinner) -> RenderableType:
     if view.num_done or "rollout/tokens_total" in view.metrics:
         parts.append(_progress(view))
         if view.unit == EPISODES:
-            columns = Table.grid(padding=(0, 4), expand=False)
-            columns.add_row(_table(view, ROLLOUT_ROWS), _table(view, LEARNER_ROWS), _table(view, SAC_ROWS))
+            groups = [*([ROLLOUT_ROWS] if view.has_actors else []), LEARNER_ROWS, SAC_ROWS]
+            columns = Table.grid(padding=(0, 3), expand=False)
+            columns.add_row(*(_table(view, rows) for rows in groups))
             parts += [Text(), columns]
         elif "rollout/tokens_per_s" in view.metrics:
             parts.append(_table(view, ROLLOUT_ROWS[:1]))
@@ -243,45 +246,45 @@ def draw(view: View, spinner: Spinner) -> RenderableType:
     return Panel(Group(*parts), title=view.title, title_align="left", border_style="cyan")
 
 
-# Label, and how it is written: each {} is the next of the names.
-Row = tuple[str, str, tuple[str, ...]]
+# Label, how the number is written, and its name. The three tables fit a terminal of 80 columns.
+Row = tuple[str, str, str]
 ROLLOUT_ROWS: tuple[Row, ...] = (
-    ("tokens/s", "{:.0f}", ("rollout/tokens_per_s",)),
-    ("episodes/s", "{:.2f}", ("rollout/episodes_per_s",)),
-    ("passes/s", "{:.0f}", ("rollout/passes_per_s",)),
-    ("actors alive", "{:.0f}", ("actors/alive",)),
-    ("actors restarted", "{:.0f}", ("actors/restarted",)),
-    ("actors idle so far", "{:.1%}", ("rollout/idle_ratio",)),
-    ("decisions/token", "{:.2f}", ("episode/decisions_per_token",)),
-    ("first candidate", "{:.0%}", ("episode/accepted_rank_0",)),
+    ("tokens/s", "{:.0f}", "rollout/tokens_per_s"),
+    ("episodes/s", "{:.2f}", "rollout/episodes_per_s"),
+    ("passes/s", "{:.0f}", "rollout/passes_per_s"),
+    ("actors alive", "{:.0f}", "actors/alive"),
+    ("actors restarted", "{:.0f}", "actors/restarted"),
+    ("idle so far", "{:.1%}", "rollout/idle_ratio"),
+    ("decisions/token", "{:.2f}", "episode/decisions_per_token"),
+    ("first candidate", "{:.0%}", "episode/accepted_rank_0"),
 )
 LEARNER_ROWS: tuple[Row, ...] = (
-    ("gradient step", "{:.0f}", ("learner/gradient_step",)),
-    ("steps/s", "{:.2f}", ("learner/gradient_steps_per_s",)),
-    ("learner idle now", "{:.1%}", ("learner/idle_ratio",)),
-    ("replay", "{:.0f} transitions", ("replay/transitions",)),
-    ("replay fill", "{:.1%}", ("replay/fill",)),
-    ("policy lag", "{:.1f} mean, {:.0f} max", ("policy/lag_mean", "policy/lag_max")),
-    ("weights applied", "{:.2f} s after", ("weights/publish_to_applied_s",)),
+    ("gradient step", "{:.0f}", "learner/gradient_step"),
+    ("steps/s", "{:.2f}", "learner/gradient_steps_per_s"),
+    ("idle now", "{:.1%}", "learner/idle_ratio"),
+    ("transitions", "{:.0f}", "replay/transitions"),
+    ("replay fill", "{:.1%}", "replay/fill"),
+    ("policy lag", "{:.1f}", "policy/lag_mean"),
+    ("longest lag", "{:.0f}", "policy/lag_max"),
+    ("weights after", "{:.2f} s", "weights/publish_to_applied_s"),
 )
 SAC_ROWS: tuple[Row, ...] = (
-    ("critic loss", "{:.4f}", ("sac/critic_loss",)),
-    ("policy loss", "{:.4f}", ("sac/policy_loss",)),
-    ("entropy", "{:.3f} of {:.3f}", ("sac/entropy", "sac/target_entropy")),
-    ("α", "{:.4f}", ("sac/temperature",)),
-    ("Q gap", "{:+.3f}", ("sac/q_gap",)),
-    ("accept rate", "{:.0%}", ("episode/accept_rate",)),
-    ("KL per token", "{:.3f}", ("episode/kl",)),
+    ("critic loss", "{:.4f}", "sac/critic_loss"),
+    ("policy loss", "{:.4f}", "sac/policy_loss"),
+    ("entropy", "{:.3f}", "sac/entropy"),
+    ("target entropy", "{:.3f}", "sac/target_entropy"),
+    ("α", "{:.4f}", "sac/temperature"),
+    ("Q gap", "{:+.3f}", "sac/q_gap"),
+    ("accept rate", "{:.0%}", "episode/accept_rate"),
+    ("KL per token", "{:.3f}", "episode/kl"),
 )
 
 
 def _table(view: View, rows: tuple[Row, ...]) -> Table:
     table = Table.grid(padding=(0, 1))
-    for label, form, names in rows:
-        known = all(name in view.metrics for name in names)
-        table.add_row(
-            Text(label, style="dim"), form.format(*(view.metrics[n] for n in names)) if known else MISSING
-        )
+    for label, form, name in rows:
+        value = form.format(view.metrics[name]) if name in view.metrics else MISSING
+        table.add_row(Text(label, style="dim"), value)
     return table
 
 

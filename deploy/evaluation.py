@@ -27,7 +27,7 @@ from mara.common.files import write_whole
 from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
 from mara.deploy.config import AgentUse, is_of_hub
 from mara.deploy.console import say
-from mara.deploy.finished_run import MUCH_FORCED
+from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
@@ -224,6 +224,7 @@ def headline(report: EvaluationReport) -> dict[str, float]:
         report.fluency["agent"].perplexity / report.fluency["base_sampled"].perplexity
     )
     figures["eval/decisions_per_token"] = report.decisions_per_token
+    figures[FORCED_SHARE] = report.forced_share
     return figures
 
 

@@ -42,7 +42,10 @@ MADE_WITH = (
 )
 """Settings that decide what an episode holds, beside ``llm.model`` and the names of the rewards."""
 MUCH_FORCED = 0.25
-"""Share of forced tokens above which a run's episodes are warned of."""
+"""Share of forced tokens above which a run's episodes, or its agent, are warned of."""
+FORCED_SHARE = "eval/forced_share"
+"""Figure of an evaluation: the share of the tokens that the agent decided of which all candidates but one
+were rejected."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import agent_digest
 from mara.common.errors import UserError
 from mara.deploy.process import RUNNING, STARTING, HostSpec, Report, log_to
+from mara.deploy.progress import StoppedEarly
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run
 from mara.learner.checkpoint import load_checkpoint, read_checkpoint, set_newer_aside
 from mara.learner.loop import Learner, LearnerSummary
@@ -46,14 +47,27 @@ class LearnerHost:
         self._rows: deque[dict[str, float]] = deque()
 
     def run(self) -> LearnerSummary:
-        """Train; save the agent and a checkpoint into the run folder at the end. Blocks."""
+        """Train; save the agent and a checkpoint into the run folder at the end. Blocks.
+
+        Raises:
+            StoppedEarly: it was stopped while the learner of the run before ended still.
+        """
         log_to(self._spec.log_file)
         with ExitStack() as exits:
             if (
                 self._spec.log_file.parent.is_dir()
             ):  # A run that was killed may have a learner that ends still.
-                exits.enter_context(hold_run(self._spec.log_file.parent, PREDECESSOR_S))
+                exits.enter_context(hold_run(self._spec.log_file.parent, PREDECESSOR_S, self._pause))
             return self._run()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait for the learner of the run before.
+
+        Raises:
+            StoppedEarly: :meth:`stop` was called.
+        """
+        if self._stop.wait(seconds):
+            raise StoppedEarly
 
     def _run(self) -> LearnerSummary:
         config, run_id = self._spec.config, self._spec.run_id

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mara.actors.reward_models.function import FunctionFailed
 from mara.actors.reward_models.loading import load_reward_model
 from mara.actors.reward_models.merging import MergedCalls
 from mara.common.contracts import Conversation
 from mara.deploy.process import LOADING_REWARD, RUNNING, STARTING, HostSpec, Report, log_to
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class RewardHost:
         self._phase = STARTING
         self._loading = threading.Lock()
         self._calls: MergedCalls | None = None
+        self._told: set[str] = set()
 
     def run(self) -> None:
         """Load the model, unless somebody has asked for a score before."""
@@ -43,7 +48,14 @@ class RewardHost:
             TimeoutError: they are not within ``timeout_s``.
             Exception: what the model raised.
         """
-        return self._loaded().score(conversations).tolist()
+        try:
+            return self._loaded().score(conversations).tolist()
+        except FunctionFailed as error:
+            kind = str(error).partition(":")[0]
+            if kind not in self._told:  # In full where its author looks; the run's own line is short.
+                self._told.add(kind)
+                logger.exception("the function failed; further failures of this kind are not told of")
+            raise
 
     def stop(self) -> None:
         """Nothing is left to be saved."""

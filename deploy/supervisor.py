@@ -18,6 +18,7 @@ from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.process import RUNNING, WAITING, Ended
+from mara.deploy.progress import StoppedEarly
 from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RemoteModel, RolloutSpec
 from mara.deploy.run_folder import what_is_saved
@@ -126,6 +127,7 @@ class Supervisor:
 
         Raises:
             UserError: a process found a mistake in the settings.
+            StoppedEarly: the learner was stopped before it began.
             RunFailed: the learner died, or too many rollout actors or reward models did, or there is no room
                 for a process.
         """
@@ -229,7 +231,7 @@ class Supervisor:
         self._say(f"{why}; {spec.name} takes its place")
 
     def _failure(self, member: _Member, ended: Ended, consequence: str) -> BaseException:
-        if ended.error is not None and isinstance(ended.error, UserError):
+        if isinstance(ended.error, UserError | StoppedEarly):
             return ended.error
         why = ended.tell(member.handle.name, member.spec.log_file)
         return RunFailed(f"{why}; {consequence}; see {member.spec.log_file}")

@@ -279,10 +279,11 @@ class Cluster:
     def place_learner(self, spec: LearnerSpec) -> Handle:
         """Start the learner, on a GPU if it wants one and the cluster has one to spare."""
         config = spec.config
+        num_gpus = learner_gpus(config, self.resources().get("GPU", 0))
         options = {
             "num_cpus": 1,
-            "num_gpus": learner_gpus(config, self.resources().get("GPU", 0)),
-            "runtime_env": _environment(config.learner.num_threads),
+            "num_gpus": num_gpus,
+            "runtime_env": _environment(config.learner.num_threads, num_gpus),
         }
         return self._place(LearnerHost, spec, options)
 
@@ -292,7 +293,7 @@ class Cluster:
         options = {
             "num_cpus": rollout.num_cpus,
             "num_gpus": rollout.num_gpus,
-            "runtime_env": _environment(rollout.num_threads),
+            "runtime_env": _environment(rollout.num_threads, rollout.num_gpus),
         }
         return self._place(RolloutHost, spec, options)
 
@@ -306,7 +307,7 @@ class Cluster:
         remote = ray.remote(RewardHost).options(
             num_cpus=reward.num_cpus,
             num_gpus=reward.num_gpus,
-            runtime_env=_environment(reward.num_threads),
+            runtime_env=_environment(reward.num_threads, reward.num_gpus),
             # Each rollout actor has one call under way, and one that it gave up may be another.
             max_concurrency=THREADS_PER_HOST + 2 * spec.config.rollout.num_actors,
             max_restarts=-1,
@@ -328,7 +329,7 @@ class Cluster:
         options = {
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
-            "runtime_env": _environment(config.num_threads),
+            "runtime_env": _environment(config.num_threads, config.num_gpus),
         }
         return self._place(ComparisonHost, spec, options)
 
@@ -381,7 +382,10 @@ def learner_gpus(config: RunConfig, in_cluster: float) -> float:
     return min(1.0, max(0.0, round(left, 4)))
 
 
-def _environment(num_threads: int) -> dict[str, Any]:
+def _environment(num_threads: int, num_gpus: float) -> dict[str, Any]:
     """Numeric libraries read these when they are loaded: too late to set them inside the process."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {"env_vars": {**dict.fromkeys(names, str(num_threads)), "TOKENIZERS_PARALLELISM": "false"}}
+    variables = {**dict.fromkeys(names, str(num_threads)), "TOKENIZERS_PARALLELISM": "false"}
+    if num_gpus == 0:  # Ray leaves all GPUs visible then, and one that is taken is missing in its accounts.
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return {"env_vars": variables}

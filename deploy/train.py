@@ -22,6 +22,7 @@ from mara.deploy.agent_card import agent_card
 from mara.deploy.config import RunConfig
 from mara.deploy.console import View, open_display, say, warn
 from mara.deploy.exit import RunFailed
+from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.learner_host import LearnerSpec
 from mara.deploy.plots import draw_plots, llm_levels
 from mara.deploy.preflight import Checked, preflight
@@ -74,6 +75,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
         title=f"mara · {config.run.name}",
         num_episodes=config.learner.num_episodes,
         start_transitions=config.learner.start_transitions,
+        has_actors=config.rollout.num_actors > 0,
     )
     if resumed is not None:
         view.begin_at(resumed.num_episodes, resumed.gradient_step)
@@ -119,12 +121,15 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
             draw_plots(folder, config.decoding.truncation.top_k, levels)
         except OSError as error:
             say(f"no plots: {_reason(error)}")
+        figures: dict[str, float] | None = None
         try:
-            _evaluate(config, folder, recorder, stop)
+            figures = _evaluate(config, folder, recorder, stop)
         except KeyboardInterrupt:
             say(f"no evaluation; `mara eval {folder}` does it later")
         finally:
-            _print_places(folder, recorder)
+            _print_places(folder, recorder, is_evaluated=figures is not None)
+            if reason is None and (doubt := why_doubtful(view, figures or {})) is not None:
+                warn(doubt)
             if (remedy := how_to_go_on(summary, folder)) is not None:
                 say(remedy)
 
@@ -169,7 +174,7 @@ class _Training:
             self._start_wandb(exits)
             summary = self._train(supervisor, store)
             self._keep_agent(supervisor)
-            self._progress.view.state = "ending the learner and the rollout actors"
+            self._progress.view.state = f"ending {who}"
             self._progress.display.refresh()
             supervisor.wait_for_actors(ACTORS_STOP_S)
         return summary
@@ -365,21 +370,44 @@ def why_untrained(summary: LearnerSummary, critic_only_steps: int) -> str | None
     )
 
 
-def _evaluate(config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal) -> None:
-    """Compare the agent with the base LLM, if so configured.
+def why_doubtful(view: View, figures: Mapping[str, float]) -> str | None:
+    """Why the saved agent is of little use though it has learnt, with the remedy; None if nothing says so.
+
+    Args:
+        view: with the last metrics of the training, which count where the agent was not evaluated.
+        figures: of its evaluation.
+    """
+    # Without rollout actors the metrics are those of episodes that another agent made.
+    trained = view.metrics.get("episode/forced_rate", 0.0) if view.has_actors else 0.0
+    share = figures.get(FORCED_SHARE, trained)
+    if share <= MUCH_FORCED:
+        return None
+    return (
+        f"the agent rejects all candidates for {share:.0%} of the tokens that it decides, a sign of too "
+        "little training: let it train longer (learner.num_episodes) before you use it"
+    )
+
+
+def _evaluate(
+    config: RunConfig, folder: Path, recorder: Recorder, stop: StopSignal
+) -> dict[str, float] | None:
+    """Compare the agent with the base LLM, if so configured; the headline figures.
 
     Raises:
         KeyboardInterrupt: the run was stopped, or is now: the agent is saved, the comparison can wait.
     """
     if not config.evaluation.after_training or config.prompts.evaluation is None:
-        return
+        return None
     stop.interrupt_from_here()
     from mara.deploy.evaluation import run_evaluation
 
-    recorder.summarise(run_evaluation(folder, config, after_training=True))
+    figures = run_evaluation(folder, config, after_training=True)
+    recorder.summarise(figures)
+    return figures
 
 
-def _print_places(folder: Path, recorder: Recorder) -> None:
+def _print_places(folder: Path, recorder: Recorder, *, is_evaluated: bool) -> None:
+    """Say where everything is that this start has saved; an earlier one may have left a report."""
     places = [
         ("agent", folder / AGENT_FOLDER),
         ("checkpoints", folder / CHECKPOINT_FOLDER),
@@ -387,7 +415,7 @@ def _print_places(folder: Path, recorder: Recorder) -> None:
         ("metrics", folder / METRICS_FILE),
         ("W&B offline run", recorder.wandb_folder),
         *(("plot", path) for path in sorted(folder.glob("*.png"))),
-        *(("evaluation", path) for path in sorted(folder.glob("report.json"))),
+        ("evaluation", folder / "report.json" if is_evaluated else None),
         ("logs", folder / LOGS),
     ]
     latest = folder.with_name(LATEST)

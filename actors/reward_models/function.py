@@ -21,6 +21,13 @@ TRIAL = (
 )
 
 
+class FunctionFailed(Exception):
+    """The user's function raised, or gave something else than scores; one line begins with the error's type.
+
+    Any process can take it over from another, also one that cannot import the module of the error.
+    """
+
+
 class FunctionRewardModel:
     """Calls ``function(prompts, responses)`` for batches of at most ``batch_size``."""
 
@@ -31,22 +38,27 @@ class FunctionRewardModel:
         """Return float32 [B], NaN where the function gave no finite number.
 
         Raises:
-            ValueError: it gave another number of scores than it was asked for.
-            RuntimeError: it wanted to end the process.
-            Exception: whatever it raised.
+            FunctionFailed: it raised, wanted to end the process, or gave something else than its scores.
         """
         scores: list[float] = []
         for start in range(0, len(conversations), self._batch_size):
-            batch = conversations[start : start + self._batch_size]
-            try:
-                found = self._function([c.prompt for c in batch], [c.response for c in batch])
-            except SystemExit as error:
-                raise RuntimeError(f"the function exits with status {error}") from error
-            values = [float(score) for score in found]
-            if len(values) != len(batch):
-                raise ValueError(f"the function gave {len(values)} scores for {len(batch)} conversations")
-            scores += values
+            scores += self._scores(conversations[start : start + self._batch_size])
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _scores(self, batch: Sequence[Conversation]) -> list[float]:
+        try:
+            found = self._function([c.prompt for c in batch], [c.response for c in batch])
+            values = [float(score) for score in found]
+        except SystemExit as error:
+            raise FunctionFailed(f"SystemExit: the function exits with status {error}") from error
+        except Exception as error:  # It can fail in any way.
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise FunctionFailed(f"{type(error).__name__}: {reason}") from error
+        if len(values) != len(batch):
+            raise FunctionFailed(
+                f"ValueError: the function gave {len(values)} scores for {len(batch)} conversations"
+            )
+        return values
 
 
 def try_function(name: str, folder: Path) -> None:
@@ -58,11 +70,8 @@ def try_function(name: str, folder: Path) -> None:
     model = FunctionRewardModel(load_function(name, folder), len(TRIAL))
     try:
         scores_B = model.score(TRIAL)
-    except Exception as error:  # It can fail in any way.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"function: {name!r} fails with two short answers ({type(error).__name__}: {reason}); mend it"
-        ) from error
+    except FunctionFailed as error:
+        raise UserError(f"function: {name!r} fails with two short answers ({error}); mend it") from error
     if not scores_B.isfinite().any():
         raise UserError(f"function: {name!r} gives two short answers no finite score; mend it")
 

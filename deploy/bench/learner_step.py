@@ -70,9 +70,9 @@ def make_mirror(sizes: LearnerSizes, device: torch.device) -> Mirror:
 
 
 def fill(mirror: Mirror, sizes: LearnerSizes) -> None:
-    """Put synthetic episodes into the ring until it is full."""
+    """Put synthetic episodes into the ring until it has room for no other one."""
     episodes = synthetic_episodes(DISTINCT_EPISODES, sizes.hidden_size)
-    while mirror.num_transitions < sizes.capacity:
+    while mirror.total_transitions < sizes.capacity:
         mirror.add(episodes)
 
 

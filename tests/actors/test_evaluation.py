@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mara.actors.calibration import choose_gate, try_gates
+from mara.actors.calibration import choose_gate, is_proved, try_gates
 from mara.actors.config import DecodingConfig, GateConfig, LLMConfig, TruncationConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
@@ -347,6 +347,15 @@ def test_a_gate_is_judged_as_the_evaluation_judges_and_the_best_that_is_seldom_e
         ours, theirs = (np.array([one.scores[name] for one in answers[of]]) for of in ("agent", "base"))
         gain += weight * (ours - theirs).mean() / theirs.std() / sum(map(abs, WEIGHTS.values()))
     assert dense.gain == pytest.approx(gain)
+    scores = {
+        name: np.array([[one.scores[name] for one in answers[of]] for of in ("agent", "base")])
+        for name in WEIGHTS
+    }
+    gain_N = sum(
+        weight * (scores[name][0] - scores[name][1]) / scores[name][1].std()
+        for name, weight in WEIGHTS.items()
+    ) / sum(map(abs, WEIGHTS.values()))
+    assert dense.gain_error == pytest.approx(1.96 * np.std(gain_N, ddof=1) / len(prompts) ** 0.5)
     changed = [rank > 0 for one in answers["agent"] for rank in one.accepted_ranks]
     assert dense.interventions == sum(changed) / sum(len(one.response_ids) for one in answers["agent"])
     # A gate that is never open leaves the LLM's own answers.
@@ -362,3 +371,6 @@ def test_a_gate_is_judged_as_the_evaluation_judges_and_the_best_that_is_seldom_e
     assert choose_gate(outcomes, 0.5) is best
     assert choose_gate(outcomes, 0.9) is outcomes[3]
     assert choose_gate(outcomes, 0.1) is None
+    assert is_proved(replace(best, gain=0.5, gain_error=0.4))
+    for gain, error in ((0.5, 0.6), (-0.5, 0.1), (0.5, 0.0), (0.0, 0.0)):
+        assert not is_proved(replace(best, gain=gain, gain_error=error))

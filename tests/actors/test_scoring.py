@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mara.actors.reward_models.function import FunctionFailed
 from mara.actors.reward_models.merging import MergedCalls
 from mara.actors.scoring import MOST_AT_ONCE, Judge, Scorer, Unscored
 from mara.common.contracts import Conversation
@@ -171,6 +172,43 @@ def test_a_model_that_gives_nothing_for_too_long_ends_the_actor_with_the_reason(
     scorer.submit(answers[:1])
     wait_until(lambda: not scorer._thread.is_alive())
     with pytest.raises(UserError, match=r"^rewards\.length: no score for 0 s \(RuntimeError: no\); .*outage"):
+        scorer.submit([])
+
+
+class Fails:
+    """A function that fails as it is told, else gives zeros."""
+
+    def __init__(self, *failures: str | None) -> None:
+        self.failures = list(failures)
+
+    def score(self, conversations):
+        if (why := self.failures.pop(0)) is not None:
+            raise FunctionFailed(why)
+        return torch.zeros(len(conversations))
+
+
+@pytest.mark.parametrize(
+    ("failures", "ends"),
+    [
+        (["KeyError: 'a'", "KeyError: 'b'", "KeyError: 'c'"], True),
+        ([None, "KeyError: 'a'", "KeyError: 'b'", "KeyError: 'c'"], False),  # it has worked: an outage
+        (["KeyError: 'a'", "OSError: no", "KeyError: 'b'", "KeyError: 'c'"], False),
+    ],
+)
+def test_a_function_that_never_worked_and_fails_in_one_way_is_not_waited_for(
+    make_scorer, answers, failures, ends
+):
+    function = Fails(*failures)
+    scorer = make_scorer(max_outage_s=1e9, mine=function)
+    for number in range(len(failures)):
+        scorer.submit(answers[number : number + 1])
+        wait_until(lambda: len(function.failures) < len(failures) - number)  # noqa: B023
+    if ends:
+        wait_until(lambda: not scorer._thread.is_alive())
+        with pytest.raises(UserError, match=r"^rewards\.mine: .* fails each time \(KeyError: 'c'\)"):
+            scorer.submit([])
+    else:
+        wait_until(lambda: scorer.num_failed == sum(why is not None for why in failures))
         scorer.submit([])
 
 

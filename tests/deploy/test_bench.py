@@ -20,7 +20,7 @@ from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.deploy.bench.figures import in_turn
 from mara.deploy.bench.learner import bench_learner
-from mara.deploy.bench.learner_step import LearnerSizes, floor_s
+from mara.deploy.bench.learner_step import LearnerSizes, fill, floor_s, make_mirror
 from mara.deploy.bench.list_learner import ListLearner
 from mara.deploy.bench.paper_procedure import answer
 from mara.deploy.bench.replay import Sizes, WeightsSizes, bench_replay, bench_weights
@@ -50,6 +50,14 @@ def test_the_papers_procedure_says_what_the_engine_says(llama, every_candidate, 
             assert found.num_passes == singles + candidates
         else:
             assert found.num_passes == singles + len(generation.decisions)
+
+
+def test_a_ring_is_filled_whatever_its_capacity():
+    sizes = LearnerSizes(hidden_size=4, capacity=300)
+    mirror = make_mirror(sizes, torch.device("cpu"))
+    fill(mirror, sizes)
+    # Whole episodes, and no room for another one.
+    assert 300 - 128 < mirror.num_transitions <= 300
 
 
 def test_rounds_are_paired_and_the_first_side_changes():

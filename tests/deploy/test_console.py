@@ -113,9 +113,46 @@ def test_the_live_panel_shows_progress_losses_rewards_and_actors(view: View) -> 
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(draw(view, Spinner("dots")))
     text = console.export_text()
-    for part in ("episodes 100/400", "0.610 of 0.416", "3.5 mean, 9 max", "score helpful", "+0.750", "5.0%"):
+    for part in (
+        "episodes 100/400",
+        "target entropy 0.416",
+        "longest lag",
+        "score helpful",
+        "+0.750",
+        "5.0%",
+    ):
         assert part in text
     assert "▁█" in text
+
+
+def panel(view: View, width: int) -> list[str]:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(draw(view, Spinner("dots")))
+    return console.export_text().splitlines()
+
+
+def test_the_live_panel_fits_a_terminal_of_80_columns_and_24_lines(view: View) -> None:
+    large = dict.fromkeys(view.metrics, 0.0) | dict.fromkeys(
+        ("rollout/tokens_per_s", "learner/gradient_step", "episodes/total", "policy/lag_max"), 123456.0
+    )
+    large |= {"replay/transitions": 1_000_000.0, "rollout/idle_ratio": 1.0, "replay/fill": 1.0}
+    large |= {"sac/policy_loss": -12.3456, "sac/q_gap": -12.345, "weights/publish_to_applied_s": 12.34}
+    large |= {"rollout/episodes_per_s": 123.45, "episode/kl": 12.345, "episode/decisions_per_token": 12.34}
+    view.update(large)
+    view.num_episodes = 1_000_000
+    for _ in range(60):
+        view.remember({"episode/reward": -1.25, "episode/score/harmless": 1.0})
+    narrow, wide = panel(view, 80), panel(view, 140)
+    assert len(narrow) <= 24 and max(map(len, narrow)) <= 80
+    words = [line.strip("│ ").split() for line in narrow[1:-1]]
+    assert words == [line.strip("│ ").split() for line in wide[1:-1]]  # nothing is wrapped or cut off
+
+
+def test_a_run_without_rollout_actors_shows_nothing_of_them(view: View) -> None:
+    view.has_actors = False
+    text = "\n".join(panel(view, 80))
+    assert "critic loss" in text and "gradient step" in text
+    assert "actors" not in text and "tokens/s" not in text and "first candidate" not in text
 
 
 def test_a_sparkline_spans_the_least_and_the_greatest_value() -> None:

@@ -202,11 +202,15 @@ def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run, no_loading):
             run_evaluation(folder, config.model_copy(update={"rewards": rewards}))
 
 
-def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(tiny_run):
+def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(tiny_run, monkeypatch):
     folder, config = tiny_run
     given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions"]
     result = CliRunner().invoke(app, [*given, "0.9"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "joint rate: answers better" in result.output, result.output
+    assert "no gate is named: 1 prompts cannot tell the best gain" in result.output
+    assert json.loads((folder / GATES_FILE).read_text())["chosen"] is None
+    monkeypatch.setattr("mara.deploy.calibration.is_proved", lambda outcome: True)
+    result = CliRunner().invoke(app, [*given, "0.9"])
     content = json.loads((folder / GATES_FILE).read_text())
     dense, *others = content["gates"]
     assert content["prompts"] == config.prompts.train.name
@@ -246,7 +250,7 @@ def test_rewards_that_are_no_heads_are_compared_by_as_well(tiny_run, tmp_path, m
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        (f"{LATER}    raise OSError('no\\nmore')", r"rewards\.letters: no scores \(no\)"),
+        (f"{LATER}    raise OSError('no\\nmore')", r"rewards\.letters: no scores \(OSError: no\)"),
         (
             f"{LATER}    return [float('nan')] * len(p)",
             r"rewards\.letters: the answer of 'base' .* finite",

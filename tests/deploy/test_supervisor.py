@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
-from mara.deploy.learner_host import LearnerSpec
+from mara.deploy.learner_host import LearnerHost, LearnerSpec
 from mara.deploy.process import LOADING, RUNNING, Ended, Report
+from mara.deploy.progress import StoppedEarly
 from mara.deploy.reward_host import RewardSpec
 from mara.deploy.rollout_host import RolloutSpec
+from mara.deploy.run_lock import hold_run
 from mara.deploy.supervisor import Supervisor
-from mara.deploy.topology import learner_gpus
+from mara.deploy.topology import _environment, learner_gpus
 from mara.learner.loop import LearnerSummary
 
 SUMMARY = LearnerSummary(1, 1, 2, 3, 4, 0.0, 0.5, 6.0, stopped=False)
@@ -167,6 +170,31 @@ def test_the_death_of_the_learner_names_the_checkpoint_it_left(run: Run, tmp_pat
         run.supervisor.poll()
 
 
+def test_a_learner_that_was_stopped_before_it_began_saves_nothing(
+    run: Run, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner of the run before goes on still: a signal ends the waiting for it."""
+    monkeypatch.setattr("mara.deploy.learner_host.log_to", lambda path: None)
+    host = LearnerHost(LearnerSpec("learner", config, "run", tmp_path, 32, {}))
+    ended: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            host.run()
+        except StoppedEarly as error:
+            ended.append(error)
+
+    with hold_run(tmp_path / "logs"):
+        thread = threading.Thread(target=waits)
+        thread.start()
+        host.stop()
+        thread.join(20)
+    assert len(ended) == 1
+    run["learner"].ended = Ended(error=ended[0])
+    with pytest.raises(StoppedEarly):
+        run.supervisor.poll()
+
+
 def test_the_end_of_the_learner_is_the_end_of_the_run(run: Run) -> None:
     assert run.supervisor.poll().summary is None
     run["learner"].ended = Ended(result=SUMMARY)
@@ -268,6 +296,11 @@ def test_reward_models_come_before_the_learner_where_there_are_gpus(config: RunC
     assert config.reward_cpus == 2.0
     with pytest.raises(UserError, match=r"reward models take 1\.25"):
         learner_gpus(placed(config, "cuda", 3, 0.25), 1.0)
+
+
+def test_a_process_without_a_gpu_sees_none() -> None:
+    hidden, given = (_environment(1, num_gpus)["env_vars"] for num_gpus in (0, 0.5))
+    assert hidden["CUDA_VISIBLE_DEVICES"] == "" and "CUDA_VISIBLE_DEVICES" not in given
 
 
 def test_a_learner_that_must_have_a_gpu_and_gets_none_is_a_mistake(config: RunConfig) -> None:

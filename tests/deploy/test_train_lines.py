@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mara.deploy.console import View
+from mara.deploy.finished_run import FORCED_SHARE
 from mara.deploy.process import LOADING, RUNNING, STARTING, WAITING
 from mara.deploy.supervisor import Status
-from mara.deploy.train import closing_line, describe, how_to_go_on, why_untrained
+from mara.deploy.train import (
+    _print_places,
+    closing_line,
+    describe,
+    how_to_go_on,
+    why_doubtful,
+    why_untrained,
+)
 from mara.learner.loop import LearnerSummary
 
 SUMMARY = LearnerSummary(
@@ -41,6 +50,30 @@ def test_a_run_that_was_stopped_says_how_it_goes_on_where_it_can(tmp_path: Path)
     (tmp_path / "checkpoints").mkdir()
     assert f"`mara train --resume {tmp_path}` goes on" in (how_to_go_on(SUMMARY, tmp_path) or "")
     assert how_to_go_on(replace(SUMMARY, stopped=False), tmp_path) is None
+
+
+def test_an_agent_that_rejects_nearly_all_is_doubted() -> None:
+    view = View("t", num_episodes=10)
+    assert why_doubtful(view, {}) is None
+    view.update({"episode/forced_rate": 0.42})
+    assert "rejects all candidates for 42% of the tokens" in (why_doubtful(view, {}) or "")
+    # Greedy answers tell more than those that were sampled in training.
+    assert why_doubtful(view, {FORCED_SHARE: 0.02}) is None
+    assert "learner.num_episodes" in (why_doubtful(View("t", num_episodes=10), {FORCED_SHARE: 0.5}) or "")
+    view.has_actors = False  # the episodes are those of another agent
+    assert why_doubtful(view, {}) is None
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_what_an_earlier_start_left_is_not_called_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_evaluated: bool
+) -> None:
+    for name in ("report.json", "config.yaml"):
+        (tmp_path / name).touch()
+    _print_places(tmp_path, SimpleNamespace(wandb_folder=None), is_evaluated=is_evaluated)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["settings", str(tmp_path / "config.yaml")] for line in lines)
+    assert any("report.json" in line for line in lines) == is_evaluated
 
 
 @pytest.mark.parametrize(

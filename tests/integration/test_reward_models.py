@@ -15,10 +15,12 @@ from mara.common.agent import load_agent
 pytestmark = pytest.mark.timeout(400)
 
 JUDGE = """
-import time
+import os, sys, time
 
 def score(prompts, responses):
     time.sleep(0.2)  # so that the death finds it at work
+    # Tried beforehand where the run starts, called by a process that was given no GPU.
+    assert "ray" not in sys.modules or os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert len(prompts) == len(responses)
     return [len(response.split()) / 8 for response in responses]
 """

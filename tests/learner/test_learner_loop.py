@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -148,8 +149,10 @@ class RefusingChannel(MemoryWeightChannel):
     def __init__(self, num_refused: int) -> None:
         super().__init__()
         self.num_refused = num_refused
+        self.num_asked = 0
 
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        self.num_asked += 1
         if self.num_refused > 0:
             self.num_refused -= 1
             return False
@@ -194,8 +197,9 @@ def test_a_publication_that_was_not_taken_is_made_again_when_the_next_one_is_due
     learner = make_learner(reader, channel, publish_period_s=0.1)
     began = time.monotonic()
     learner.run()
-    assert 0.2 <= time.monotonic() - began < 5
-    assert reader.reads > 20
+    assert time.monotonic() - began >= 0.2
+    assert channel.num_asked == 3
+    assert reader.reads > 2
 
 
 class ForgettingChannel(MemoryWeightChannel):
@@ -355,10 +359,17 @@ def test_a_learner_that_nobody_sends_episodes_ends_with_one_line_and_keeps_what_
 def test_time_spent_training_does_not_count_as_waiting_for_data(
     make_episode: EpisodeMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mara.learner.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
     reader = ScriptedReader([[make_episode([1] * 8)], *[[]] * 6, [make_episode([1] * 8)]])
     learner = make_learner(reader, num_episodes=2, gradient_steps_per_episode=7, data_timeout_s=0.2)
     update = learner.sac.update
-    monkeypatch.setattr(learner.sac, "update", lambda batch: (time.sleep(0.05), update(batch))[1])
+
+    def takes_long(batch: TransitionBatch) -> SACMetrics:
+        now[0] += 0.05
+        return update(batch)
+
+    monkeypatch.setattr(learner.sac, "update", takes_long)
     assert learner.run().gradient_steps == 14
 
 

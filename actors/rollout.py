@@ -262,8 +262,13 @@ class RolloutWorker:
         return answers
 
 
-def render_prompts(llm: LLM, prompts: Sequence[Prompt], max_prompt_tokens: int) -> dict[str, list[int]]:
+def render_prompts(
+    llm: LLM, prompts: Sequence[Prompt], max_prompt_tokens: int, field: str = "rollout.max_prompt_tokens"
+) -> dict[str, list[int]]:
     """Token ids of every prompt, templated, by the prompt's id.
+
+    Args:
+        field: the setting that gives the limit, for messages.
 
     Raises:
         UserError: a prompt is longer than ``max_prompt_tokens``.
@@ -272,7 +277,7 @@ def render_prompts(llm: LLM, prompts: Sequence[Prompt], max_prompt_tokens: int) 
     for name, ids in rendered.items():
         if len(ids) > max_prompt_tokens:
             raise UserError(
-                f"prompts: {name} has {len(ids)} tokens with its template, rollout.max_prompt_tokens is "
+                f"prompts: {name} has {len(ids)} tokens with its template, {field} is "
                 f"{max_prompt_tokens}; shorten the prompt or raise the limit"
             )
     return rendered

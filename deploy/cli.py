@@ -36,6 +36,13 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+baseline_app = typer.Typer(
+    cls=CommandLine,
+    no_args_is_help=True,
+    help="LLMs whose weights TRL trains, to compare an agent with: DPO, RLHF, a corrector as Aligner.",
+)
+app.add_typer(baseline_app, name="baseline")
+
 store_app = typer.Typer(
     cls=CommandLine, no_args_is_help=True, help="What runs have left on your Redis or Valkey server."
 )
@@ -64,6 +71,24 @@ FitOverrides = Annotated[
 BenchOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.mode=wide."),
+]
+BaselineOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings to change, such as num_pairs=500 or llm.dtype=float32."
+    ),
+]
+Pairs = Annotated[
+    list[str],
+    typer.Option(
+        "--pairs",
+        help="JSON or JSONL file of preference pairs, or a Hub data set; may be repeated.",
+        metavar="FILE",
+    ),
+]
+BaselineOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the adapter.")]
+BaselineLLM = Annotated[
+    str | None, typer.Option("--llm", help="The LLM to train.  [as the quickstart]", metavar="MODEL")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", metavar="FILE")]
 NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
@@ -388,6 +413,63 @@ def fit_reward(
         from mara.deploy.reward_fit import fit, fit_settings
 
         fit(fit_settings(pairs, name, llm, prompts, given_once(overrides)), out)
+
+
+@baseline_app.command("dpo")
+def baseline_dpo(
+    pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
+) -> None:
+    """Train an adapter on preference pairs by DPO, which needs no reward model."""
+    with _reported_errors():
+        from mara.deploy.baselines.command import baseline_settings, train_baseline
+
+        settings = baseline_settings("dpo", llm, pairs, None, given_once(overrides))
+        with steady_output():
+            train_baseline(settings, out)
+
+
+@baseline_app.command("rlhf")
+def baseline_rlhf(
+    out: BaselineOut,
+    overrides: BaselineOverrides = None,
+    llm: BaselineLLM = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to answer.  [as the quickstart]")
+    ] = None,
+) -> None:
+    """Train an adapter on its own answers by RLOO: rewards and number of answers are the quickstart's."""
+    with _reported_errors():
+        from mara.deploy.baselines.command import baseline_settings, train_baseline
+
+        settings = baseline_settings("rlhf", llm, [], prompts, given_once(overrides))
+        with steady_output():
+            train_baseline(settings, out)
+
+
+@baseline_app.command("aligner")
+def baseline_aligner(
+    pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
+) -> None:
+    """Train a corrector on preference pairs: question and worse answer → better answer."""
+    with _reported_errors():
+        from mara.deploy.baselines.command import baseline_settings, train_baseline
+
+        settings = baseline_settings("aligner", llm, pairs, None, given_once(overrides))
+        with steady_output():
+            train_baseline(settings, out)
+
+
+@baseline_app.command("compute")
+def baseline_compute(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of baselines, or runs of agents.")
+    ],
+) -> None:
+    """Show the floating-point operations that trainings took, and how they were counted."""
+    with _reported_errors():
+        from mara.deploy.baselines.command import print_compute
+
+        print_compute(folders)
 
 
 @bench_app.command("decode")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -191,13 +192,19 @@ def test_another_adapter_makes_another_comparison(
     assert changes(before, check(config).identity) == ["the content of systems.tuned.adapter has changed"]
 
 
-def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path, RunConfig]) -> None:
-    run, _ = tiny_run
-    config = load_comparison(path)
-    before = json.loads(json.dumps(check(config).identity))
+def test_what_makes_another_comparison_is_named(
+    path: Path, tmp_path: Path, tiny_run: tuple[Path, RunConfig]
+) -> None:
+    run, of_run = tiny_run
+    llm = shutil.copytree(of_run.llm.model, tmp_path / "llm")  # others use that one
+
+    def identity(*overrides: str) -> dict[str, Any]:
+        return check(load_comparison(path, [f"llm.model={llm}", *overrides])).identity
+
+    before = json.loads(json.dumps(identity()))
 
     def changed(*overrides: str) -> list[str]:
-        return changes(before, check(load_comparison(path, overrides)).identity)
+        return changes(before, identity(*overrides))
 
     assert changed() == changed("num_actors=4", "rows=2", "num_samples=1", "name=x", "ray.address=auto") == []
     assert changed("decoding.max_new_tokens=5") == ["decoding.max_new_tokens is another"]
@@ -214,7 +221,7 @@ def test_what_makes_another_comparison_is_named(path: Path, tiny_run: tuple[Path
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    (llm_weights,) = Path(config.llm.model).glob("*.safetensors")
+    (llm_weights,) = llm.glob("*.safetensors")
     content = bytearray(llm_weights.read_bytes())
     content[-1] ^= 1
     llm_weights.write_bytes(content)

@@ -350,16 +350,27 @@ def paper(
         typer.Argument(metavar="KEY=VALUE", help="What --plan assumes, such as tokens_per_s=1500."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Add GPUs and hours, from assumed rates.")] = False,
+    scaled: Annotated[
+        bool,
+        typer.Option("--scaled", help="The same with SmolLM2-135M-Instruct: table3, table5 and figure3."),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of the trainings of --scaled.  [0]")
+    ] = None,
 ) -> None:
     """Print the commands that make a table or figure of the paper, in their order. Nothing is started."""
     with _reported_errors():
         from mara.deploy.config_file import make_settings
-        from mara.deploy.paper import Rates, find_experiment, lines
+        from mara.deploy.paper import Rates, find_experiment, find_twin, lines
 
-        found = find_experiment(experiment)
+        found = find_twin(experiment, seed or 0) if scaled else find_experiment(experiment)
         changes = given_once(assumptions)
         if changes and not plan:
             raise UsageError(f"{changes[0]} belongs to --plan; add that, or leave it out")
+        if scaled and plan:
+            raise UsageError("--plan counts GPUs, --scaled needs none; give one of them")
+        if seed is not None and not scaled:
+            raise UsageError("--seed belongs to --scaled; add that, or give run.seed to the trainings")
         rates = make_settings(Rates, {}, changes, Path.cwd()) if plan else None
         for line in lines(found, rates):
             typer.echo(line)

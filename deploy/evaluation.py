@@ -31,6 +31,7 @@ from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
+from mara.deploy.plots import draw_positions_by_candidates
 from mara.deploy.preflight import check_context, check_head, warn_of_head
 from mara.deploy.reward_models import check_reward_model
 from mara.deploy.run_folder import agent_folder
@@ -102,6 +103,10 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
+    # By name: a name has the time at which the report was made.
+    earlier = sorted(folder.glob(f"{path.stem}-*{path.suffix}"))
+    if (plot := draw_positions_by_candidates(folder, [*earlier, path])) is not None:
+        say(f"places of the accepted candidates by k and p: {plot}")
     return headline(report)
 
 

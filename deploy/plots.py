@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 REWARD_PLOT = "reward.png"
 POSITION_PLOT = "accepted_positions.png"
+CANDIDATES_PLOT = "accepted_positions_by_candidates.png"
 POSITION_PREFIX = "episode/accepted_rank_"
 SCORE_PREFIX = "episode/score/"
 REWARD = "episode/reward"
@@ -112,14 +113,18 @@ def reward_curve(records: Sequence[Record], levels: Levels) -> Figure:
     return figure
 
 
-def _label_once(figure: Figure) -> None:
+def _label_once(figure: Figure, num_columns: int = 1) -> None:
     """One legend for all panels, below them: what is drawn in one panel only is in it as well."""
     handles: dict[str, Artist] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=1, fontsize="small"
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=num_columns,
+        fontsize="small",
     )
 
 
@@ -149,6 +154,56 @@ def accepted_positions(records: Sequence[Record], top_k: int) -> Figure:
     panel.set_xlabel("place of the accepted candidate")
     panel.set_ylabel("share of the acceptances")
     panel.legend()
+    return figure
+
+
+def draw_positions_by_candidates(folder: Path, reports: Sequence[Path]) -> Path | None:
+    """Draw into ``folder`` where the accepted candidates of evaluations stood, under each k and p (Figure 3).
+
+    Args:
+        reports: files of ``mara eval RUN``, oldest first. Drawn are those whose settings are the last one's
+            but for ``top_k`` and ``top_p``, the last of each such pair.
+
+    Returns the file; None where there is one pair alone, and nothing to compare.
+    """
+    shares: dict[tuple[int, float], list[float]] = {}
+    alike = None
+    for path in reversed(reports):
+        report = json.loads(path.read_text())
+        truncation = report["settings"]["decoding"]["truncation"]
+        pair = truncation.pop("top_k"), truncation.pop("top_p")
+        alike = alike or report["settings"]
+        if report["settings"] == alike:
+            shares.setdefault(pair, report["accepted_ranks"])
+    if len(shares) < 2:
+        return None
+    return _save(positions_by_candidates(shares), folder / CANDIDATES_PLOT)
+
+
+def positions_by_candidates(shares: Mapping[tuple[int, float], Sequence[float]]) -> Figure:
+    """Share of the accepted candidates by their place: a panel for each p, in it bars for each k.
+
+    ``shares`` maps k and p to the shares of the first places, of which the last is that of all later ones.
+    """
+    ks, ps = (sorted(set(values)) for values in zip(*shares, strict=True))
+    figure = _figure(height=2.6)
+    panels = figure.subplots(1, len(ps), sharey=True, squeeze=False)[0]
+    width = 0.8 / len(ks)
+    for panel, p in zip(panels, ps, strict=True):
+        for number, k in enumerate(ks):
+            if (k, p) not in shares:
+                continue
+            values = shares[k, p]
+            left = (number - (len(ks) - 1) / 2) * width
+            places = [place + left for place in range(len(values))]
+            panel.bar(places, values, width=width, color=f"C{number}", label=f"k {k}")
+        names = [str(rank + 1) for rank in range(NUM_RANKS)] + ["later"]
+        panel.set_xticks(range(len(names)), names)
+        panel.set_title(f"p {p:g}", fontsize="medium")
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("share of the acceptances")
+    panels[len(ps) // 2].set_xlabel("place of the accepted candidate")
+    _label_once(figure, num_columns=len(ks))
     return figure
 
 

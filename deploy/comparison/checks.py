@@ -159,40 +159,49 @@ def _check_devices(config: ComparisonConfig) -> None:
 
 def _check_systems(config: ComparisonConfig) -> dict[str, str]:
     """Every system can be made; SHA-256 of what its answers depend on, by setting."""
-    hidden_size = _check_llm(config.llm, config)
+    _check_llm(config.llm, config)
     digests = {"llm": find_digest(config.llm)}
     for name, system in config.systems.items():
         field = f"systems.{name}"
+        if isinstance(system, LLMSystem | AgentSystem | CorrectorSystem):
+            digests |= _check_model(name, config)
         if isinstance(system, AgentSystem):
-            digests[f"{field}.path"] = _check_agent(field, system, config, hidden_size)
+            digests[f"{field}.path"] = _check_agent(name, system, config)
         elif isinstance(system, ResponsesSystem):
             digests[f"{field}.path"] = _digest(system.path.read_bytes())
-        elif isinstance(system, LLMSystem | CorrectorSystem):
-            llm, adapter = config.llm_of(name)
-            if llm != config.llm:
-                _in_field(f"{field}.model", lambda llm=llm: _check_llm(llm, config))  # type: ignore[misc]
-                digests[f"{field}.model"] = find_digest(llm)
-            if adapter is not None:
-                check_adapter(adapter, f"{field}.adapter")
-                weights = next(adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file())
-                content = weights.read_bytes() + (adapter / ADAPTER_CONFIG).read_bytes()
-                digests[f"{field}.adapter"] = _digest(content)
     return digests
 
 
-def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> int:
-    """The LLM is there and can read answers of this length; its hidden size."""
-    hidden_size = find_hidden_size(llm)
+def _check_model(name: str, config: ComparisonConfig) -> dict[str, str]:
+    """The LLM of a system is there, if it is not the base one, and its adapter; SHA-256 by setting."""
+    llm, adapter = config.llm_of(name)
+    field, digests = f"systems.{name}", {}
+    if llm != config.llm:
+        _in_field(f"{field}.model", lambda: _check_llm(llm, config))
+        digests[f"{field}.model"] = find_digest(llm)
+    if adapter is not None:
+        check_adapter(adapter, f"{field}.adapter")
+        weights = next(adapter / file for file in ADAPTER_WEIGHTS if (adapter / file).is_file())
+        content = weights.read_bytes() + (adapter / ADAPTER_CONFIG).read_bytes()
+        digests[f"{field}.adapter"] = _digest(content)
+    return digests
+
+
+def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> None:
+    """The LLM is there and can read answers of this length."""
+    find_hidden_size(llm)
     check_context(AgentUse(llm=llm, decoding=config.decoding))
-    return hidden_size
 
 
-def _check_agent(field: str, system: AgentSystem, config: ComparisonConfig, hidden_size: int) -> str:
-    _in_field(f"{field}.path", lambda: check_agent(system.path))
+def _check_agent(name: str, system: AgentSystem, config: ComparisonConfig) -> str:
+    """The agent fits the hidden size of its system's LLM; SHA-256 of its files."""
+    llm, _ = config.llm_of(name)
+    field = f"systems.{name}.path"
+    _in_field(field, lambda: check_agent(system.path))
     folder = agent_folder(system.path)
-    _, card = _in_field(f"{field}.path", lambda: load_agent(folder, hidden_size))
+    _, card = _in_field(field, lambda: load_agent(folder, find_hidden_size(llm)))
     warn_of_untrained(card)
-    warn_of_other_use(card, AgentUse(llm=config.llm, decoding=system.steering(config.decoding)))
+    warn_of_other_use(card, AgentUse(llm=llm, decoding=system.steering(config.decoding)))
     return _digest((folder / WEIGHTS_FILE).read_bytes() + (folder / CARD_FILE).read_bytes())
 
 

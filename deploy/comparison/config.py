@@ -47,12 +47,16 @@ class LLMSystem(Config):
 
 
 class AgentSystem(Config):
-    """The base LLM steered by an agent."""
+    """An LLM steered by an agent: the base one, another of the same hidden size, or one with an adapter."""
 
     kind: Literal["agent"] = "agent"
     """What makes the answers."""
     path: UserPath
     """A run, or an exported agent. Relative to the current folder."""
+    model: str | None = None
+    """As ``llm.model``. None: the base LLM."""
+    adapter: UserPath | None = None
+    """Folder of a PEFT adapter, which is merged into the model. Needs the package peft."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """As ``decoding.threshold``, for this system. None: that one."""
     gate: GateConfig | None = None
@@ -273,7 +277,7 @@ class ComparisonConfig(Config):
     def llm_of(self, name: str) -> tuple[LLMConfig, Path | None]:
         """The LLM that a system answers with, and its adapter."""
         system = self.systems[name]
-        if not isinstance(system, LLMSystem | CorrectorSystem):
+        if not isinstance(system, LLMSystem | AgentSystem | CorrectorSystem):
             return self.llm, None
         if system.model is None or system.model == self.llm.model:
             return self.llm, system.adapter

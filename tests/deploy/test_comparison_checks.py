@@ -86,6 +86,8 @@ def test_the_checks_find_prompts_and_answers(path: Path) -> None:
     [
         ("datasets.held_out.path=none.jsonl", ["datasets.held_out.path: ", "none.jsonl cannot be read"]),
         ("systems.mara.path=nowhere", ["systems.mara.path: ", "nowhere does not exist"]),
+        ("systems.mara.model=./none", ["systems.mara.model: none has no config.json"]),
+        ("systems.mara.adapter=nowhere", ["systems.mara.adapter: ", "has no adapter_config.json"]),
         ("systems.theirs.path=none", ["systems.theirs.path: ", "cannot be read"]),
         ("systems.base.model=./none", ["systems.base.model: none has no config.json"]),
         ("systems.base.adapter=nowhere", ["systems.base.adapter: ", "has no adapter_config.json"]),
@@ -101,6 +103,22 @@ def test_the_checks_find_prompts_and_answers(path: Path) -> None:
 )
 def test_a_mistake_is_one_line(dry_run: Invoke, override: str, parts: list[str]) -> None:
     assert_one_line(dry_run(override), *parts)
+
+
+def test_an_agent_must_fit_the_llm_that_it_is_put_on(
+    dry_run: Invoke, path: Path, make_llm_folder: Callable[..., Path]
+) -> None:
+    same, wider = make_llm_folder(seed=1), make_llm_folder(hidden_size=48)
+    assert_one_line(dry_run(f"systems.mara.model={wider}"), "systems.mara.path: ", "hidden size")
+    result = dry_run(f"systems.mara.model={same}")
+    assert result.exit_code == 0 and f"this one is {same}" in result.stderr
+    before, now = (
+        check(load_comparison(path, overrides)) for overrides in ([], [f"systems.mara.model={same}"])
+    )
+    assert changes(before.identity, now.identity) == [
+        "systems.mara.model is another",
+        "the content of systems.mara.model has changed",
+    ]
 
 
 def test_an_endpoint_must_answer_and_have_its_key(dry_run: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,9 @@ def test_systems_are_answered_in_waves_and_compared_with_the_baseline_and_as_ask
     assert config.llm_of("fixed") == (config.llm, None)
     other, adapter = config.llm_of("fixed_again")
     assert (other.model, other.dtype, adapter) == ("other/llm", config.llm.dtype, None)
+    agent = ["systems.a.kind=agent", "systems.a.path=x", "systems.a.model=other/llm"]
+    tuned, adapter = load_comparison(path, [*agent, "systems.a.adapter=/tuned"]).llm_of("a")
+    assert (tuned, adapter) == (other, Path("/tuned"))
 
 
 def test_another_llm_has_neither_the_revision_nor_the_file_of_the_base(path: Path) -> None:

@@ -19,6 +19,7 @@ from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
+from mara.deploy.plots import CANDIDATES_PLOT
 from mara.deploy.run_folder import load_run, load_use
 from mara.learner.saving import AGENT_FOLDER
 
@@ -86,6 +87,17 @@ def test_a_second_evaluation_keeps_the_report_of_the_first(tiny_run, capsys):
     assert kept.read_text() == first
     assert json.loads((folder / REPORT_FILE).read_text())["pairs"][0]["num_prompts"] == 1
     assert kept.name in capsys.readouterr().out
+
+
+def test_evaluations_under_two_candidate_sets_are_drawn_in_one_plot(tiny_run, capsys):
+    folder, config = tiny_run
+    run_evaluation(folder, config)
+    assert not (folder / CANDIDATES_PLOT).exists()
+    fewer = config.decoding.truncation.model_copy(update={"top_k": 2})
+    decoding = config.decoding.model_copy(update={"truncation": fewer})
+    run_evaluation(folder, config.model_copy(update={"decoding": decoding}))
+    assert (folder / CANDIDATES_PLOT).read_bytes().startswith(b"\x89PNG")
+    assert str(folder / CANDIDATES_PLOT) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "why"]])

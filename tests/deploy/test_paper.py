@@ -15,9 +15,22 @@ from mara.deploy.comparison.config import ComparisonConfig, CorrectorSystem, fil
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import find_config, load_comparison, load_config
 from mara.deploy.evaluation import EVALUATION_USES, check_used
-from mara.deploy.paper import BILLIONS, EXPERIMENTS, LLMS, Rates, Step, cost_of, lines, settings_of
+from mara.deploy.paper import (
+    BILLIONS,
+    EXPERIMENTS,
+    LLMS,
+    TWINS,
+    Rates,
+    Step,
+    cost_of,
+    find_twin,
+    lines,
+    settings_of,
+)
 
-STEPS = [step for experiment in EXPERIMENTS.values() for step in experiment.steps()]
+LISTS = [list(experiment.steps()) for experiment in EXPERIMENTS.values()]
+LISTS += [list(find_twin(name, seed=1).steps()) for name in TWINS]
+STEPS = [step for steps in LISTS for step in steps]
 RATES = Rates()
 
 
@@ -79,14 +92,38 @@ def test_every_printed_command_parses_and_its_settings_are_valid(step: Step) -> 
         check_used(parameters["overrides"], EVALUATION_USES)
 
 
-def test_what_a_table_evaluates_was_trained_before_in_the_same_list() -> None:
-    for experiment in EXPERIMENTS.values():
-        made: set[str] = set()
-        for step in experiment.steps():
-            used = [word.partition("=")[2] or word for word in shlex.split(step.command)]
-            assert {word for word in used if word.endswith("/latest")} <= made
-            if isinstance(config := settings_of(step), RunConfig) and step.of is None:
-                made.add(f"runs/paper/{config.run.dir.name}/latest")
+@pytest.mark.parametrize("steps", LISTS, ids=lambda steps: steps[-1].command)
+def test_what_a_table_evaluates_was_trained_before_in_the_same_list(steps: list[Step]) -> None:
+    made: set[str] = set()
+    for step in steps:
+        words = [word.partition("=") for word in shlex.split(step.command)]
+        used = {value or key for key, _, value in words}
+        assert {word for word in used if word.endswith("/latest")} <= made
+        made |= {f"{value}/latest" for key, _, value in words if key == "run.dir"}
+
+
+def test_the_twins_have_the_ratios_of_the_paper_and_the_settings_of_the_quickstart() -> None:
+    first, *others = [
+        c for step in find_twin("table5", seed=3).steps() if isinstance(c := settings_of(step), RunConfig)
+    ]
+    quickstart = load_config(find_config("quickstart"))
+    assert (first.learner, first.shaping, first.decoding) == (
+        quickstart.learner,
+        quickstart.shaping,
+        quickstart.decoding,
+    )
+    assert {c.run.seed for c in (first, *others)} == {3}
+    assert first.replay.durable and {c.rollout.num_actors for c in others} == {0}
+    weights = [(c.score_weights["helpful"], c.score_weights["harmless"]) for c in others]
+    assert [helpful / total for helpful, harmless in weights if (total := helpful + harmless)] == (
+        pytest.approx([0, 1 / 2, 2 / 3, 1], abs=1e-3)
+    )
+    assert {sum(pair) for pair in weights} == {sum(quickstart.score_weights.values())}
+    *_, compared = (settings_of(step) for step in find_twin("table3", seed=0).steps())
+    assert isinstance(compared, ComparisonConfig)
+    assert compared.llm_of("mara") == compared.llm_of("base")
+    assert compared.llm_of("mara_on_tuned") == compared.llm_of("tuned") != compared.llm_of("base")
+    assert ("mara_on_tuned", "tuned") in compared.compared
 
 
 def test_the_tables_have_the_llms_systems_and_ratios_of_the_paper() -> None:
@@ -163,6 +200,10 @@ def test_a_plan_says_that_it_is_assumed_and_by_which_rates() -> None:
             "no such experiment 'x'; there are table1, table2, table3, table4, table5, figure3, speed",
         ),
         ("paper speed step_s=1", "step_s=1 belongs to --plan; add that, or leave it out"),
+        ("paper table1 --scaled", "table1 has no scaled twin; table3, table5, figure3 have one"),
+        ("paper table33 --scaled", "no such experiment 'table33'; did you mean table3?"),
+        ("paper table5 --scaled --plan", "--plan counts GPUs, --scaled needs none; give one of them"),
+        ("paper table5 --seed 1", "--seed belongs to --scaled"),
         ("paper speed --plan stepp_s=1", "stepp_s is not a setting; did you mean step_s?"),
         ("paper speed --plan step_s=0", "step_s=0: must be greater than 0"),
     ],

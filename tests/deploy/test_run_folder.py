@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from mara.common.config import AgentConfig
 from mara.common.errors import UserError
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.plots import accepted_positions, draw_plots, llm_levels, read_metrics, reward_curve
+from mara.deploy.plots import (
+    CANDIDATES_PLOT,
+    accepted_positions,
+    draw_plots,
+    draw_positions_by_candidates,
+    llm_levels,
+    positions_by_candidates,
+    read_metrics,
+    reward_curve,
+)
 from mara.deploy.run_folder import check_agent, load_run, make_run_folder, name_latest
 
 
@@ -151,6 +161,40 @@ def test_the_plot_of_positions_has_only_those_that_a_candidate_can_have(top_k: i
     labels = [label.get_text() for label in panel.get_xticklabels()]
     assert labels == ["1", "2", "3", "4", "5", "later"][:places]
     assert len(panel.patches) == 2 * places
+
+
+def report_of(top_k: int, top_p: float, first: float, **others: Any) -> dict[str, Any]:
+    truncation = {"top_k": top_k, "top_p": top_p, "temperature": 1.0}
+    settings = {"decoding": {"truncation": truncation}, **others}
+    return {"settings": settings, "accepted_ranks": [first, 1 - first, 0.0, 0.0, 0.0, 0.0]}
+
+
+def write_reports(folder: Path, *reports: dict[str, Any]) -> list[Path]:
+    paths = [folder / f"report-{number}.json" for number in range(len(reports))]
+    for path, report in zip(paths, reports, strict=True):
+        path.write_text(json.dumps(report))
+    return paths
+
+
+def test_the_plot_by_candidates_needs_two_pairs_of_k_and_p_under_else_equal_settings(tmp_path: Path) -> None:
+    on_others = report_of(5, 0.8, 0.9, prompts="others")
+    alike = [report_of(5, 0.95, 0.7), report_of(5, 0.95, 0.8)]
+    assert draw_positions_by_candidates(tmp_path, write_reports(tmp_path, on_others, *alike)) is None
+    paths = write_reports(tmp_path, report_of(5, 0.8, 0.9), *alike)
+    plot = draw_positions_by_candidates(tmp_path, paths)
+    assert plot == tmp_path / CANDIDATES_PLOT and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_by_candidates_has_a_panel_for_each_p_and_bars_for_each_k() -> None:
+    shares = {(10, 0.9): [0.6, 0.4], (5, 0.9): [0.7, 0.3], (5, 0.8): [0.9, 0.1]}
+    figure = positions_by_candidates({pair: [*few, 0, 0, 0, 0] for pair, few in shares.items()})
+    assert [panel.get_title() for panel in figure.axes] == ["p 0.8", "p 0.9"]
+    firsts = [[bars[0].get_height() for bars in panel.containers] for panel in figure.axes]
+    assert firsts == [[0.9], [0.7, 0.6]]
+    assert legend_of(figure) == ["k 5", "k 10"]
+    # A k has the same colour and place everywhere.
+    left, right = (panel.containers[0][0] for panel in figure.axes)
+    assert (left.get_x(), left.get_facecolor()) == (right.get_x(), right.get_facecolor())
 
 
 def test_a_run_without_episodes_has_no_plots(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""The process of a comparison, run in a thread: which LLM answers for a system."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mara.actors.answering import Question
+from mara.deploy.comparison.config import ComparisonConfig
+from mara.deploy.comparison.host import ComparisonHost, HostSpec, Model, Work
+from mara.deploy.config import RunConfig
+from mara.deploy.config_file import load_comparison
+
+PROMPTS = ("why", "how so", "what")
+
+
+@pytest.fixture
+def path(tmp_path: Path, tiny_run: tuple[Path, RunConfig]) -> Path:
+    run, config = tiny_run
+    content = {
+        "llm": {"model": config.llm.model, "dtype": "float32", "device": "cpu"},
+        "decoding": {"max_new_tokens": 8, "truncation": {"top_k": 4}},
+        "systems": {"base": {"kind": "llm"}, "mara": {"kind": "agent", "path": str(run)}},
+        "datasets": {"held_out": {"path": "held_out.jsonl"}},
+        "baseline": "base",
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def answers(config: ComparisonConfig, system: str) -> list[str]:
+    """What a process of the comparison says to :data:`PROMPTS` for ``system``."""
+    host = ComparisonHost(HostSpec("actor-0", config, Path("nowhere"), Path.cwd()))
+    questions = tuple(Question(system, prompt, prompt) for prompt in PROMPTS)
+    host.give(Work(0, Model(*config.llm_of(system)), "held_out", questions))
+    thread = threading.Thread(target=host.run)
+    thread.start()
+    rows: list[dict[str, Any]] = []
+    while thread.is_alive() and not (rows and rows[-1].get("is_done")):
+        rows += host.report().rows
+        thread.join(0.01)
+    host.stop()
+    thread.join()
+    said = {row["row"]["id"]: row["row"]["response"] for row in rows[:-1]}
+    return [said[prompt] for prompt in PROMPTS]
+
+
+def test_an_agent_steers_the_llm_that_its_system_names(
+    path: Path, make_llm_folder: Callable[..., Path]
+) -> None:
+    other = make_llm_folder(seed=1)
+    elsewhere = ["kind=agent", f"path={path.parent / 'run'}", f"model={other}"]
+    both = load_comparison(path, [f"systems.elsewhere.{setting}" for setting in elsewhere])
+    alone = load_comparison(path, [f"llm.model={other}"])
+    assert answers(both, "elsewhere") == answers(alone, "mara")
+    assert answers(both, "mara") not in (answers(both, "elsewhere"), answers(both, "base"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
@@ -36,6 +36,9 @@ THREADS_PER_HOST = 4
 CONNECT_S = 5.0
 ASK_S = 0.5
 """How often a process that loads is asked whether it has done so, seconds."""
+
+DEATHS = (RayActorError, OutOfMemoryError)
+"""What a call to a process raises that has died: the second where Ray ended it, as memory ran out."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class Handle:
         if self.heard:
             try:
                 self.report = ray.get(self._pending)
-            except RayActorError:
+            except DEATHS:
                 pass  # The run has ended the same way; seen below.
             else:
                 self._rows += self.report.rows
@@ -135,7 +138,7 @@ class RewardHandle(Handle):
     def _hear(self) -> None:
         try:
             report = ray.get(self._pending)
-        except RayActorError:
+        except DEATHS:
             if self._run is None:  # The next process has to load it again.
                 self._run = self._actor.run.remote()
             return
@@ -233,7 +236,7 @@ def _is_ready(ref: Any) -> bool:
 def _outcome(run: Any) -> Ended:
     try:
         return Ended(result=ray.get(run))
-    except RayActorError:
+    except DEATHS:
         return Ended(died=True)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error

@@ -32,7 +32,8 @@ class LLMConfig(Config):
     """Loads the weights in fewer bits, with the ``bitsandbytes`` package; ``dtype`` is then that of the
     hidden states. Saves memory, not time. The agent belongs to the LLM as it was loaded in training."""
     device: str = "auto"
-    """``auto`` takes a GPU if there is one. Else ``cpu``, ``cuda``, ``cuda:1``, …"""
+    """``auto`` takes a GPU if there is one; of processes on a cluster those that were granted one
+    (``rollout.num_gpus``, ``num_gpus`` of a comparison). Else ``cpu``, ``cuda``, ``cuda:1``, …"""
     system_prompt: str | None = None
     """Put before every prompt. None: what the chat template does by itself."""
     doubled_bos: bool = False

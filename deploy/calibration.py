@@ -45,7 +45,7 @@ def calibrate(
 ) -> GateOutcome | None:
     """Try gates on the first ``num_prompts`` of ``prompts``, print and save what each does, name the best.
 
-    It is named only if its gain is more than chance.
+    It is named only if the interval of its gain is above 0.
 
     Raises:
         UserError: there is no agent or reward model, a head does not fit, or a score is not finite.

@@ -156,10 +156,14 @@ def train(
             settings = resumed.config
         elif config is None:
             raise UsageError("missing argument 'CONFIG'")
-        elif trust:
-            raise UsageError("--trust belongs to --resume; leave it out")
         else:
             settings = load_config(find_config(config), given_once(overrides))
+            if trust and settings.replay.from_run is None:
+                raise UsageError("--trust belongs to --resume or replay.from; leave it out")
+        if settings.replay.from_run is not None:
+            from mara.deploy.finished_run import check_whose_episodes
+
+            check_whose_episodes(settings, is_trusted=trust)
         if dry_run:
             from mara.deploy.preflight import preflight, settled
 

@@ -26,7 +26,7 @@ from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
 from mara.deploy.config import AgentUse, is_of_hub
-from mara.deploy.console import say
+from mara.deploy.console import say, warn
 from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
@@ -105,8 +105,13 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     # By name: a name has the time at which the report was made.
     earlier = sorted(folder.glob(f"{path.stem}-*{path.suffix}"))
-    if (plot := draw_positions_by_candidates(folder, [*earlier, path])) is not None:
-        say(f"places of the accepted candidates by k and p: {plot}")
+    try:
+        plot = draw_positions_by_candidates(folder, [*earlier, path])
+    except OSError as error:
+        warn(f"no plot of the accepted candidates by k and p ({error})")
+    else:
+        if plot is not None:
+            say(f"places of the accepted candidates by k and p: {plot}")
     return headline(report)
 
 

@@ -28,8 +28,9 @@ from mara.deploy.console import warn
 from mara.deploy.model_shape import is_same_llm
 from mara.deploy.plots import read_metrics
 from mara.deploy.recorder import EPISODES, METRICS_FILE
-from mara.deploy.run_folder import REPLAY, load_run, read_log_record
+from mara.deploy.run_folder import CONFIG_FILE, REPLAY, load_run, read_log_record
 from mara.deploy.run_lock import who_runs
+from mara.deploy.trust import NOT_OWN, OPTION, is_own
 
 MADE_WITH = (
     "llm.gguf_file",
@@ -140,6 +141,26 @@ def find_log(config: RunConfig, hidden_size: int, llm_digest: str) -> FinishedLo
         )
     log = FinishedLog(folder, record.run_id, record.heads, list(urls), None, max_bytes)
     return replace(log, num_episodes=require_episodes(log, config.replay, urls))
+
+
+def check_whose_episodes(config: RunConfig, *, is_trusted: bool) -> None:
+    """Refuse episodes of somebody else's run: its folder names a server, or has a file of commands that a
+    server of ours would carry out.
+
+    Raises:
+        UserError: ``replay.from``, or the run that this one trained from, is such a folder.
+    """
+    folder = config.replay.from_run
+    while folder is not None and not is_trusted:
+        if not is_own(folder / CONFIG_FILE):
+            raise UserError(
+                f"replay.from={folder}: {NOT_OWN}; a server that it names is asked for its episodes, or its "
+                f"replay/ is carried out by one of ours; add {OPTION} if you trust whom it is from"
+            )
+        try:
+            folder = load_run(folder).replay.from_run
+        except UserError:  # said where its episodes are looked for
+            return
 
 
 def warn_of_forced(run_folder: Path) -> None:

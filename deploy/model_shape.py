@@ -116,7 +116,8 @@ def find_identity(config: LLMConfig) -> LLMIdentity:
 def find_digest(config: LLMConfig) -> str:
     """What tells a model's files from others of the same name: the commit of a Hub model; SHA-256 of others.
 
-    It is over names, sizes and parts of the files, since all of a large model would take minutes.
+    It is over names, sizes and parts of the files, since all of a large model would take minutes. Cards
+    (``.md``) and hidden files are left out.
 
     Raises:
         UserError: the model cannot be found.
@@ -126,6 +127,8 @@ def find_digest(config: LLMConfig) -> str:
         return find_identity(config).commit or ""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
+        if path.suffix == ".md" or path.name.startswith("."):  # nothing that is loaded
+            continue
         if gguf_file is not None and path.name != gguf_file:
             continue
         size = path.stat().st_size

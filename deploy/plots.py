@@ -169,12 +169,16 @@ def draw_positions_by_candidates(folder: Path, reports: Sequence[Path]) -> Path 
     shares: dict[tuple[int, float], list[float]] = {}
     alike = None
     for path in reversed(reports):
-        report = json.loads(path.read_text())
-        truncation = report["settings"]["decoding"]["truncation"]
-        pair = truncation.pop("top_k"), truncation.pop("top_p")
-        alike = alike or report["settings"]
-        if report["settings"] == alike:
-            shares.setdefault(pair, report["accepted_ranks"])
+        try:
+            report = json.loads(path.read_text())
+            settings, ranks = report["settings"], report["accepted_ranks"]
+            truncation = settings["decoding"]["truncation"]
+            pair = int(truncation.pop("top_k")), float(truncation.pop("top_p"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # Somebody put something else there.
+        alike = alike or settings
+        if settings == alike:
+            shares.setdefault(pair, ranks)
     if len(shares) < 2:
         return None
     return _save(positions_by_candidates(shares), folder / CANDIDATES_PLOT)

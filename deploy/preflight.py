@@ -218,6 +218,11 @@ def check_devices(config: RunConfig) -> None:
                 f"llm.device={config.llm.device} needs a GPU for each rollout actor, rollout.num_gpus is 0; "
                 "give each a part of one, such as 0.5"
             )
+    if config.llm.device == "auto" and num_gpus and not config.rollout.num_gpus and config.rollout.num_actors:
+        warn(
+            f"rollout.num_gpus=0: the rollout actors work on the CPU, though there are {num_gpus} GPUs here; "
+            "give each a part of one, such as 0.5"
+        )
     if config.rollout.num_actors * config.rollout.num_gpus > num_gpus:
         raise UserError(
             f"rollout.num_gpus={config.rollout.num_gpus:g} for {config.rollout.num_actors} actors is more "

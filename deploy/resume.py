@@ -228,7 +228,7 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
         raise UserError(
             f"llm.model: the files of {resumed.config.llm.model} have changed since the run began "
             f"({log.llm_digest[:12]}…, now {checked.llm_digest[:12]}…), and its agent learns from the states "
-            "of the old ones; put those back, or start a new run"
+            "of the old ones; put those back (of a Hub model: llm.revision=COMMIT), or start a new run"
         )
     for name, files in checked.reward_digests.items():
         if log.heads.get(name, files) != files:

@@ -25,6 +25,10 @@ from mara.deploy.config import AgentUse, RunConfig
 
 KEY_BYTES = 32
 OPTION = "--trust"
+NOT_OWN = (
+    "its settings are not as `mara` wrote them for you here: it is another user's, of another home, of a "
+    "time when no key could be kept, or was edited"
+)
 
 
 def sign(settings: Path) -> None:
@@ -79,8 +83,7 @@ def check_trusted(settings: Path, named: list[str], called: list[str], *, is_tru
     foreign = [name for name in called if name in named]
     if foreign and not is_trusted and not is_own(settings):
         raise UserError(
-            f"{settings} names what would be called ({', '.join(foreign)}), and is not as `mara` wrote it "
-            f"for you here: it is another user's, of another home, or was edited; look at it, and add "
+            f"{settings} names what would be called ({', '.join(foreign)}); {NOT_OWN}; look at it, and add "
             f"{OPTION} if you trust whom it is from"
         )
 
@@ -110,9 +113,14 @@ def _signature(key: bytes, settings: Path) -> str:
 def _key(*, make: bool = False) -> bytes | None:
     """The user's key; None if there is none, and none can be made or none shall be."""
     try:
-        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mara" / "key"
+        # A relative one is void by the XDG specification, and would let the current folder bring a key along.
+        given = Path(os.environ.get("XDG_STATE_HOME") or "")
+        path = (given if given.is_absolute() else Path.home() / ".local" / "state") / "mara" / "key"
         if make and not path.exists():
             _make_key(path)
+        status = path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            return None  # Others know it.
         key = path.read_bytes()
     except (OSError, RuntimeError):  # RuntimeError: nobody knows where the home is.
         return None

@@ -28,6 +28,7 @@ from mara.deploy.comparison.judges import check_scoring_judge, make_llm_judge
 from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
+from mara.deploy.console import warn
 from mara.deploy.hub import digest_of_prompts
 from mara.deploy.model_shape import find_digest, find_hidden_size
 from mara.deploy.preflight import check_cache, check_context, check_writable
@@ -145,6 +146,11 @@ def _check_devices(config: ComparisonConfig) -> None:
     check_quantization(config.llm)
     resolve_device(config.llm.device)
     num_gpus = torch.cuda.device_count()
+    if config.llm.device == "auto" and num_gpus and not config.num_gpus:
+        warn(
+            f"num_gpus=0: the actors work on the CPU, though there are {num_gpus} GPUs here; give each a part of "
+            "one, such as 0.5"
+        )
     if config.num_actors * config.num_gpus > num_gpus:
         raise UserError(
             f"num_gpus={config.num_gpus:g} for {config.num_actors} actors is more than the {num_gpus} GPUs "

@@ -176,6 +176,31 @@ def test_a_user_without_a_place_for_a_key_trains_all_the_same(
     assert passed(mara("eval", run, NO_PROMPTS, "--trust"))
 
 
+def test_episodes_of_somebody_else_are_read_only_if_trusted(run: Path, tmp_path: Path, state: Path) -> None:
+    episodes = ["train", tmp_path / "tiny.yaml", f"replay.from={run}", "rollout.num_actors=0", "--dry-run"]
+    shutil.rmtree(run / "replay", ignore_errors=True)
+    (run / "replay.json").unlink(missing_ok=True)
+    own = mara(*episodes)
+    assert "no replay.json" in own.stderr and "--trust" not in own.stderr
+    of_somebody_else(run, state)
+    assert refused(mara(*episodes), f"replay.from={run}")
+    assert "no replay.json" in mara(*episodes, "--trust").stderr
+
+
+def test_a_key_that_others_may_read_or_that_a_folder_brings_along_is_none(
+    run: Path, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_own(run / CONFIG_FILE)
+    (state / "key").chmod(0o644)
+    assert not is_own(run / CONFIG_FILE)
+    (state / "key").chmod(0o600)
+    assert is_own(run / CONFIG_FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert not is_own(run / CONFIG_FILE)
+
+
 def test_trust_is_for_folders(tmp_path: Path) -> None:
     for words in (("train", "quickstart"), ("eval", "compare")):
         result = mara(*words, "--trust")

@@ -104,8 +104,8 @@ def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> Ga
 def is_proved(outcome: GateOutcome) -> bool:
     """Whether the interval of the gain is above 0.
 
-    It is that of one gate. The best of many that do nothing passes more often than 2.5 %: with 18 gates, which
-    are alike, in some 10 to 20 %. So it keeps noise of few prompts away; it is no proof of a gain.
+    It is that of one gate. The best of many that do nothing passes more often than 2.5 %: with 18 gates,
+    which are alike, in some 10 to 20 %. So it keeps noise of few prompts away; it is no proof of a gain.
     """
     return outcome.gain > outcome.gain_error > 0
 

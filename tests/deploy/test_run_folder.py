@@ -181,6 +181,9 @@ def test_the_plot_by_candidates_needs_two_pairs_of_k_and_p_under_else_equal_sett
     alike = [report_of(5, 0.95, 0.7), report_of(5, 0.95, 0.8)]
     assert draw_positions_by_candidates(tmp_path, write_reports(tmp_path, on_others, *alike)) is None
     paths = write_reports(tmp_path, report_of(5, 0.8, 0.9), *alike)
+    for number, text in enumerate(("{", "[]", '{"note": 1}', '{"settings": {"decoding": null}}')):
+        paths.insert(number, tmp_path / f"report-mine-{number}.json")
+        paths[number].write_text(text)
     plot = draw_positions_by_candidates(tmp_path, paths)
     assert plot == tmp_path / CANDIDATES_PLOT and plot.read_bytes().startswith(b"\x89PNG")
 

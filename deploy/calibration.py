@@ -83,6 +83,10 @@ def calibrate(
         )
     else:
         say(f"use it with: {' '.join(gate_settings(best.gate)) or 'no gate'}")
+        say(
+            f"it is the best of {len(outcomes)} on these {len(asked)} prompts, so it flatters itself: see "
+            "what `mara eval` makes of it on held-out ones"
+        )
     say(f"gates: {path}")
     return best
 
@@ -111,7 +115,10 @@ def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> No
     """One row for each gate; the first is open everywhere, the best has a star. Then what the columns are."""
     table = Table(title="Agent behind each gate, against the LLM alone")
     for column in ("", "gate", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
-        table.add_column(column, justify="left" if column in ("", "gate") else "right")
+        is_text = column in ("", "gate")
+        table.add_column(
+            column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis"
+        )
     for outcome in outcomes:
         settings = [setting.removeprefix("decoding.gate.") for setting in gate_settings(outcome.gate)]
         name = ", ".join(settings) or "none: asked everywhere"

@@ -34,9 +34,8 @@ from mara.deploy.output import complain
 from mara.deploy.plots import draw_positions_by_candidates
 from mara.deploy.preflight import check_context, check_head, warn_of_head
 from mara.deploy.reward_models import check_reward_model
-from mara.deploy.run_folder import agent_folder
+from mara.deploy.run_folder import REPORT_FILE, agent_folder, set_report_aside
 
-REPORT_FILE = "report.json"
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
 OUTCOMES: dict[Outcome, str] = {
     "better": "the agent's answer is better by all rewards",
@@ -99,7 +98,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     dataset = str(source) if is_of_hub(source) else source.stem
     content = report_json(report, dataset) | {"settings": used_settings(config)}
     path = folder / REPORT_FILE
-    kept = _keep_earlier(path)
+    kept = set_report_aside(folder)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
@@ -149,14 +148,6 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Part
     llm = _load(config, say)
     on_device = {name: head.to(llm.device) for name, head in heads.items()}
     return Parts(llm, agent.to(llm.device), on_device, models)
-
-
-def _keep_earlier(path: Path) -> Path | None:
-    """Give an earlier report the name of its time: a comparison on other prompts must not replace it."""
-    if not path.exists():
-        return None
-    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    return path.rename(path.with_name(f"{path.stem}-{made}{path.suffix}"))
 
 
 def generate(folder: Path, config: AgentUse, prompt: str) -> None:

@@ -144,6 +144,8 @@ def find_twin(name: str, seed: int) -> Experiment:
 def lines(experiment: Experiment, rates: Rates | None) -> Iterator[str]:
     """A shell script that makes ``experiment``; with ``rates`` the costs stand in its comments."""
     yield f"# {experiment.title}"
+    yield "# Run it with mara on the PATH (PATH=$PWD/.venv/bin:$PATH); it ends where a command fails."
+    yield "set -e"
     for note in experiment.notes:
         yield f"# {note}"
     yield "# Experiments share trainings: leave one out where the latest run in its run.dir is there already."

@@ -35,6 +35,7 @@ from mara.deploy.run_folder import (
     new_record,
     read_log_record,
     read_run_record,
+    set_report_aside,
     write_settings,
 )
 from mara.deploy.run_lock import PREDECESSOR_S, hold_run, who_runs
@@ -246,7 +247,8 @@ def check_as_it_was(resumed: Resumed, checked: Checked, pause: Callable[[float],
 
 
 def take_over(resumed: Resumed) -> None:
-    """Note in the run folder that the run goes on: its settings, and one more start."""
+    """Note in the run folder that the run goes on: its settings, one more start, no report of its agent."""
+    set_report_aside(resumed.folder)
     write_settings(resumed.folder, dump_config(resumed.config))
     resumed.record.write(resumed.folder)
 

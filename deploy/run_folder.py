@@ -24,6 +24,8 @@ LATEST = "latest"
 REPLAY = "replay"
 """Where the run's own server keeps its append-only file, with ``replay.durable``."""
 RUN_RECORD = "run.json"
+REPORT_FILE = "report.json"
+"""What the evaluation of the run's agent found."""
 LOG_RECORD = "replay.json"
 """Where the run's episodes are, for a run that trains from them later."""
 
@@ -75,6 +77,21 @@ def write_settings(folder: Path, settings: str) -> None:
     """
     write_whole(folder / CONFIG_FILE, settings)
     sign(folder / CONFIG_FILE)
+
+
+def set_report_aside(folder: Path) -> Path | None:
+    """Give the report in ``folder`` the name of its time, as another agent or other prompts come next.
+
+    Returns that name; None where there is no report.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    path = folder / REPORT_FILE
+    if not path.exists():
+        return None
+    made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    return path.rename(path.with_name(f"{path.stem}-{made}{path.suffix}"))
 
 
 def _unused(wanted: Path) -> Path:

@@ -148,8 +148,8 @@ def _check_devices(config: ComparisonConfig) -> None:
     num_gpus = torch.cuda.device_count()
     if config.llm.device == "auto" and num_gpus and not config.num_gpus:
         warn(
-            f"num_gpus=0: the actors work on the CPU, though there are {num_gpus} GPUs here; give each a part "
-            "of one, such as 0.5"
+            f"num_gpus=0: the actors work on the CPU, though there are {num_gpus} GPUs here; give each a "
+            "part of one, such as 0.5"
         )
     if config.num_actors * config.num_gpus > num_gpus:
         raise UserError(

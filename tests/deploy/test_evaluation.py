@@ -18,9 +18,9 @@ from mara.deploy.calibration import GATES_FILE
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.evaluation import REPORT_FILE, generate, run_evaluation
+from mara.deploy.evaluation import generate, run_evaluation
 from mara.deploy.plots import CANDIDATES_PLOT
-from mara.deploy.run_folder import load_run, load_use
+from mara.deploy.run_folder import REPORT_FILE, load_run, load_use
 from mara.learner.saving import AGENT_FOLDER
 
 

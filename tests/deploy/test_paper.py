@@ -183,7 +183,7 @@ def test_a_plan_says_that_it_is_assumed_and_by_which_rates() -> None:
     result = CliRunner().invoke(app, ["paper", "speed", "--plan", "single_tokens_per_s=60"])
     assert result.exit_code == 0
     commands = [line for line in result.stdout.splitlines() if not line.startswith("#")]
-    assert commands == [step.command for step in EXPERIMENTS["speed"].steps()]
+    assert commands == ["set -e", *(step.command for step in EXPERIMENTS["speed"].steps())]
     assert "assumptions, not measurements" in result.stdout
     for name in Rates.model_fields:
         assert f"{name}={60 if name == 'single_tokens_per_s' else getattr(RATES, name):g}: " in result.stdout

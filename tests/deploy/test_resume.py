@@ -82,8 +82,10 @@ def test_a_run_goes_on_from_its_checkpoint_with_its_settings(run: Path) -> None:
         "the run goes on from step-00000040-episode-00000020: 20 of 70 episodes, 40 gradient steps"
     )
     assert load_run(run).learner.num_episodes == 50  # so far nothing was touched
+    (run / "report.json").write_text("{}")
     take_over(resumed)
     assert load_run(run).learner.num_episodes == 70
+    assert [path.name[:9] for path in run.glob("report*.json")] == ["report-20"]
     again = find_resumed(run, [], pytest.fail)
     assert again.record.num_starts == 3
     assert again.config.learner.num_episodes == 70

@@ -144,7 +144,10 @@ class ComparisonHost:
         loaded = self._for(work.model)
         if not work.judges:
             for answer in self._answerer(loaded).answer(work.questions, self._count):
-                yield {"work": work.number, "system": answer.question.system, "row": _answer_row(answer)}
+                row = {"work": work.number, "system": answer.question.system, "row": _answer_row(answer)}
+                if self._was_refused(answer):
+                    row["refused"] = self._judges(loaded).refusal
+                yield row
             return
         said = [
             Conversation(question.prompt, response)
@@ -159,6 +162,11 @@ class ComparisonHost:
                 "system": question.system,
                 "row": {"id": question.id, "scores": scores},
             }
+
+    def _was_refused(self, answer: TimedAnswer) -> bool:
+        """It was to be chosen by a score, and none of its prompt has one."""
+        system = self._spec.config.systems[answer.question.system]
+        return isinstance(system, BestOfNSystem) and system.n > 1 and answer.score is None
 
     def _count(self, num_tokens: int) -> None:
         self._num_tokens += num_tokens

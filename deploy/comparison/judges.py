@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +44,6 @@ def check_scoring_judge(
     return head_digests(config.path)
 
 
-MANY_REFUSED = 8
-"""Answers, or pairs, that a judge's server may refuse before it has taken any. More are no matter of what
-is asked: a setting is wrong."""
-
-
 class Judges:
     """The judges that score, each opened when it is first needed. What heads read is read once for all.
 
@@ -67,8 +61,8 @@ class Judges:
     ) -> None:
         self._configs, self._base, self._search_folder = configs, base, search_folder
         self._opened: dict[str, RewardHead | RewardModel] = {}
-        self._num_refused: Counter[str] = Counter()
-        self._has_scored: set[str] = set()
+        self.refusal = ""
+        """Who refused an answer last, and what the server said."""
 
     def judge(
         self, names: Sequence[str], said: Sequence[Conversation], others: Sequence[str | None] = ()
@@ -149,17 +143,12 @@ class Judges:
     def _asked(self, name: str, judge: RewardModel, said: Sequence[Conversation]) -> Sequence[float | str]:
         try:
             scores: list[float | str] = judge.score(said).tolist()
-            self._has_scored.add(name)
             return scores
         except HttpRefused as refusal:
             if len(said) > 1:  # It may have taken the others.
                 half = len(said) // 2
                 return [*self._asked(name, judge, said[:half]), *self._asked(name, judge, said[half:])]
-            self._num_refused[name] += 1
-            if self._num_refused[name] >= MANY_REFUSED and name not in self._has_scored:
-                raise UserError(
-                    f"judges.{name}: no scores ({refusal}); look at that, then resume"
-                ) from refusal
+            self.refusal = f"judges.{name}: {refusal}"
             return [str(refusal)]
         except Exception as error:
             # A function or a server of the user's fails in ways of its own.

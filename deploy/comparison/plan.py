@@ -17,7 +17,7 @@ from mara.deploy.comparison.config import (
     fill_template,
 )
 from mara.deploy.comparison.host import Model, Work
-from mara.deploy.comparison.results import Results
+from mara.deploy.comparison.results import Results, Row
 from mara.deploy.comparison.verdicts import Pair
 
 SCORES_A_PROMPT = 4
@@ -74,17 +74,34 @@ class Planner:
             for chunk in self._chunks(unscored, SCORES_A_PROMPT * config.prompts_per_chunk)
         ]
 
-    def pairs(self, judge: str) -> Iterator[Pair]:
-        """Pairs of answers that a judge has not compared."""
+    def pairs(self, judge: str) -> Iterator[tuple[Pair, Row | None]]:
+        """Pairs of answers, and what a judge has said of them; None where it was not asked."""
         for dataset, prompts in self._prompts.items():
             for system, against in self._config.compared:
                 known = self._results.verdicts(dataset, system, against, judge)
                 first = self._results.answers(dataset, system)
                 second = self._results.answers(dataset, against)
                 for prompt in prompts:
-                    if prompt.id not in known:
-                        answers = first[prompt.id]["response"], second[prompt.id]["response"]
-                        yield Pair(dataset, system, against, prompt.id, prompt.prompt, *answers)
+                    answers = first[prompt.id]["response"], second[prompt.id]["response"]
+                    pair = Pair(dataset, system, against, prompt.id, prompt.prompt, *answers)
+                    yield pair, known.get(prompt.id)
+
+    def has_scored(self, judge: str) -> bool:
+        """Whether a judge has scored any answer."""
+        return any(
+            row["score"] is not None
+            for dataset in self._prompts
+            for system in self._config.systems
+            for row in self._results.scores(dataset, system, judge).values()
+        )
+
+    def has_chosen(self, system: str) -> bool:
+        """Whether a system that chooses by scores has an answer that it chose by one."""
+        return any(
+            "score" in row
+            for dataset in self._prompts
+            for row in self._results.answers(dataset, system).values()
+        )
 
     def _unanswered(self, dataset: str, names: Sequence[str]) -> Iterator[list[Question]]:
         """Of each prompt the questions to the systems without an answer; long prompts first.

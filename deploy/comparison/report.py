@@ -85,14 +85,15 @@ class _Found:
     def rates(self, a: str, b: str, places: Sequence[int]) -> dict[str, Any]:
         """Preference rates of ``a`` against ``b`` on the prompts at ``places``, by judge and by jury.
 
-        A jury's win is better by each of its judges. Equal texts are ties. A judge has no rate where it has
-        refused all.
+        A jury's win is better by each of its judges. Equal texts are ties, unless they were refused. A judge
+        has no rate where it has refused all.
         """
         chosen = np.array(list(places), int)
         differs_N = np.array([one != other for one, other in zip(*self._texts(a, b), strict=True)])
         scored = {
             judge: np.sign(config.weight)
-            * np.where(differs_N, self._score(a, judge) - self._score(b, judge), 0.0)
+            * (self._score(a, judge) - self._score(b, judge))
+            * differs_N  # nan, where one was refused, stays
             for judge, config in self._config.scoring_judges.items()
             if config.weight != 0
         }

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ from mara.actors.llm_judge import Comparison, EndpointUnavailable
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.comparison.checks import Checked, changes, check
-from mara.deploy.comparison.config import RECORD, ComparisonConfig
+from mara.deploy.comparison.config import RECORD, BestOfNSystem, ComparisonConfig
 from mara.deploy.comparison.crew import Crew
 from mara.deploy.comparison.host import HostSpec, Work
-from mara.deploy.comparison.judges import MANY_REFUSED, make_llm_judge
+from mara.deploy.comparison.judges import make_llm_judge
 from mara.deploy.comparison.page import print_summary, write_report
 from mara.deploy.comparison.plan import Planner
 from mara.deploy.comparison.report import make_report
 from mara.deploy.comparison.results import Results
-from mara.deploy.comparison.verdicts import Pair, Refused, Verdicts
+from mara.deploy.comparison.verdicts import Pair, Refusals, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
 from mara.deploy.exchange import check_out
@@ -194,6 +195,8 @@ class _Comparison:
         self._progress = progress
         self._planner = Planner(config, checked.prompts, results)
         self._rates = Rates()
+        self._refusals: dict[str, Refusals] = {}
+        """Of each judge that scores and each system that chooses by scores, by the field of its settings."""
 
     def run(self) -> None:
         """Make what is missing.
@@ -234,9 +237,17 @@ class _Comparison:
     def _answer_and_score(self, crew: Crew) -> None:
         self._begin("answers", self._planner.num_answers, self._planner.count_answers())
         for wave in self._config.waves:
+            self._refusals = {
+                f"systems.{name}": Refusals(self._planner.has_chosen(name))
+                for name in wave
+                if isinstance(self._config.systems[name], BestOfNSystem)
+            }
             self._work(crew, self._planner.answers(wave), "answering")
         works = self._planner.scores()
         self._begin("scores", sum(len(work.questions) for work in works))
+        self._refusals = {
+            f"judges.{name}": Refusals(self._planner.has_scored(name)) for name in self._config.scoring_judges
+        }
         self._work(crew, works, "scoring")
 
     def _begin(self, unit: str, total: int, num_done: int = 0) -> None:
@@ -253,15 +264,29 @@ class _Comparison:
             crew.poll()
             self._show(crew, doing)
             self._pause()
+        for field, refusals in self._refusals.items():
+            refusals.settle(f"{field}: no scores ({refusals.said}); look at that, then resume")
 
     def _take(self, work: Work, row: dict[str, Any]) -> None:
         """Keep what was found."""
         system, found = row["system"], row["row"]
         if not work.judges:
-            self._results.add_answer(work.dataset, system, found)
+            keep = partial(self._results.add_answer, work.dataset, system, found)
+            self._keep_unless_refused(f"systems.{system}", row.get("refused"), keep)
         for judge, score in found.get("scores", {}).items():
-            self._results.add_score(work.dataset, system, judge, {"id": found["id"], **score})
+            scored = {"id": found["id"], **score}
+            keep = partial(self._results.add_score, work.dataset, system, judge, scored)
+            self._keep_unless_refused(f"judges.{judge}", score.get("refused"), keep)
         self._count()
+
+    def _keep_unless_refused(self, field: str, said: str | None, keep: Callable[[], None]) -> None:
+        """Keep now, or, where a server refused, once it is known to take anything."""
+        if said is not None:
+            self._refusals[field].add(said, keep)
+            return
+        keep()
+        if field in self._refusals:
+            self._refusals[field].take()
 
     def _count(self) -> None:
         view = self._progress.view
@@ -294,30 +319,29 @@ class _Comparison:
     def _judge(self, name: str) -> None:
         """Ask a judge that compares about every pair of answers it has not seen."""
         config = self._config.llm_judges[name]
-        differing = []
-        for pair in self._planner.pairs(name):
-            if pair.first == pair.second:
+        differing, has_answered = [], False
+        for pair, row in self._planner.pairs(name):
+            if pair.first != pair.second:
+                if row is None:
+                    differing.append(pair)
+                else:
+                    has_answered |= "refused" not in row
+            elif row is None:
                 self._keep(name, pair, Comparison(0, ("tie", "tie"), ("", "")))
-            else:
-                differing.append(pair)
         self._begin("verdicts", len(differing))
         self._progress.state(f"asking {name}")
         verdicts = Verdicts(make_llm_judge(name, config), differing, config.concurrency)
-        num_left, num_answered = len(differing), 0
-        refused: list[tuple[Pair, Refused]] = []  # written last: where all are, a setting is wrong
+        num_left, refusals = len(differing), Refusals(has_answered)
         try:
             while num_left:
                 for pair, found in verdicts.take():
                     if isinstance(found, Refused):
-                        refused.append((pair, found))
-                        if len(refused) >= MANY_REFUSED and not num_answered:
-                            raise UserError(
-                                f"judges.{name}: {config.url} refuses every question ({found.why}); check "
-                                "model and max_tokens"
-                            )
+                        row = {"id": pair.id, "against": pair.against, "refused": found.why}
+                        keep = partial(self._results.add_score, pair.dataset, pair.system, name, row)
+                        refusals.add(found.why, keep)
                     else:
                         self._keep(name, pair, found)
-                        num_answered += 1
+                        refusals.take()
                     self._count()
                     num_left -= 1
                 self._progress.display.refresh()
@@ -326,14 +350,15 @@ class _Comparison:
             raise RunFailed(f"judges.{name}: {error}") from error
         finally:
             verdicts.stop()
-        if refused:
+        refusals.settle(
+            f"judges.{name}: {config.url} refuses every question ({refusals.said}); check model and "
+            "max_tokens"
+        )
+        if refusals.num:
             self._progress.display.say(
-                f"warning: judges.{name} refused {len(refused)} of {len(differing)} questions, which count "
-                f"for nothing ({refused[0][1].why})"
+                f"warning: judges.{name} refused {refusals.num} of {len(differing)} questions, which count "
+                f"for nothing ({refusals.said})"
             )
-        for pair, refusal in refused:
-            row = {"id": pair.id, "against": pair.against, "refused": refusal.why}
-            self._results.add_score(pair.dataset, pair.system, name, row)
 
     def _keep(self, judge: str, pair: Pair, found: Comparison) -> None:
         row = {"id": pair.id, "against": pair.against, **found._asdict()}

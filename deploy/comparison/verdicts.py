@@ -1,13 +1,14 @@
-"""Many questions to a judge that compares, at the same time."""
+"""Many questions to a judge that compares, at the same time; and what becomes of those that are refused."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mara.actors.llm_judge import Comparison, LLMJudge, QuestionRefused
+from mara.common.errors import UserError
 
 
 class Pair(NamedTuple):
@@ -26,6 +27,56 @@ class Refused(NamedTuple):
     """A pair that the judge's endpoint did not take."""
 
     why: str
+
+
+MANY_REFUSED = 8
+"""Questions refused of which, where none was taken, the cause is no matter of what was asked: a setting is
+wrong."""
+
+
+class Refusals:
+    """What a judge's server refused, held back until it is known to take something: of a judge that takes
+    nothing nothing is kept.
+
+    Args:
+        has_taken: whether it is known already.
+    """
+
+    def __init__(self, has_taken: bool) -> None:
+        self._has_taken = has_taken
+        self._held: list[Callable[[], None]] = []
+        self.num = 0
+        """Refused, held back or not."""
+        self.said = ""
+        """What the server said the first time."""
+
+    def add(self, said: str, keep: Callable[[], None]) -> None:
+        """Something was refused. ``keep`` is called as soon as that may be kept."""
+        self.num += 1
+        self.said = self.said or said
+        self._held.append(keep)
+        if self._has_taken:
+            self._keep_held()
+
+    def take(self) -> None:
+        """Something was not refused."""
+        self._has_taken = True
+        self._keep_held()
+
+    def settle(self, error: str) -> None:
+        """Nothing more will be asked; keep what is held.
+
+        Raises:
+            UserError: ``error``: many were refused, and nothing was ever taken.
+        """
+        if not self._has_taken and self.num >= MANY_REFUSED:
+            raise UserError(error)
+        self._keep_held()
+
+    def _keep_held(self) -> None:
+        for keep in self._held:
+            keep()
+        self._held.clear()
 
 
 class Verdicts:

@@ -34,9 +34,9 @@ def path(tmp_path: Path, tiny_run: tuple[Path, RunConfig]) -> Path:
     return path
 
 
-def answers(config: ComparisonConfig, system: str) -> list[str]:
-    """What a process of the comparison says to :data:`PROMPTS` for ``system``."""
-    host = ComparisonHost(HostSpec("actor-0", config, Path("nowhere"), Path.cwd()))
+def handed_in(config: ComparisonConfig, system: str, search_folder: Path) -> list[dict[str, Any]]:
+    """What a process of the comparison hands in for ``system`` and :data:`PROMPTS`."""
+    host = ComparisonHost(HostSpec("actor-0", config, Path("nowhere"), search_folder))
     questions = tuple(Question(system, prompt, prompt) for prompt in PROMPTS)
     host.give(Work(0, Model(*config.llm_of(system)), "held_out", questions))
     thread = threading.Thread(target=host.run)
@@ -47,7 +47,11 @@ def answers(config: ComparisonConfig, system: str) -> list[str]:
         thread.join(0.01)
     host.stop()
     thread.join()
-    said = {row["row"]["id"]: row["row"]["response"] for row in rows[:-1]}
+    return rows[:-1]
+
+
+def answers(config: ComparisonConfig, system: str) -> list[str]:
+    said = {row["row"]["id"]: row["row"]["response"] for row in handed_in(config, system, Path.cwd())}
     return [said[prompt] for prompt in PROMPTS]
 
 
@@ -60,3 +64,22 @@ def test_an_agent_steers_the_llm_that_its_system_names(
     alone = load_comparison(path, [f"llm.model={other}"])
     assert answers(both, "elsewhere") == answers(alone, "mara")
     assert answers(both, "mara") not in (answers(both, "elsewhere"), answers(both, "base"))
+
+
+def test_an_answer_of_several_that_were_all_refused_says_so(path: Path) -> None:
+    (path.parent / "refusing_judge.py").write_text(
+        "from mara.actors.reward_models.http import HttpRefused\n"
+        "def judge(prompts, responses):\n"
+        "    if 'why' in prompts: raise HttpRefused('too long')\n"
+        "    return [1.0] * len(prompts)\n"
+    )
+    judge = ["kind=function", "function=refusing_judge:judge", "weight=1"]
+    settings = [f"judges.picky.{setting}" for setting in judge]
+    settings += [f"systems.best.{setting}" for setting in ("kind=best_of_n", "n=2", "judges=[picky]")]
+    settings += [f"systems.one.{setting}" for setting in ("kind=best_of_n", "n=1", "judges=[picky]")]
+    config = load_comparison(path, settings)
+    rows = {row["row"]["id"]: row for row in handed_in(config, "best", path.parent)}
+    assert rows["why"]["refused"] == "judges.picky: too long" and "score" not in rows["why"]["row"]
+    assert rows["what"]["row"]["score"] == 1.0 and "refused" not in rows["what"]
+    # Of one answer nothing is chosen, so nothing was refused.
+    assert not any("refused" in row for row in handed_in(config, "one", path.parent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from mara.common.contracts import Conversation
 from mara.common.errors import UserError
 from mara.deploy.comparison import judges as module
 from mara.deploy.comparison.config import ComparisonConfig
-from mara.deploy.comparison.judges import MANY_REFUSED, Judges
-from mara.deploy.comparison.verdicts import Pair, Refused, Verdicts
+from mara.deploy.comparison.judges import Judges
+from mara.deploy.comparison.verdicts import MANY_REFUSED, Pair, Refusals, Refused, Verdicts
 from mara.deploy.config import RunConfig
 
 SAID = [Conversation("why", "so it is"), Conversation("why", ""), Conversation("how so", "abc")]
@@ -128,13 +129,40 @@ def test_an_answer_that_a_server_refuses_has_no_score_and_the_others_have(made, 
     assert (total_B[2], total_B[4]) == (-torch.inf, -torch.inf)
 
 
-def test_a_server_that_refuses_every_answer_ends_it(made, monkeypatch) -> None:
+def test_many_refusals_before_others_are_taken_are_no_error(made, monkeypatch) -> None:
+    """What they mean is decided where all that was found comes together."""
     judges, _ = made
     monkeypatch.setattr(judges, "_open", lambda name: Picky())
-    few, many = [Conversation("p", "a")] * (MANY_REFUSED - 1), [Conversation("p", "a")] * 100
-    assert all(row["helpful"]["score"] is None for row in judges.judge(["helpful"], few))
-    with pytest.raises(UserError, match=r"judges\.helpful: no scores \(http://x: status 400: 'no'\); look"):
-        judges.judge(["helpful"], many)
+    said = [Conversation("p", "a")] * 10 + [Conversation("p", "x")] * 30
+    scores = [row["helpful"]["score"] for row in judges.judge(["helpful"], said)]
+    assert scores == [None] * 10 + [1.0] * 30
+    assert judges.refusal == "judges.helpful: http://x: status 400: 'no'"
+
+
+def test_refusals_are_held_back_until_something_is_taken() -> None:
+    kept: list[int] = []
+    refusals = Refusals(has_taken=False)
+    for n in range(MANY_REFUSED):
+        refusals.add(f"no {n}", partial(kept.append, n))
+    with pytest.raises(UserError, match="a setting is wrong"):
+        refusals.settle("a setting is wrong")
+    assert kept == []
+    refusals.take()
+    assert kept == list(range(MANY_REFUSED))
+    refusals.add("no", partial(kept.append, MANY_REFUSED))
+    refusals.settle("a setting is wrong")
+    assert kept == list(range(MANY_REFUSED + 1))
+    assert (refusals.num, refusals.said) == (MANY_REFUSED + 1, "no 0")
+
+
+def test_a_few_refusals_alone_are_kept() -> None:
+    kept: list[int] = []
+    refusals = Refusals(has_taken=False)
+    for n in range(MANY_REFUSED - 1):
+        refusals.add("no", partial(kept.append, n))
+    assert kept == []
+    refusals.settle("a setting is wrong")
+    assert len(kept) == MANY_REFUSED - 1
 
 
 def test_a_thread_asks_nothing_more_after_an_error_and_goes_on_after_a_refusal() -> None:

@@ -137,28 +137,28 @@ def test_what_the_order_did_to_verdicts_is_counted(report: Report) -> None:
 
 def test_what_a_judge_refused_is_left_out_of_its_rates_and_means(config, results) -> None:
     said = {"refused": "status 400: 'no'"}
-    for place in (1, 2):
+    for place in (0, 1, 2):  # the first are equal answers
         results.add_score("mine", "mara", "helpful", {"id": PROMPTS[place].id, "score": None, **said})
     for prompt in PROMPTS:
         results.add_score("mine", "theirs", "cost", {"id": prompt.id, "score": None, **said})
         results.add_score("mine", "theirs", "big", {"id": prompt.id, "against": "base", **said})
     report = make_report(config, results)
     mara, theirs, _ = report["pairs"]
-    assert counts(mara["helpful"]) == counts(mara["joint"]) == (0, 1, 1)
+    assert counts(mara["helpful"]) == counts(mara["joint"]) == (0, 0, 1)
     assert counts(mara["cost"]) == (1, 1, 2)
     assert theirs.keys().isdisjoint({"cost", "big", "joint"}) and counts(theirs["helpful"])[2] == 4
     means = report["systems"]["mine"]
-    assert means["mara"]["mean_scores"]["helpful"] == pytest.approx((1.001 + 0.0) / 2)
+    assert means["mara"]["mean_scores"]["helpful"] == 0.0
     assert means["theirs"]["mean_scores"]["cost"] is None
     found = {(row["judge"], row["of"]): (row["num"], row["said"]) for row in report["refused"]}
     assert found == {
-        ("helpful", "mara"): (2, said["refused"]),
+        ("helpful", "mara"): (3, said["refused"]),
         ("cost", "theirs"): (4, said["refused"]),
         ("big", "theirs against base"): (4, said["refused"]),
     }
     text = markdown(report)
     assert (
-        "| mine | mara | helpful | 2 | status 400: 'no' |" in text
+        "| mine | mara | helpful | 3 | status 400: 'no' |" in text
         and "theirs, helpful +0.000, cost –" in text
     )
     assert Page(html(report)).text.count("status 400: 'no'") == 3

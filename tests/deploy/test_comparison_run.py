@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from mara.deploy.cli import app
 from mara.deploy.comparison.checks import check
 from mara.deploy.comparison.config import RECORD
+from mara.deploy.comparison.host import Work
 from mara.deploy.comparison.results import Results
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_comparison, load_comparison
@@ -23,14 +25,31 @@ from mara.deploy.run_lock import hold_run
 SAYS = {"base": "plain", "mara": "guided"}
 
 
+MORE = [f"more {number}" for number in range(12)]
+
+
 @pytest.fixture
 def folder(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> Path:
     """Answered and scored; nobody has judged."""
+    return begun(tmp_path, tiny_run, endpoint)
+
+
+@pytest.fixture
+def larger(tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any) -> Path:
+    """The same with sixteen prompts, and a system that has not answered."""
+    with (tmp_path / "held_out.jsonl").open("a") as file:
+        file.writelines("\n" + json.dumps({"prompt": prompt}) for prompt in MORE)
+    return begun(tmp_path, tiny_run, endpoint, {"best": {"kind": "best_of_n", "n": 2, "judges": ["helpful"]}})
+
+
+def begun(
+    tmp_path: Path, tiny_run: tuple[Path, RunConfig], endpoint: Any, systems: dict[str, Any] | None = None
+) -> Path:
     run, config = tiny_run
     content = {
         "llm": {"model": config.llm.model, "dtype": "float32", "device": "cpu"},
         "decoding": {"max_new_tokens": 4},
-        "systems": {"base": {"kind": "llm"}, "mara": {"kind": "agent", "path": str(run)}},
+        "systems": {"base": {"kind": "llm"}, "mara": {"kind": "agent", "path": str(run)}, **(systems or {})},
         "datasets": {"held_out": {"path": "held_out.jsonl"}},
         "judges": {
             "helpful": {"path": "helpful", "weight": 1.0},
@@ -128,15 +147,112 @@ def test_a_question_that_is_refused_counts_for_nothing_and_is_told(folder: Path,
     assert len(endpoint.requests) == asked
 
 
-def test_a_judge_that_refuses_whatever_it_is_asked_ends_the_comparison(
-    folder: Path, endpoint: Any, monkeypatch: pytest.MonkeyPatch
+class Actors:
+    """In the place of a crew: hands in ``refused`` for every prompt but those that are ``taken``."""
+
+    num_started, num_loading, num_tokens, is_idle = 1, 0, 0, True
+
+    def __init__(self, taken: Sequence[str]) -> None:
+        self.taken = taken
+
+    def join(self, comparison: Any, exits: object) -> Actors:
+        self.take = comparison._take
+        return self
+
+    def add(self, works: Sequence[Work]) -> None:
+        for work in works:
+            for question in work.questions:
+                row: dict[str, Any] = {"work": work.number, "system": question.system}
+                is_taken = question.prompt in self.taken
+                if work.judges:
+                    score = {"score": 1.0} if is_taken else {"score": None, "refused": "no"}
+                    likelihood = {"num_tokens": 2, "logprob": -1.0, "logprob_elsewhere": -2.0}
+                    found = {"helpful": score, "likelihood": likelihood}
+                    row["row"] = {
+                        "id": question.id,
+                        "scores": {judge: found[judge] for judge in work.judges},
+                    }
+                else:
+                    row["row"] = {"id": question.id, "prompt": question.prompt, "response": "best"}
+                    row["row"] |= {"tokens": 2, "seconds": 1.0, "finish_reason": "eos"}
+                    row |= {} if is_taken else {"refused": "judges.helpful: no"}
+                    row["row"] |= {"score": 1.0} if is_taken else {}
+                self.take(work, row)
+
+
+def acts(monkeypatch: pytest.MonkeyPatch, taken: Sequence[str]) -> None:
+    actors = Actors(taken)
+    monkeypatch.setattr(
+        "mara.deploy.comparison.run._Comparison._crew", lambda one, exits: actors.join(one, exits)
+    )
+
+
+def test_many_refused_answers_are_kept_beside_one_that_was_scored_and_not_else(
+    larger: Path, endpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mara.deploy.comparison.run.MANY_REFUSED", 3)
+    chosen = larger / "answers/held_out/best.jsonl"
+    scores = [larger / "scores/held_out" / system / "helpful.jsonl" for system in ("base", "mara", "best")]
+    for path in scores[:2]:
+        path.unlink()
+    endpoint.answer = lambda question: (200, "[[tie]]")
+    acts(monkeypatch, [])
+    output = mara("eval", "--resume", larger, status=2)
+    assert "systems.best: no scores (judges.helpful: no); look at that, then resume" in output
+    assert not chosen.exists()
+
+    acts(monkeypatch, MORE[-1:])
+    mara("eval", "--resume", larger)
+    assert [path.read_text().count("refused") for path in scores] == [15] * 3
+    assert len(chosen.read_text().splitlines()) == 16
+
+    # What was kept before counts: here only what is refused is left.
+    for path in (chosen, *scores):
+        (line,) = (line for line in path.read_text().splitlines() if '"score": 1.0' in line)
+        path.write_text(line + "\n")
+    acts(monkeypatch, [])
+    mara("eval", "--resume", larger)
+    assert [path.read_text().count("refused") for path in scores] == [15] * 3
+
+    for path in scores:
+        path.unlink()
+    output = mara("eval", "--resume", larger, status=2)
+    assert "judges.helpful: no scores (no); look at that, then resume" in output
+    assert not any(path.exists() for path in scores)
+
+
+@pytest.fixture
+def answered(larger: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The larger one, by all its systems, and scored."""
+    acts(monkeypatch, ["why", "how so", "what", "never asked", *MORE])
+    return larger
+
+
+def test_a_judge_that_refuses_whatever_it_is_asked_ends_the_comparison(answered: Path, endpoint: Any) -> None:
     endpoint.answer = lambda question: (400, "max_tokens is not known")
-    output = mara("eval", "--resume", folder, status=2)
-    assert "refuses every question (status 400: 'max_tokens is not known'); check model and max_t" in output
+    for _ in range(2):  # Equal answers, which tie without it, are nothing that it has answered.
+        output = mara("eval", "--resume", answered, status=2)
+        assert "refuses every question (status 400: 'max_tokens is not known'); check model and" in output
     endpoint.answer = lambda question: (200, "[[A]]")  # and nothing is kept of it
-    assert "refused" not in mara("eval", "--resume", folder)
+    assert "refused" not in mara("eval", "--resume", answered)
+
+
+def test_a_judge_may_refuse_all_but_one_question(answered: Path, endpoint: Any) -> None:
+    endpoint.answer = lambda question: (200, "[[A]]") if MORE[-1] in question else (400, "too long")
+    output = mara("eval", "--resume", answered)
+    assert "judges.big refused 29 of 31 questions" in output
+    report = json.loads((answered / "report.json").read_text())
+    assert [row["num"] for row in report["refused"]] == [14, 15]
+
+
+def test_a_judge_that_answered_before_may_refuse_all_that_is_left(answered: Path, endpoint: Any) -> None:
+    endpoint.answer = lambda question: (200, "[[A]]") if "why" in question else (503, "busy")
+    mara("eval", "--resume", answered, "judges.big.concurrency=1", status=1)
+    assert len((answered / "scores/held_out/mara/big.jsonl").read_text().splitlines()) == 2
+    endpoint.answer = lambda question: (400, "too long")
+    output = mara("eval", "--resume", answered)
+    assert "judges.big refused 30 of 30 questions" in output
+    rows = (answered / "scores/held_out/mara/big.jsonl").read_text()
+    assert (len(rows.splitlines()), rows.count("refused")) == (16, 14)
 
 
 def test_the_same_command_goes_on_and_a_changed_one_is_refused(folder: Path, endpoint: Any) -> None:

@@ -249,7 +249,7 @@ def _add_pairs(
                 **_break(cut, rng, words),
                 OFF_TOPIC: rng.choice((other.chosen, other.rejected)),
             }
-        ids = [[*answer_ids(llm, t), llm.eos_ids[0]][: config.max_answer_tokens] for t in texts]
+        ids = [[*answer_ids(llm, t), llm.eos_id][: config.max_answer_tokens] for t in texts]
         ids += _cut_ids(llm, versions.values(), config.max_answer_tokens)
         groups.append((prompt_ids, ids))
         labels.append((messages, texts, versions))
@@ -334,7 +334,7 @@ def _add_versions(
 
 def _cut_ids(llm: LLM, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
     """Token ids of each text, at least one."""
-    return [answer_ids(llm, text)[:max_tokens] or [llm.eos_ids[0]] for text in texts]
+    return [answer_ids(llm, text)[:max_tokens] or [llm.eos_id] for text in texts]
 
 
 def _place(prompt: str) -> float:

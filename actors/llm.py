@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from mara.actors import packing
@@ -72,6 +72,15 @@ class LLM:
         if ids is None:
             ids = self.tokenizer.eos_token_id
         return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+    @property
+    def eos_id(self) -> int:
+        """The one that the chat template ends an answer with, for answers that others wrote.
+
+        The order of :attr:`eos_ids` says nothing: Llama 3's begin with the token that ends a document.
+        """
+        ids, own = self.eos_ids, self.tokenizer.eos_token_id
+        return int(own) if own in ids else ids[0]
 
     @property
     def logit_head(self) -> LogitHead:
@@ -267,8 +276,10 @@ def _expand(folder: str, gguf_file: str, dtype: str, expanded: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
+def load_llm(config: LLMConfig, pack: bool = True, weights: bool = True) -> LLM:
     """Load the LLM, frozen, on its device; on a CPU with packed linear layers if ``pack``.
+
+    Without ``weights`` the model has layers and their sizes alone, on torch's device ``meta``.
 
     Raises:
         UserError: the model cannot be found or read, or its device is not there.
@@ -286,6 +297,10 @@ def load_llm(config: LLMConfig, pack: bool = True) -> LLM:
         if gguf_file is not None:
             name = str(expand_gguf(name, gguf_file, str(dtype).removeprefix("torch.")))
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if not weights:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **options))
+            return LLM(model, tokenizer, config.model, config.system_prompt, config.doubled_bos)
         if config.quantization != "none":
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
             options |= {

@@ -82,6 +82,8 @@ def markdown(config: BaselineConfig, report: BaselineReport) -> str:
     left_out = ", ".join(f"{count} {why}" for why, count in report.data.left_out.items()) or "none"
     last = ", ".join(f"{name} {value:.4g}" for name, value in report.last.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    at = "" if report.revision is None else f" at {report.revision}"
+    llm = f"{config.llm.model}{at}, in {report.dtype}"
     unit = "answers" if isinstance(config, RLHFSettings) else "pairs"
     return f"""# {TITLES[report.method]}, for {config.llm.model}
 
@@ -89,6 +91,7 @@ A PEFT adapter of {report.num_trained:,} parameters, trained by TRL to be compar
 
 | | |
 |---|---|
+| LLM | {llm} |
 | Data | {sources} |
 | Read | {report.data.num_read} |
 | Left out | {left_out} |

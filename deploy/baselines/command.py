@@ -9,9 +9,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mara.actors.config import LLMConfig
 from mara.common.errors import UserError
 from mara.deploy.baselines.card import RECORD, compute_lines, flops_text, read_report, write_cards
 from mara.deploy.baselines.config import (
@@ -27,6 +29,7 @@ from mara.deploy.baselines.config import (
 )
 from mara.deploy.config_file import find_config, make_settings, read_content
 from mara.deploy.console import say
+from mara.deploy.signals import StopSignal
 
 NEEDED = ("trl", "peft", "datasets")
 """Packages of the extra ``baselines``."""
@@ -51,6 +54,10 @@ class _Outcome(NamedTuple):
     data: Data
     compute: Callable[[Any], Compute]
     """From the sizes of LLM and adapter."""
+    dtype: Any
+    """The LLM's, a ``torch.dtype``."""
+    revision: str | None
+    """Commit of the LLM, if it is one of the Hub."""
 
 
 def baseline_settings(
@@ -85,14 +92,17 @@ def train_baseline(config: BaselineConfig, out: Path) -> None:
     Raises:
         UserError: the extra is not installed, data, heads or LLM cannot be read, or ``out`` has something in
             it.
+        KeyboardInterrupt: a signal came. Nothing is kept.
     """
     from mara.deploy.exchange import check_out
 
     check_installed()
     check_out(out)
     work = _rlhf if isinstance(config, RLHFSettings) else _on_pairs
-    outcome = work(config)  # type: ignore[arg-type]
-    _save(config, outcome, out)
+    with StopSignal() as stop:
+        stop.interrupt_from_here()
+        outcome = work(config)  # type: ignore[arg-type]
+        _save(config, outcome, out)
 
 
 def check_installed() -> None:
@@ -110,14 +120,49 @@ def check_installed() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def take_one_gpu(config: LLMConfig) -> LLMConfig:
+    """Make the GPU of ``config`` the only one that this process sees: TRL refuses to work with several.
+
+    To be called before CUDA starts. ``CUDA_VISIBLE_DEVICES`` counts as everywhere: ``cuda:1`` is the second
+    of those it names.
+
+    Returns:
+        Settings under which the one GPU is that of ``config``; for other devices ``config``.
+
+    Raises:
+        UserError: there is no GPU of that number.
+    """
+    import torch
+
+    kind, _, number = config.device.partition(":")
+    if config.device not in ("auto", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        return config
+    index, setting = int(number or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = str(index)
+    if setting is not None:
+        # CUDA itself passes over what follows a device that is none.
+        visible = list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, setting.split(","))))
+        chosen = visible[index] if index < len(visible) else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+    if not number:
+        return config
+    if torch.cuda.device_count() == 0:
+        raise UserError(
+            f"llm.device={config.device}: there is no such GPU here; use auto, cpu, cuda or cuda:N"
+        )
+    return config.model_copy(update={"device": "cuda"})
+
+
 def _on_pairs(config: PairsConfig) -> _Outcome:
     from mara.actors.llm import load_llm
-    from mara.deploy.baselines.compute import pairs_compute
+    from mara.deploy.baselines.compute import count_logits, pairs_compute
     from mara.deploy.baselines.material import aligner_pairs, dpo_pairs, read_pairs
+    from mara.deploy.model_shape import find_identity
 
     read = read_pairs(config)
     say(f"{config.method}: loading {config.llm.model}")
-    llm = load_llm(config.llm, pack=False)
+    llm = load_llm(take_one_gpu(config.llm), pack=False)
+    revision = find_identity(config.llm).commit
     if isinstance(config, AlignerSettings):
         pairs, data = aligner_pairs(llm, read, config)
     else:
@@ -133,6 +178,7 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     ]
     num_answer_tokens = sum(len(ids) for _, ids in answers) * config.num_epochs
     num_tokens = sum(len(prompt_ids) for prompt_ids, _ in answers) * config.num_epochs + num_answer_tokens
+    num_logits = count_logits(llm.device, num_tokens, num_answer_tokens, len(answers) * config.num_epochs)
     if isinstance(config, DPOSettings):
         trained = train_dpo(llm, pairs, config, _Lines(config.method).tell)
     else:
@@ -142,17 +188,19 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     return _Outcome(
         *trained,
         data,
-        lambda size: pairs_compute(size, num_tokens, num_answer_tokens, has_reference),
+        lambda size: pairs_compute(size, num_tokens, num_logits, has_reference),
+        llm.dtype,
+        revision,
     )
 
 
 def _rlhf(config: RLHFSettings) -> _Outcome:
     from mara.actors.llm import load_llm
     from mara.actors.rollout import render_prompts
-    from mara.deploy.baselines.compute import rlhf_compute
+    from mara.deploy.baselines.compute import count_logits, rlhf_compute
     from mara.deploy.config import portable_name
     from mara.deploy.hub import digest_of, load_source
-    from mara.deploy.model_shape import find_hidden_size
+    from mara.deploy.model_shape import find_hidden_size, find_identity
     from mara.deploy.preflight import check_head, warn_of_head
 
     prompts = load_source(config.prompts, "prompts")
@@ -161,7 +209,9 @@ def _rlhf(config: RLHFSettings) -> _Outcome:
     for name, reward in config.rewards.items():
         warn_of_head(name, reward.path, config.llm.model)
     say(f"rlhf: loading {config.llm.model}")
-    reader = load_llm(config.llm)
+    llm_config = take_one_gpu(config.llm)
+    reader = load_llm(llm_config)
+    revision = find_identity(config.llm).commit
     render_prompts(reader, prompts, config.max_prompt_tokens, "max_prompt_tokens")
     data = Data(
         sources={portable_name(config.prompts): digest_of(config.prompts, prompts)},
@@ -173,12 +223,15 @@ def _rlhf(config: RLHFSettings) -> _Outcome:
 
     for head in heads.values():
         head.to(reader.device)
-    llm = load_llm(config.llm, pack=False)
+    llm = load_llm(llm_config, pack=False)
     trained, tokens = train_rlhf(llm, reader, prompts, heads, config, _Lines("rlhf").tell)
+    num_logits = count_logits(llm.device, tokens.prompts + tokens.answers, tokens.answers, config.num_answers)
     return _Outcome(
         *trained,
         data,
-        lambda size: rlhf_compute(size, tokens.prompts, tokens.answers, tokens.scored_prompts),
+        lambda size: rlhf_compute(size, *tokens, num_logits=num_logits, has_reference=config.kl_weight > 0),
+        llm.dtype,
+        revision,
     )
 
 
@@ -197,6 +250,8 @@ def _save(config: BaselineConfig, outcome: _Outcome, out: Path) -> None:
     size = size_of(model)
     report = BaselineReport(
         method=config.method,
+        revision=outcome.revision,
+        dtype=str(outcome.dtype).removeprefix("torch."),
         data=outcome.data,
         num_steps=outcome.num_steps,
         num_trained=num_trained,
@@ -270,7 +325,12 @@ def run_compute(folder: Path) -> Compute:
     from mara.learner.critic import TwinCritic
 
     config = load_run(folder)
-    records = read_metrics(folder / METRICS_FILE)
+    try:
+        records = read_metrics(folder / METRICS_FILE)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {METRICS_FILE} cannot be read ({error.strerror}); give a run that has trained"
+        ) from error
     names = ("episodes/total", "tokens/total", "learner/gradient_step")
     last = {name: _last(records, name) for name in names}
     rollouts = {name: _last(records, f"rollout/{name}_total") for name in ("decisions", "tokens")}
@@ -278,7 +338,9 @@ def run_compute(folder: Path) -> Compute:
         raise UserError(
             f"{folder} has no rollouts and steps of its own; give a run that sampled its episodes"
         )
-    llm = load_llm(config.llm, pack=False)
+    # Its sizes and its tokens count: the weights are not read, nor is a GPU needed.
+    plain = config.llm.model_copy(update={"device": "cpu", "quantization": "none"})
+    llm = load_llm(plain, pack=False, weights=False)
     prompts = load_source(config.prompts.train, "prompts.train")
     lengths = [len(ids) for ids in render_prompts(llm, prompts, config.rollout.max_prompt_tokens).values()]
     num_read = last["episodes/total"] / config.rollout.answers_per_prompt

@@ -1,5 +1,9 @@
 """Floating-point operations of trainings, counted from tokens. Two for each product that is added up.
 
+Training is counted as TRL 1.16 does it. Its output layer keeps no logits: the backward pass makes them again,
+so that layer costs three passes where others cost two. On a GPU with Triton only the answers' positions have
+logits; elsewhere all do, prompts' too.
+
 Left out of all: attention scores (4·layers·D for each token and each earlier one, some 3 % at 100 tokens of a
 small LLM), normalisation, optimisers, sampling, and reward heads, which are tiny. Padding is not counted.
 """
@@ -8,12 +12,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from transformers.utils import is_triton_available
+
 from mara.deploy.baselines.config import Compute
 
-PASS = "pass(T, A) = 2·(body·T + output·A)"
+PASS = "pass(T, L) = 2·(body·T + output·L)"
+TRAINING = "4·body·T + 6·output·L + 6·adapter·T"
+SIZES = "body and output the LLM's parameters without its embeddings and in its output layer"
+LEFT_OUT = "Attention scores, padding and optimisers are left out"
 LEGEND = (
-    "T tokens read, A positions with logits, body and output the LLM's parameters without its embeddings and "
-    "in its output layer, adapter those of the adapter. Attention scores, padding and optimisers are left out"
+    "T tokens read, L positions with logits (the answers' on a GPU with Triton, elsewhere all), "
+    f"{SIZES}, adapter those of the adapter. {LEFT_OUT}"
 )
 
 
@@ -31,6 +41,11 @@ class LLMSize(NamedTuple):
         """Operations of a forward pass without the adapter."""
         return 2.0 * (self.body * num_tokens + self.output * num_logits)
 
+    def train(self, num_tokens: int, num_logits: int) -> float:
+        """Operations of forward and backward through frozen weights to the adapter's, logits made twice."""
+        matrices = 4.0 * self.body * num_tokens + 6.0 * self.output * num_logits
+        return matrices + 6.0 * self.adapter * num_tokens
+
 
 def size_of(model: Any) -> LLMSize:
     """Sizes of a Hugging Face causal language model, without an adapter."""
@@ -40,58 +55,76 @@ def size_of(model: Any) -> LLMSize:
     return LLMSize(body, output.numel())
 
 
-def pairs_compute(size: LLMSize, num_tokens: int, num_answer_tokens: int, has_reference: bool) -> Compute:
+def count_logits(device: torch.device, num_tokens: int, num_answer_tokens: int, num_texts: int) -> int:
+    """Positions whose logits TRL's trainers make: the answers', or all that have a next token.
+
+    Args:
+        num_tokens: of all texts, prompts and answers.
+    """
+    has_kernel = device.type in ("cuda", "xpu") and is_triton_available()
+    return num_answer_tokens if has_kernel else num_tokens - num_texts
+
+
+def pairs_compute(size: LLMSize, num_tokens: int, num_logits: int, has_reference: bool) -> Compute:
     """Training an adapter on given texts.
 
     Args:
         num_tokens: of all texts, with their prompts, as often as they were trained on.
-        num_answer_tokens: those whose logits count.
+        num_logits: as :func:`count_logits` says.
         has_reference: the plain LLM reads all as well (DPO).
 
-    Example: body 100, output 10, adapter 5, 7 tokens of which 3 are the answer's: a pass has 2·(700 + 30) =
-    1460, and training 2·1460 + 6·5·7 = 3130, or with the reference 4590.
+    Example: body 100, output 10, adapter 5, 7 tokens, 3 with logits: training has 4·700 + 6·30 + 6·35 = 3190,
+    and the reference 2·(700 + 30) = 1460 more.
     """
-    one = size.read(num_tokens, num_answer_tokens)
-    flops = {"training": 2 * one + 6.0 * size.adapter * num_tokens}
-    formula = f"{PASS}; training 2·pass + 6·adapter·T: forward, and backward through frozen weights"
+    flops = {"training": size.train(num_tokens, num_logits)}
+    formula = f"{PASS}; training {TRAINING}: forward, and backward through frozen weights, logits made twice"
     if has_reference:
-        flops["reference"] = one
+        flops["reference"] = size.read(num_tokens, num_logits)
         formula += "; reference pass"
     return Compute(
-        tokens={"read": num_tokens, "answers": num_answer_tokens},
+        tokens={"read": num_tokens, "with logits": num_logits},
         flops=flops,
         formula=f"{formula}. {LEGEND}.",
     )
 
 
 def rlhf_compute(
-    size: LLMSize, num_prompt_tokens: int, num_answer_tokens: int, num_scored_prompt_tokens: int
+    size: LLMSize,
+    num_prompt_tokens: int,
+    num_answer_tokens: int,
+    num_scored_prompt_tokens: int,
+    num_logits: int,
+    has_reference: bool,
 ) -> Compute:
     """Training an adapter on sampled answers with reward heads, one update for each.
 
     Args:
         num_prompt_tokens: the prompt of every answer.
         num_scored_prompt_tokens: prompts that were read for the heads, once for all its answers.
+        num_logits: as :func:`count_logits` says; sampling makes those of the answers alone.
+        has_reference: the plain LLM reads all as well, for the penalty.
     """
     num_tokens = num_prompt_tokens + num_answer_tokens
-    one = size.read(num_tokens, num_answer_tokens)
-    adapter = float(size.adapter * num_tokens)
+    adapter = 2.0 * size.adapter * num_tokens
+    reference = size.read(num_tokens, num_logits)
     return Compute(
         tokens={
             "prompts": num_prompt_tokens,
             "answers": num_answer_tokens,
             "prompts read for the rewards": num_scored_prompt_tokens,
+            "with logits": num_logits,
         },
         flops={
-            "sampling": one + 2 * adapter,
-            "log-probabilities": one + 2 * adapter,
-            "reference": one,
+            "sampling": size.read(num_tokens, num_answer_tokens) + adapter,
+            "log-probabilities": reference + adapter,
+            "reference": reference if has_reference else 0.0,
             "rewards": size.read(num_scored_prompt_tokens + num_answer_tokens, 0),
-            "training": 2 * one + 6 * adapter,
+            "training": size.train(num_tokens, num_logits),
         },
         formula=(
-            f"{PASS}; sampling and log-probabilities pass + 2·adapter·T each, reference pass, rewards "
-            f"pass(T, 0) with each prompt once, training 2·pass + 6·adapter·T. {LEGEND}."
+            f"{PASS}; sampling pass(T, answers) + 2·adapter·T, log-probabilities pass + 2·adapter·T, "
+            "reference pass (none without a penalty), rewards pass(T, 0) with each prompt once, "
+            f"training {TRAINING}. {LEGEND}."
         ),
     )
 
@@ -109,7 +142,8 @@ def agent_compute(
 
     Args:
         num_prompt_tokens: prompts that were read; one that has several answers is read once.
-        num_decisions: candidates that the LLM read and the agent decided on.
+        num_decisions: candidates that the agent decided on, up to the accepted one. In wide mode the LLM
+            reads more.
         num_transitions: those of all gradient steps, as often as they were used.
         num_critic_parameters: of both heads.
     """
@@ -129,6 +163,7 @@ def agent_compute(
         formula=(
             f"{PASS}; rollouts pass(prompts + candidates, answers) + 2·agent·candidates; learner "
             "8·(agent + critic)·transitions: forward and backward, and forward at the next state. Candidates "
-            f"that a pass examined after the accepted one are not counted. {LEGEND}."
+            "are those that were decided on, up to the accepted one; wide mode reads more. T tokens read, L "
+            f"positions with logits, {SIZES}. {LEFT_OUT}."
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -64,6 +65,15 @@ class PairsConfig(BaselineConfig):
     """Use only so many pairs, drawn at random. None: all."""
     num_epochs: int = Field(default=1, ge=1)
     """Times that each pair is trained on."""
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> PairsConfig:
+        seen: set[Path] = set()
+        for source in self.pairs:
+            if (path := Path(source).resolve()) in seen:
+                raise ValueError(f"pairs: {source} is given twice; give each source once")
+            seen.add(path)
+        return self
 
     @model_validator(mode="after")
     def _share_is_a_part(self) -> PairsConfig:
@@ -176,6 +186,10 @@ class BaselineReport(Config):
     """What ``baseline.json`` holds beside the settings."""
 
     method: Method
+    revision: str | None
+    """Commit of the LLM, if it is one of the Hub."""
+    dtype: str
+    """Number format that the LLM was loaded in."""
     data: Data
     num_steps: int
     """Optimiser steps."""

@@ -111,7 +111,7 @@ def _pair_ids(llm: LLM, pair: PreferencePair, config: PairsConfig) -> PairIds | 
     if prompt_ids is None:
         return TOO_LONG
     chosen, rejected = (
-        [*answer_ids(llm, text), llm.eos_ids[0]][: config.max_answer_tokens]
+        [*answer_ids(llm, text), llm.eos_id][: config.max_answer_tokens]
         for text in (pair.chosen, pair.rejected)
     )
     if not (pair.chosen and pair.rejected) or chosen == rejected:

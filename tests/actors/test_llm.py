@@ -45,7 +45,27 @@ def test_the_llm_is_frozen_and_knows_its_size_and_end(llm_folder):
     assert llm.hidden_size == 32
     assert llm.eos_ids == (2,)
     assert llm.dtype == torch.bfloat16
+    assert llm.eos_id == 2
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())
+
+
+@pytest.mark.parametrize(("ids", "expected"), [([1, 2, 5], 2), ([5, 1], 5), (7, 7)])
+def test_answers_of_others_end_with_the_tokenizers_end_where_it_is_one_of_the_llms(llm_folder, ids, expected):
+    llm = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu"))
+    assert llm.tokenizer.eos_token_id == 2
+    llm.model.generation_config.eos_token_id = ids
+    assert llm.eos_id == expected
+
+
+def test_an_llm_without_weights_has_its_sizes_and_renders_as_the_whole_one(llm_folder):
+    config = LLMConfig(model=str(llm_folder), dtype="float32", device="cpu")
+    whole, bare = load_llm(config, pack=False), load_llm(config, pack=False, weights=False)
+    assert {n: p.shape for n, p in bare.model.named_parameters()} == {
+        n: p.shape for n, p in whole.model.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in bare.model.parameters())
+    assert bare.hidden_size == whole.hidden_size
+    assert bare.render("why") == whole.render("why")
 
 
 def test_hidden_states_do_not_depend_on_padding(llm_folder):
@@ -113,6 +133,7 @@ def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_mo
     assert places[0] == places[1]
     assert expand.call_count == 1
     assert (llm.hidden_size, llm.eos_ids, llm.dtype) == (576, (2,), torch.float32)
+    assert llm.eos_id == 2
     ids = llm.render("What is the capital of France?")
     for loaded in (llm, again):
         answer = loaded.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=2)

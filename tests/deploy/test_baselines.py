@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from pydantic import TypeAdapter
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
@@ -20,10 +24,17 @@ from mara.actors.heads import HeadRewardModel, RewardHead, answer_ids
 from mara.actors.llm import LLM, load_llm
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
-from mara.deploy.baselines import command
+from mara.deploy.baselines import command, compute
 from mara.deploy.baselines.card import read_report, write_cards
-from mara.deploy.baselines.command import baseline_settings, run_compute
-from mara.deploy.baselines.compute import LLMSize, agent_compute, pairs_compute, rlhf_compute, size_of
+from mara.deploy.baselines.command import baseline_settings, run_compute, take_one_gpu
+from mara.deploy.baselines.compute import (
+    LLMSize,
+    agent_compute,
+    count_logits,
+    pairs_compute,
+    rlhf_compute,
+    size_of,
+)
 from mara.deploy.baselines.config import (
     AlignerSettings,
     BaselineReport,
@@ -107,6 +118,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named(
         (["dpo", "--pairs", "p.jsonl", "batch_size=6"], "no multiple of micro_batch_size=4"),
         (["dpo", "--pairs", "p.jsonl", "share=0.5,0.1"], "two rising numbers"),
         (["dpo", "--pairs", "p.jsonl", "llm.quantization=8bit"], "cannot be merged into packed weights"),
+        (["dpo", "--pairs", "p.jsonl", "--pairs", "./p.jsonl"], "p.jsonl is given twice"),
         (["aligner", "--pairs", "p.jsonl", "template=better: {response}"], "template has no {prompt}"),
         (["rlhf", "num_answers=30"], "num_answers=30 is no multiple of answers_at_once=40"),
         (["rlhf", "--prompts", "absent.jsonl"], "absent.jsonl cannot be read"),
@@ -131,6 +143,59 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, monkeypatch: p
     result = run("dpo", "--pairs", "absent.jsonl", "--out", str(tmp_path))
     assert result.exit_code == 2
     assert "is not empty; give a new folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "visible", "loaded_on"),
+    [
+        ("auto", None, "0", "auto"),
+        ("cuda", None, "0", "cuda"),
+        ("cuda:1", None, "1", "cuda"),
+        ("auto", "3, 5", "3", "auto"),
+        ("cuda:1", "3, 5", "5", "cuda"),
+        ("cuda:1", "GPU-a,GPU-b", "GPU-b", "cuda"),
+        ("auto", "", "", "auto"),
+        ("auto", "-1", "", "auto"),
+        ("cpu", "3,5", "3,5", "cpu"),
+    ],
+)
+def test_one_gpu_is_visible_that_of_the_settings(
+    device: str, before: str | None, visible: str, loaded_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    taken = take_one_gpu(LLMConfig(model="m", dtype="float16", device=device))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert taken == LLMConfig(model="m", dtype="float16", device=loaded_on)
+
+
+def test_a_gpu_that_is_not_there_is_named_as_the_settings_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_visible() -> int:
+        return sum(name in ("3", "5") for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+
+    monkeypatch.setattr(torch.cuda, "device_count", num_visible)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with pytest.raises(UserError, match="llm.device=cuda:2: there is no such GPU here"):
+        take_one_gpu(LLMConfig(model="m", device="cuda:2"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_training_and_nothing_is_left(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(_: Any) -> None:
+        with TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+            raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(command, "check_installed", lambda: None)
+    monkeypatch.setattr(command, "_on_pairs", train)
+    result = run("dpo", "--pairs", "p.jsonl", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 130
+    assert result.stderr == "mara: error: interrupted\n"
+    assert not list(tmp_path.iterdir())
 
 
 # Pairs
@@ -279,17 +344,37 @@ def test_a_frozen_layer_costs_two_passes_and_its_adapter_three() -> None:
     assert pairs_compute(size, 3, 0, has_reference=False).total == counter.get_total_flops()
 
 
+def test_an_output_layer_whose_logits_are_made_again_costs_three_passes() -> None:
+    output = torch.nn.Linear(6, 9, bias=False).requires_grad_(False)
+    states_TD = torch.ones(3, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        made = checkpoint(lambda states: output(states).logsumexp(1), states_TD, use_reentrant=False)
+        made.sum().backward()
+    size = LLMSize(body=0, output=6 * 9)
+    assert pairs_compute(size, 3, 3, has_reference=False).total == counter.get_total_flops()
+
+
+def test_without_triton_every_position_with_a_next_token_has_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_triton in (True, False):
+        monkeypatch.setattr(compute, "is_triton_available", lambda there=has_triton: there)
+        assert count_logits(torch.device("cpu"), 100, 30, 8) == 92
+        assert count_logits(torch.device("cuda"), 100, 30, 8) == (30 if has_triton else 92)
+
+
 def test_the_compute_of_each_training_is_the_sum_of_its_parts() -> None:
-    assert pairs_compute(SIZE, 7, 3, has_reference=False).total == 2 * 1460 + 6 * 5 * 7
-    assert pairs_compute(SIZE, 7, 3, has_reference=True).total == 3 * 1460 + 6 * 5 * 7
-    one = 2 * (100 * 12 + 10 * 4)
-    assert rlhf_compute(SIZE, 8, 4, 2).flops == {
-        "sampling": one + 2 * 5 * 12,
+    assert pairs_compute(SIZE, 7, 3, has_reference=False).total == 3190
+    assert pairs_compute(SIZE, 7, 3, has_reference=True).total == 3190 + 1460
+    one = 2 * (100 * 12 + 10 * 11)
+    rlhf = {
+        "sampling": 2 * (100 * 12 + 10 * 4) + 2 * 5 * 12,
         "log-probabilities": one + 2 * 5 * 12,
         "reference": one,
         "rewards": 2 * 100 * (2 + 4),
-        "training": 2 * one + 6 * 5 * 12,
+        "training": 4 * 100 * 12 + 6 * 10 * 11 + 6 * 5 * 12,
     }
+    assert rlhf_compute(SIZE, 8, 4, 2, num_logits=11, has_reference=True).flops == rlhf
+    without = rlhf_compute(SIZE, 8, 4, 2, num_logits=11, has_reference=False)
+    assert without.flops == rlhf | {"reference": 0}
     agent = agent_compute(SIZE, 8, 9, 4, num_transitions=50, num_agent_parameters=3, num_critic_parameters=7)
     assert agent.flops == {"rollouts": 2 * (100 * 17 + 10 * 4) + 2 * 3 * 9, "learner": 8 * 10 * 50}
 
@@ -302,8 +387,8 @@ def test_the_compute_of_an_agent_follows_from_its_run(tiny_run: Any) -> None:
         {"rollout/decisions_total": 30, "rollout/tokens_total": 20},
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    compute = run_compute(folder)
-    assert compute.tokens == {
+    taken = run_compute(folder)
+    assert taken.tokens == {
         "prompts": 20 * 9,  # <user>go: with the letters as tokens
         "candidates": 90,
         "answers": 60,
@@ -312,6 +397,13 @@ def test_the_compute_of_an_agent_follows_from_its_run(tiny_run: Any) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="has no rollouts and steps of its own"):
         run_compute(folder)
+    (folder / "metrics.jsonl").unlink()
+    result = run("compute", str(folder))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"mara: error: {folder}: metrics.jsonl cannot be read (No such file or directory); "
+        "give a run that has trained\n"
+    )
 
 
 # Cards
@@ -320,6 +412,8 @@ def test_the_compute_of_an_agent_follows_from_its_run(tiny_run: Any) -> None:
 def report(method: Any) -> BaselineReport:
     return BaselineReport(
         method=method,
+        revision="c0ffee",
+        dtype="bfloat16",
         data=Data(sources={"pairs.jsonl": "ab" * 32}, num_read=9, left_out={SAME: 2}, num_used=7),
         num_steps=3,
         num_trained=1234,
@@ -348,6 +442,9 @@ def test_the_card_of_a_corrector_names_the_template_it_was_trained_with(tmp_path
     system = system_in(tmp_path)
     assert isinstance(system, CorrectorSystem)
     assert (system.template, system.chat_template) == (template, True)
+    record = json.loads((tmp_path / "baseline.json").read_text())
+    assert (record["llm"], record["revision"], record["dtype"]) == (llm.name, "c0ffee", "bfloat16")
+    assert f"| LLM | {llm.name} at c0ffee, in bfloat16 |" in (tmp_path / "README.md").read_text()
     for name in ("baseline.json", "README.md"):
         assert str(tmp_path) not in (tmp_path / name).read_text()
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mara.actors.answering import Question
+from mara.actors.reward_models.http import HttpRefused
 from mara.deploy.comparison.config import ComparisonConfig
 from mara.deploy.comparison.host import ComparisonHost, HostSpec, Model, Work
+from mara.deploy.comparison.judges import Judges
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import load_comparison
 
@@ -34,9 +37,9 @@ def path(tmp_path: Path, tiny_run: tuple[Path, RunConfig]) -> Path:
     return path
 
 
-def handed_in(config: ComparisonConfig, system: str, search_folder: Path) -> list[dict[str, Any]]:
+def handed_in(config: ComparisonConfig, system: str) -> list[dict[str, Any]]:
     """What a process of the comparison hands in for ``system`` and :data:`PROMPTS`."""
-    host = ComparisonHost(HostSpec("actor-0", config, Path("nowhere"), search_folder))
+    host = ComparisonHost(HostSpec("actor-0", config, Path("nowhere"), Path.cwd()))
     questions = tuple(Question(system, prompt, prompt) for prompt in PROMPTS)
     host.give(Work(0, Model(*config.llm_of(system)), "held_out", questions))
     thread = threading.Thread(target=host.run)
@@ -51,7 +54,7 @@ def handed_in(config: ComparisonConfig, system: str, search_folder: Path) -> lis
 
 
 def answers(config: ComparisonConfig, system: str) -> list[str]:
-    said = {row["row"]["id"]: row["row"]["response"] for row in handed_in(config, system, Path.cwd())}
+    said = {row["row"]["id"]: row["row"]["response"] for row in handed_in(config, system)}
     return [said[prompt] for prompt in PROMPTS]
 
 
@@ -66,20 +69,22 @@ def test_an_agent_steers_the_llm_that_its_system_names(
     assert answers(both, "mara") not in (answers(both, "elsewhere"), answers(both, "base"))
 
 
-def test_an_answer_of_several_that_were_all_refused_says_so(path: Path) -> None:
-    (path.parent / "refusing_judge.py").write_text(
-        "from mara.actors.reward_models.http import HttpRefused\n"
-        "def judge(prompts, responses):\n"
-        "    if 'why' in prompts: raise HttpRefused('too long')\n"
-        "    return [1.0] * len(prompts)\n"
-    )
-    judge = ["kind=function", "function=refusing_judge:judge", "weight=1"]
-    settings = [f"judges.picky.{setting}" for setting in judge]
+def test_an_answer_of_several_that_were_all_refused_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Picky:
+        def score(self, conversations):
+            if any(one.prompt == "why" for one in conversations):
+                raise HttpRefused("too long")
+            return torch.ones(len(conversations))
+
+    monkeypatch.setattr(Judges, "_open", lambda judges, name: Picky())
+    settings = [f"judges.picky.{setting}" for setting in ("path=helpful", "weight=1")]
     settings += [f"systems.best.{setting}" for setting in ("kind=best_of_n", "n=2", "judges=[picky]")]
     settings += [f"systems.one.{setting}" for setting in ("kind=best_of_n", "n=1", "judges=[picky]")]
     config = load_comparison(path, settings)
-    rows = {row["row"]["id"]: row for row in handed_in(config, "best", path.parent)}
+    rows = {row["row"]["id"]: row for row in handed_in(config, "best")}
     assert rows["why"]["refused"] == "judges.picky: too long" and "score" not in rows["why"]["row"]
     assert rows["what"]["row"]["score"] == 1.0 and "refused" not in rows["what"]
     # Of one answer nothing is chosen, so nothing was refused.
-    assert not any("refused" in row for row in handed_in(config, "one", path.parent))
+    assert not any("refused" in row for row in handed_in(config, "one"))

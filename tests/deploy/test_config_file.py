@@ -76,7 +76,11 @@ def test_a_configuration_stands_on_the_shipped_one_that_it_includes(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("quikstart", "did you mean quickstart?"), ("../../pyproject", "there are baselines, compare"), ("3", "there are")],
+    [
+        ("quikstart", "did you mean quickstart?"),
+        ("../../pyproject", "there are baselines, compare"),
+        ("3", "there are"),
+    ],
 )
 def test_only_shipped_configurations_can_be_included(tmp_path: Path, name: str, remedy: str) -> None:
     path = tmp_path / "mine.yaml"
@@ -238,7 +242,9 @@ def test_an_unknown_configuration_name_is_told_with_the_nearest_or_the_shipped_o
             find_config(str(name))
     with pytest.raises(UserError, match=r"no file 'xyz'.* configuration \(paper/llama.*, quickstart\)"):
         find_config("xyz")
-    with pytest.raises(UserError, match=r"no file 'xyz'.* configuration \(baselines, compare, paper/aligner.*\)"):
+    with pytest.raises(
+        UserError, match=r"no file 'xyz'.* configuration \(baselines, compare, paper/aligner.*\)"
+    ):
         find_config("xyz", is_comparison=True)
     assert find_config("quickstart") == CONFIGS_DIR / "quickstart.yaml"
 

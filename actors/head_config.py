@@ -69,10 +69,19 @@ class FitConfig(Config):
 
     @model_validator(mode="after")
     def _share_is_a_part(self) -> FitConfig:
-        low, high = self.share
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"share={self.share} must be two rising numbers from 0 to 1, such as (0, 0.65)")
+        check_share(self.share)
         return self
+
+
+def check_share(share: tuple[float, float]) -> None:
+    """The ends of a part of the prompts.
+
+    Raises:
+        ValueError: they are not two rising numbers from 0 to 1.
+    """
+    low, high = share
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"share={share} must be two rising numbers from 0 to 1, such as (0, 0.65)")
 
 
 class Share(Config):

@@ -430,17 +430,28 @@ def fit_reward(
         fit(fit_settings(pairs, name, llm, prompts, given_once(overrides)), out)
 
 
+def _train_baseline(
+    method: Literal["dpo", "rlhf", "aligner"],
+    llm: str | None,
+    pairs: list[str],
+    prompts: Path | None,
+    overrides: list[str] | None,
+    out: Path,
+) -> None:
+    with _reported_errors():
+        from mara.deploy.baselines.command import baseline_settings, train_baseline
+
+        settings = baseline_settings(method, llm, pairs, prompts, given_once(overrides))
+        with steady_output():
+            train_baseline(settings, out)
+
+
 @baseline_app.command("dpo")
 def baseline_dpo(
     pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
 ) -> None:
     """Train an adapter on preference pairs by DPO, which needs no reward model."""
-    with _reported_errors():
-        from mara.deploy.baselines.command import baseline_settings, train_baseline
-
-        settings = baseline_settings("dpo", llm, pairs, None, given_once(overrides))
-        with steady_output():
-            train_baseline(settings, out)
+    _train_baseline("dpo", llm, pairs, None, overrides, out)
 
 
 @baseline_app.command("rlhf")
@@ -453,12 +464,7 @@ def baseline_rlhf(
     ] = None,
 ) -> None:
     """Train an adapter on its own answers by RLOO: rewards and number of answers are the quickstart's."""
-    with _reported_errors():
-        from mara.deploy.baselines.command import baseline_settings, train_baseline
-
-        settings = baseline_settings("rlhf", llm, [], prompts, given_once(overrides))
-        with steady_output():
-            train_baseline(settings, out)
+    _train_baseline("rlhf", llm, [], prompts, overrides, out)
 
 
 @baseline_app.command("aligner")
@@ -466,12 +472,7 @@ def baseline_aligner(
     pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
 ) -> None:
     """Train a corrector on preference pairs: question and worse answer → better answer."""
-    with _reported_errors():
-        from mara.deploy.baselines.command import baseline_settings, train_baseline
-
-        settings = baseline_settings("aligner", llm, pairs, None, given_once(overrides))
-        with steady_output():
-            train_baseline(settings, out)
+    _train_baseline("aligner", llm, pairs, None, overrides, out)
 
 
 @baseline_app.command("compute")

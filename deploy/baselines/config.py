@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mara.actors.config import LLMConfig
+from mara.actors.head_config import check_share
 from mara.common.config import Config
 from mara.deploy.comparison.config import PLACEHOLDER
 from mara.deploy.config import PromptSource, RewardHeadConfig
@@ -77,9 +78,7 @@ class PairsConfig(BaselineConfig):
 
     @model_validator(mode="after")
     def _share_is_a_part(self) -> PairsConfig:
-        low, high = self.share
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"share={self.share} must be two rising numbers from 0 to 1, such as (0, 0.65)")
+        check_share(self.share)
         return self
 
 

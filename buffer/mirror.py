@@ -91,7 +91,7 @@ class Mirror:
         self._remembered: dict[str, _Remembered] = {}
         self._has_evicted = False
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
-        self._batch_states: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._batch_states: dict[tuple[int, torch.dtype], deque[torch.Tensor]] = {}
         self._part_states: torch.Tensor | None = None
         self._total_transitions = 0
         self._total_episodes = 0
@@ -158,9 +158,9 @@ class Mirror:
         device.
 
         States come in ``states_dtype``; None: as they are stored, in 16 bit. The two state tensors are
-        overwritten by the next sample of the same size and dtype: clone them to keep them (fresh memory for
-        every batch would cost several times the copy itself). The next state of a last decision is its own
-        state: finite, and worth nothing by its discount.
+        overwritten by the next sample of the same size and dtype, on a GPU by the one after it: clone them to
+        keep them (fresh memory for every batch would cost several times the copy itself). The next state of a
+        last decision is its own state: finite, and worth nothing by its discount.
 
         Raises:
             ValueError: there are no transitions yet.
@@ -196,6 +196,11 @@ class Mirror:
         """
         assert batch.places_B is not None, "the batch is a sample of this mirror"
         self._sampling.learnt(batch.places_B, errors_B, self._tail)
+
+    @property
+    def num_batches_kept(self) -> int:
+        """Batches of one size whose states are there at once. On a GPU the next one is drawn ahead."""
+        return 2 if self._device.type == "cuda" else 1
 
     @property
     def num_transitions(self) -> int:
@@ -376,9 +381,13 @@ class Mirror:
 
     def _batch_buffers(self, batch_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if (batch_size, dtype) not in self._batch_states:
-            both = torch.empty((2, batch_size, self._hidden_size), dtype=dtype, device=self._device)
-            self._batch_states[batch_size, dtype] = (both[0], both[1])
-        return self._batch_states[batch_size, dtype]
+            shape = (self.num_batches_kept, 2, batch_size, self._hidden_size)
+            self._batch_states[batch_size, dtype] = deque(
+                torch.empty(shape, dtype=dtype, device=self._device)
+            )
+        kept = self._batch_states[batch_size, dtype]
+        kept.rotate()
+        return kept[0][0], kept[0][1]
 
     def _gather(
         self,

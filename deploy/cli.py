@@ -568,7 +568,7 @@ def bench_learner(
         int, typer.Option(min=256, help="Transitions in the replay; fewer where memory is short.")
     ] = 1_000_000,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="As learner.sac.precision.")
+        Literal["float32", "tf32", "bfloat16"], typer.Option(help="As learner.sac.precision.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="As learner.device.")] = "auto",
 ) -> None:

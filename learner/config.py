@@ -38,9 +38,14 @@ class SACConfig(Config):
     """Longest gradient of the critic and of the agent; longer ones are scaled down. Usual range 0.5–10."""
     critic_only_steps: int = Field(default=0, ge=0)
     """Gradient steps at the start in which only the critic learns. The paper: 0. Usual range 0–500."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the matrix products in the hidden layers. Weights, optimisers, the last layers, losses and targets
-    are float32 either way. bfloat16 is several times quicker on GPUs and on processors that multiply it."""
+    are float32 either way. bfloat16 is several times quicker on GPUs and on processors that multiply it. tf32
+    rounds what NVIDIA GPUs multiply to 11 significant bits (bfloat16: 8), the last layers' too; elsewhere it
+    is float32."""
+    cuda_graph: bool = True
+    """On an NVIDIA GPU, capture the gradient step as a CUDA graph and replay it: several times quicker, with
+    the same results. False helps to find an error in a step."""
 
     @property
     def target_entropy(self) -> float:

@@ -114,6 +114,9 @@ class Learner:
         self._saver = None if run_folder is None else Saver(run_folder, config.num_checkpoints)
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
+        self.draws_ahead = device.type == "cuda"
+        """Whether the next batch is drawn while a GPU is at work on the present one."""
+        self._drawn: TransitionBatch | None = None
         self._log_is_finished = log_is_finished
         self._limiter = RateLimiter(
             config.gradient_steps_per_episode,
@@ -310,12 +313,12 @@ class Learner:
 
     def _train(self) -> None:
         began = time.monotonic()
-        batch = self.mirror.sample(self.config.batch_size, self._generator, torch.float32)
+        batch, self._drawn = self._drawn or self._draw(), None
         self._limiter.spend()
         self._num_sampled += len(batch)
-        step = self.sac.step
+        lag_mean = self.sac.step - batch.policy_versions_B.double().mean()
         try:
-            metrics = self.sac.update(batch)
+            metrics = self.sac.update(batch, self._draw_ahead if self.draws_ahead else None)
         except FloatingPointError as error:
             self._skip(batch, error)
             return
@@ -323,11 +326,15 @@ class Learner:
         if self.sac.errors_B is not None:
             self.mirror.learnt(batch, self.sac.errors_B)
         self._window.average(asdict(metrics), prefix="sac/")
-        self._window.average(
-            {"policy/sampled_lag_mean": step - batch.policy_versions_B.float().mean().item()}
-        )
+        self._window.average({"policy/sampled_lag_mean": lag_mean})
         if self._log_is_finished:
             self._clock.held_back_s += time.monotonic() - began
+
+    def _draw(self) -> TransitionBatch:
+        return self.mirror.sample(self.config.batch_size, self._generator, torch.float32)
+
+    def _draw_ahead(self) -> None:
+        self._drawn = self._draw()
 
     def _skip(self, batch: TransitionBatch, error: FloatingPointError) -> None:
         """Count a step that was not done; the next one draws another batch.

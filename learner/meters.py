@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import torch
+
 
 class Window:
     """Means and peaks of what was put in since it was last emptied. A name never put in does not appear."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float | torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._peaks: dict[str, float] = {}
 
-    def average(self, values: Mapping[str, float], prefix: str = "") -> None:
-        """Count each value into the mean of its name; names get ``prefix``."""
+    def average(self, values: Mapping[str, float | torch.Tensor], prefix: str = "") -> None:
+        """Count each value into the mean of its name; names get ``prefix``.
+
+        A tensor without dimensions stays where it is until it is taken, so that nobody waits for its device.
+        """
         for name, value in values.items():
             name = prefix + name
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -27,7 +32,8 @@ class Window:
 
     def take(self) -> dict[str, float]:
         """Return the means and peaks by name, and begin anew."""
-        row = {name: total / self._counts[name] for name, total in self._sums.items()} | self._peaks
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        row = means | self._peaks
         for kept in (self._sums, self._counts, self._peaks):
             kept.clear()
         return row

@@ -6,9 +6,11 @@ Legend: B transitions, D hidden size of the LLM, H the two critic heads.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from mara.common.seeding import derive_seed
 from mara.learner import losses
 from mara.learner.config import SACConfig
 from mara.learner.critic import TwinCritic
+from mara.learner.graphs import StepGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,26 @@ class SACMetrics:
     """The same of the agent; 0 while only the critic learns."""
 
 
+class Seen(NamedTuple):
+    """What the first half of a gradient step leaves on the device, beside the gradients."""
+
+    metrics: torch.Tensor
+    """float32 [11]: the fields of :class:`SACMetrics`, in their order."""
+    errors_B: torch.Tensor | None
+    """See :attr:`SAC.errors_B`."""
+
+
+class _Forward(NamedTuple):
+    """What the forward passes of a gradient step give."""
+
+    critic_loss: torch.Tensor
+    policy_loss: torch.Tensor
+    temperature_loss: torch.Tensor
+    metrics: torch.Tensor
+    """float32 [9]: the fields of :class:`SACMetrics` but for the last two, the gradients' lengths."""
+    errors_B: torch.Tensor | None
+
+
 class SAC:
     """The agent, its critic and target critic, the temperature, and how one batch changes them.
 
@@ -72,7 +95,8 @@ class SAC:
         """Gradient steps done."""
         self.errors_B: torch.Tensor | None = None
         """float32 [B]: by how much the critic's heads missed the target of each row of the last batch,
-        absolute and averaged over the heads. None where the rows of that batch had no weights."""
+        absolute and averaged over the heads. None where the rows of that batch had no weights. The next step
+        may overwrite it."""
         # Made on the CPU, so that a seed gives the same networks on every device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "sac"))
@@ -83,29 +107,67 @@ class SAC:
         self.target.requires_grad_(False)
         log_alpha = math.log(config.initial_temperature)
         self.log_alpha = nn.Parameter(torch.tensor(log_alpha, device=self.device))
-        self.critic_optimiser = _adam(list(self.critic.parameters()), config.critic_learning_rate)
-        self.policy_optimiser = _adam(list(self.agent.parameters()), config.policy_learning_rate)
-        self.temperature_optimiser = _adam([self.log_alpha], config.temperature_learning_rate)
+        moving = [*self.critic.parameters()], [*self.agent.parameters()], [self.log_alpha]
+        self.critic_optimiser = _adam(moving[0], config.critic_learning_rate)
+        self.policy_optimiser = _adam(moving[1], config.policy_learning_rate)
+        self.temperature_optimiser = _adam(moving[2], config.temperature_learning_rate)
+        self._graphs = StepGraphs(self._gradients, self._move, [p for group in moving for p in group])
 
     @property
     def policy_steps(self) -> int:
         """Gradient steps in which the agent itself moved. While it is 0, the agent is as it began."""
         return max(0, self.step - self.config.critic_only_steps)
 
-    def update(self, batch: TransitionBatch) -> SACMetrics:
+    def update(self, batch: TransitionBatch, meanwhile: Callable[[], None] | None = None) -> SACMetrics:
         """Do one gradient step on ``batch``, which is on the device of the networks.
 
         One forward pass of the critic serves its own loss and the policy's, so the policy follows the
-        critic as it was before this step.
+        critic as it was before this step. ``meanwhile`` is called while a GPU is at work on the gradients.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; the networks are left as they were. A
                 parameter that is not finite makes a loss so.
         """
+        policy_learns = self.step >= self.config.critic_only_steps
+        with products_in(self.config.precision, self.device):
+            if self.device.type == "cuda" and self.config.cuda_graph:
+                gradients, move = self._graphs.halves(batch, policy_learns)
+            else:
+                gradients = partial(self._gradients, batch, policy_learns)
+                move = partial(self._move, policy_learns)
+            seen = gradients()
+        if meanwhile is not None:
+            meanwhile()
+        metrics = SACMetrics(*seen.metrics.tolist())  # one wait for the device in each step
+        self._check_finite(metrics)
+        self.errors_B = seen.errors_B
+        move()
+        self.step += 1
+        if self.step % self.config.target_update_period == 0:
+            losses.polyak_update(self.target.parameters(), self.critic.parameters(), self.config.polyak)
+        return metrics
+
+    def _gradients(self, batch: TransitionBatch, policy_learns: bool) -> Seen:
+        """Fill the gradients of all parameters that will move. Waits for nothing, moves nothing."""
+        forward = self._forward(batch, policy_learns)
+        # No parameter has a part in two of them, so that one pass backward does for all.
+        learning = [(forward.critic_loss, self.critic_optimiser)]
+        if policy_learns:
+            learning.append((forward.policy_loss, self.policy_optimiser))
+            if self.config.learn_temperature:
+                learning.append((forward.temperature_loss, self.temperature_optimiser))
+        for _, optimiser in learning:
+            optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward([loss for loss, _ in learning])
+        critic_norm = self._shorten(self.critic_optimiser)
+        policy_norm = self._shorten(self.policy_optimiser) if policy_learns else torch.zeros_like(critic_norm)
+        metrics = torch.cat((forward.metrics, torch.stack((critic_norm, policy_norm))))
+        return Seen(metrics, forward.errors_B)
+
+    def _forward(self, batch: TransitionBatch, policy_learns: bool) -> _Forward:
+        """The losses of the batch, and what there is to report before their gradients are known."""
         states_BD = batch.states_BD.float()
         alpha = self.log_alpha.detach().exp()
-        policy_learns = self.step >= self.config.critic_only_steps
-
         with self._hidden_layers():
             targets_B = self._targets(batch, alpha)
             q_HB2 = self.critic(states_BD)
@@ -116,44 +178,34 @@ class SAC:
         temperature_loss = losses.temperature_loss(
             self.log_alpha, logprobs_B2, batch.forced_B, self.config.target_entropy
         )
-
-        critic_norm = self._backward(critic_loss, self.critic_optimiser)
-        policy_norm = torch.zeros_like(critic_norm)
-        if policy_learns:
-            policy_norm = self._backward(policy_loss, self.policy_optimiser)
         with torch.no_grad():
             min_q_B2 = q_HB2.amin(dim=0)
             gap_B = min_q_B2[:, ACCEPT] - min_q_B2[:, REJECT]
-            metrics = _on_the_host(
-                critic_loss=critic_loss,
-                policy_loss=policy_loss,
-                temperature_loss=temperature_loss,
-                temperature=alpha,
-                entropy=losses.free_mean(losses.entropy(logprobs_B2), batch.forced_B),
-                accept_probability=losses.free_mean(logprobs_B2[:, ACCEPT].exp(), batch.forced_B),
-                q_mean=q_HB2.mean(),
-                q_gap=losses.free_mean(gap_B, batch.forced_B),
-                target_mean=targets_B.mean(),
-                critic_gradient_norm=critic_norm,
-                policy_gradient_norm=policy_norm,
-            )
-        self._check_finite(metrics)
-        self.errors_B = None
-        if batch.weights_B is not None:
-            errors_HB = losses.td_errors(q_HB2.detach(), batch.actions_B, targets_B)
-            self.errors_B = errors_HB.abs().mean(dim=0)
+            metrics = {
+                "critic_loss": critic_loss,
+                "policy_loss": policy_loss,
+                "temperature_loss": temperature_loss,
+                "temperature": alpha,
+                "entropy": losses.free_mean(losses.entropy(logprobs_B2), batch.forced_B),
+                "accept_probability": losses.free_mean(logprobs_B2[:, ACCEPT].exp(), batch.forced_B),
+                "q_mean": q_HB2.mean(),
+                "q_gap": losses.free_mean(gap_B, batch.forced_B),
+                "target_mean": targets_B.mean(),
+            }
+            errors_B = None
+            if batch.weights_B is not None:
+                errors_HB = losses.td_errors(q_HB2, batch.actions_B, targets_B)
+                errors_B = errors_HB.abs().mean(dim=0)
+            found = torch.stack([metrics[field.name] for field in fields(SACMetrics)[: len(metrics)]])
+        return _Forward(critic_loss, policy_loss, temperature_loss, found, errors_B)
 
+    def _move(self, policy_learns: bool) -> None:
+        """Let the optimisers take their step by the gradients there are."""
         self.critic_optimiser.step()
         if policy_learns:
             self.policy_optimiser.step()
             if self.config.learn_temperature:
-                self.temperature_optimiser.zero_grad(set_to_none=True)
-                torch.autograd.backward(temperature_loss)
                 self.temperature_optimiser.step()
-        self.step += 1
-        if self.step % self.config.target_update_period == 0:
-            losses.polyak_update(self.target.parameters(), self.critic.parameters(), self.config.polyak)
-        return metrics
 
     def _hidden_layers(self) -> AbstractContextManager[None]:
         """In what precision the networks compute their hidden layers, forward and backward."""
@@ -169,10 +221,8 @@ class SAC:
         )
         return losses.td_target(batch.rewards_B, batch.discounts_B, next_values_B)
 
-    def _backward(self, loss: torch.Tensor, optimiser: torch.optim.Optimizer) -> torch.Tensor:
-        """Fill the optimiser's gradients from ``loss``, shorten them, return their length before that."""
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+    def _shorten(self, optimiser: torch.optim.Optimizer) -> torch.Tensor:
+        """Shorten the optimiser's gradients to what is allowed; return their length before that."""
         (group,) = optimiser.param_groups
         return nn.utils.clip_grad_norm_(group["params"], self.config.max_gradient_norm)
 
@@ -220,10 +270,12 @@ class SAC:
             groups = optimiser.state_dict()["param_groups"]
             by_parameter = {int(index): values for index, values in state[name].items()}
             optimiser.load_state_dict({"state": by_parameter, "param_groups": groups})
+        self._graphs.forget()
 
 
 def _adam(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    on_gpu = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, capturable=on_gpu)
 
 
 def _optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -231,7 +283,15 @@ def _optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     return {str(index): values for index, values in optimiser.state_dict()["state"].items()}
 
 
-def _on_the_host(**values: torch.Tensor) -> SACMetrics:
-    """Bring all values over at once: one wait for the device in each step."""
-    numbers = torch.stack(list(values.values())).tolist()
-    return SACMetrics(**dict(zip(values, numbers, strict=True)))
+@contextmanager
+def products_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Have a GPU multiply float32 matrices as ``learner.sac.precision`` asks; others know one way only."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mara.actors.decoding.slots import SlotCache
+from mara.common.cuda_graph import capture
 
 SPAN_STEP = 256
 """With fixed shapes a pass reads a multiple of so many slots: each multiple is compiled once."""
@@ -143,7 +144,7 @@ class _FixedPass:
         self._tokens = Tokens(*(part.clone() for part in tokens))
         self._graph: torch.cuda.CUDAGraph | None = None
         if tokens.ids_BQ.is_cuda:
-            self._capture()
+            self._graph, self._states_BQD = capture(self._once)
 
     def replay(self, tokens: Tokens) -> torch.Tensor:
         for buffer, part in zip(self._tokens, tokens, strict=True):
@@ -156,15 +157,3 @@ class _FixedPass:
     def _once(self) -> torch.Tensor:
         self._cache.aim(slice(0, self._cache.num_rows), self._tokens.slots_BQ, self._span)
         return self._run(self._tokens, self._span)  # type: ignore[no-any-return]
-
-    def _capture(self) -> None:
-        # What is compiled or chosen on first use must not happen during the capture.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._once()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._states_BQD = self._once()

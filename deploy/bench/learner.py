@@ -54,6 +54,15 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
             that writes to the log ended early.
     """
     check_json_path(json_file)
+    report(learner_figures(sizes, num_rounds, say), json_file)
+
+
+def learner_figures(sizes: LearnerSizes, num_rounds: int, say: Say) -> list[Figure]:
+    """The step by itself, then the whole loop.
+
+    Raises:
+        UserError: as :func:`bench_learner`.
+    """
     sizes = replace(sizes, capacity=_affordable(sizes))
     store = ReplayConfig(log_max_bytes=_LOG_BYTES)
     digest = agent_digest(sizes.hidden_size, sizes.agent)
@@ -64,8 +73,7 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
     ):
         learner, rows = _make_learner(sizes, source, weights)
         figures = step_figures(sizes, learner.sac, learner.mirror, num_rounds, say)
-        figures.append(_live(sizes, learner, rows, server.url, say))
-    report(figures, json_file)
+        return [*figures, _live(sizes, learner, rows, server.url, say)]
 
 
 def _affordable(sizes: LearnerSizes) -> int:

@@ -21,10 +21,10 @@ from mara.deploy.bench.figures import Figure, Rounds, in_turn, machine
 from mara.deploy.bench.list_learner import ListLearner
 from mara.deploy.bench.synthetic import synthetic_episodes
 from mara.learner.config import SACConfig
-from mara.learner.sac import SAC
+from mara.learner.sac import SAC, products_in
 
 Say = Callable[[str], None]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 DISTINCT_EPISODES = 32
 
@@ -168,9 +168,11 @@ def _ceilings(device: torch.device, precision: Precision) -> dict[str, float]:
     """
     on_gpu = device.type == "cuda"
     size, times = (4096, 20) if on_gpu else (2048, 1)  # on a GPU so many that launching counts for nothing
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
     long = torch.zeros(64 << 20, device=device)
-    products = max(per_second(lambda: a @ a, times, device)(0) for _ in range(5))
+    with products_in(precision, device):
+        products = max(per_second(lambda: a @ a, times, device)(0) for _ in range(5))
     passes = max(per_second(lambda: long.mul_(0.5), times, device)(0) for _ in range(5))
     return {"flops_per_s": 2 * size**3 * products, "bytes_per_s": 2 * long.nbytes * passes}
 

@@ -1,6 +1,6 @@
 """The decoding engine on a GPU, on random weights: speed against ``generate`` and the paper's procedure,
 memory, and whether lazy, wide and compiled passes still give the same answers. And the learner's gradient
-step, in both precisions.
+step and loop, in every precision.
 
 The agent is random too, with a bias at which it accepts about 70 % of the first candidates, as the paper's
 do.
@@ -9,8 +9,12 @@ do.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
 from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
 from mara.deploy.bench.figures import Figure, machine, report
-from mara.deploy.bench.learner_step import LearnerSizes, Precision, fill, make_mirror, step_figures
+from mara.deploy.bench.learner import learner_figures
+from mara.deploy.bench.learner_step import LearnerSizes, Precision, fill, make_mirror
 from mara.learner.config import SACConfig
 from mara.learner.sac import SAC
 
@@ -39,6 +44,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
+    },
+    "small": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
     },
     "tiny": {
         "vocab_size": 2000,
@@ -62,13 +76,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--limit-s", type=float, default=540.0, help="no new measurement is begun after this")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="regular expression: what of the titles is measured")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     end_s = time.monotonic() + options.limit_s
-    subject = make_subject(options.shape, device)
     figures: list[Figure] = []
-    for title, measure in measurements(subject, options.shape, device, options.rounds):
+    for title, measure in measurements(options.shape, device, options.rounds):
+        if not re.search(options.only, title):
+            continue
         if time.monotonic() > end_s:
             print(f"no time left for {title}")
             continue
@@ -80,54 +96,93 @@ def main() -> None:
             figures.append(
                 Figure(figure=f"failed: {title}", value=0, unit="", conditions={"error": repr(error)})
             )
-        path = options.out / f"figures-{options.shape}.json"
-        path.write_text(json.dumps([figure.model_dump(mode="json") for figure in figures], indent=2) + "\n")
+        content = [figure.model_dump(mode="json") for figure in figures]
+        (options.out / f"figures-{options.shape}.json").write_text(json.dumps(content, indent=2) + "\n")
     report(figures, None)
 
 
-def learner(shape: str, device: torch.device, precision: Precision, num_rounds: int) -> list[Figure]:
-    """The gradient step at the paper's widths, and whether it sees the same loss as float32 on the CPU."""
+def learner(
+    shape: str, device: torch.device, precision: Precision, num_rounds: int, capacity: int
+) -> list[Figure]:
+    """The gradient step at the paper's widths, the loop on a log that grows, and whether they are right."""
     D = SHAPES[shape]["hidden_size"]
-    capacity = 65_536 if device.type == "cuda" else 2048
-    sizes = LearnerSizes(hidden_size=D, capacity=capacity, precision=precision, device=device.type)
-    sac, mirror = SAC(D, sizes.agent, sizes.sac, device), make_mirror(sizes, device)
-    fill(mirror, sizes)
+    capacity = capacity if device.type == "cuda" else 2048
+    sizes = LearnerSizes(D, capacity=capacity, precision=precision, live_s=8.0)
+    return [*same_steps(sizes, device), *learner_figures(sizes, num_rounds, print)]
+
+
+def same_steps(sizes: LearnerSizes, device: torch.device) -> list[Figure]:
+    """How far ten steps on the device, as a graph and kernel by kernel, are from float32 on the CPU.
+
+    Compared is how far the parameters have moved: the first steps of Adam go by the signs of gradients, so
+    that the smallest count as much as the largest.
+    """
+    mirror = make_mirror(replace(sizes, capacity=4096), device)
+    fill(mirror, replace(sizes, capacity=4096))
     batch = mirror.sample(sizes.batch_size, torch.Generator().manual_seed(0))
-    on_cpu = TransitionBatch(
-        **{
-            name: None if (c := getattr(batch, name)) is None else c.cpu()
-            for name in TransitionBatch.__slots__
-        }
-    )
-    plain = SAC(D, sizes.agent, SACConfig(critic_widths=sizes.widths), "cpu")
-    difference = sac.update(batch).critic_loss / plain.update(on_cpu).critic_loss - 1
-    figures = step_figures(sizes, sac, mirror, num_rounds, print)
-    same = Figure(
-        figure="critic_loss_vs_cpu", value=difference, unit="relative", conditions={"precision": precision}
-    )
-    return [*figures, same]
+    columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
+    on_cpu = TransitionBatch(**{name: None if c is None else c.cpu() for name, c in columns.items()})
+
+    def moved(config: SACConfig, where: torch.device, batch: TransitionBatch) -> tuple[torch.Tensor, float]:
+        sac = SAC(sizes.hidden_size, sizes.agent, config, where)
+        before = torch.cat(
+            [p.detach().flatten() for p in (*sac.agent.parameters(), *sac.critic.parameters())]
+        )
+        losses = [sac.update(batch).critic_loss for _ in range(10)]
+        after = torch.cat([p.detach().flatten() for p in (*sac.agent.parameters(), *sac.critic.parameters())])
+        return (after - before).cpu(), losses[-1]
+
+    plain, plain_loss = moved(SACConfig(critic_widths=sizes.widths), torch.device("cpu"), on_cpu)
+    eager, eager_loss = moved(sizes.sac.model_copy(update={"cuda_graph": False}), device, batch)
+    graph, graph_loss = moved(sizes.sac, device, batch)
+    conditions = {"precision": sizes.precision, **machine()}
+
+    def figure(name: str, value: float) -> Figure:
+        return Figure(figure=name, value=value, unit="relative", conditions=conditions)
+
+    return [
+        figure("moved_graph_vs_kernels", float((graph - eager).norm() / eager.norm())),
+        figure("moved_vs_cpu", float((eager - plain).norm() / plain.norm())),
+        figure("critic_loss_vs_cpu", graph_loss / plain_loss - 1),
+        figure("critic_loss_graph_vs_kernels", graph_loss / eager_loss - 1),
+    ]
 
 
 def measurements(
-    subject: Subject, shape: str, device: torch.device, num_rounds: int
-) -> list[tuple[str, Any]]:
+    shape: str, device: torch.device, num_rounds: int
+) -> list[tuple[str, Callable[[], list[Figure]]]]:
     """Titles and what to call for their figures, the most important first."""
 
-    def decode(batch: int, **changes: Any) -> Any:
-        return lambda: bench_decode(subject, decoding(**changes), [batch], num_rounds, print)
+    @functools.cache
+    def subject() -> Subject:
+        return make_subject(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
-    def rollout(**changes: Any) -> Any:
+    def train(precision: Precision, capacity: int) -> Callable[[], list[Figure]]:
+        return lambda: learner(shape, device, precision, num_rounds, capacity)
+
+    def decode(batch: int, **changes: Any) -> Callable[[], list[Figure]]:
+        return lambda: bench_decode(subject(), decoding(**changes), [batch], num_rounds, print)
+
+    def rollout(**changes: Any) -> Callable[[], list[Figure]]:
         changed = decoding(max_new_tokens=ROLLOUT_TOKENS, **changes)
-        return lambda: bench_rollout(subject, changed, 64, num_rounds, 1, print)
+        return lambda: bench_rollout(subject(), changed, 64, num_rounds, 1, print)
+
+    def same(**changes: Any) -> Callable[[], list[Figure]]:
+        small = "tiny" if shape == "tiny" else "small"
+        return lambda: same_answers(make_subject(small, device, torch.float32), {"mode": "wide", **changes})
 
     return [
-        ("the same answers in every mode", lambda: same_answers(subject)),
-        ("learner, float32", lambda: learner(shape, device, "float32", num_rounds)),
-        ("learner, bfloat16", lambda: learner(shape, device, "bfloat16", num_rounds)),
-        *[(f"decode, batch {batch}, compiled", decode(batch, compile=True)) for batch in (1, 16, 64)],
+        ("learner, float32", train("float32", 1_000_000)),
+        ("learner, bfloat16", train("bfloat16", 131_072)),
+        ("learner, tf32", train("tf32", 131_072)),
+        ("same answers", same()),
+        *[(f"decode, batch {batch}", decode(batch)) for batch in (64, 16)],
+        ("memory", lambda: [memory(subject())]),
+        ("rollout, 64 rows", rollout()),
+        ("decode, batch 1", decode(1)),
+        ("same answers, compiled", same(compile=True)),
+        *[(f"decode, batch {batch}, compiled", decode(batch, compile=True)) for batch in (64, 16, 1)],
         ("rollout, 64 rows, compiled", rollout(compile=True)),
-        *[(f"decode, batch {batch}", decode(batch)) for batch in (1, 16, 64)],
-        ("memory", lambda: [memory(subject)]),
         ("decode, batch 64, lazy", decode(64, mode="lazy")),
     ]
 
@@ -135,15 +190,15 @@ def measurements(
 def decoding(**changes: Any) -> DecodingConfig:
     truncation = TruncationConfig(top_k=40, top_p=0.95, temperature=0.8)
     return DecodingConfig(
-        **{"truncation": truncation, "max_new_tokens": NEW_TOKENS, "mode": "wide"} | changes
+        **{"truncation": truncation, "max_new_tokens": NEW_TOKENS, "mode": "auto"} | changes
     )
 
 
-def make_subject(shape: str, device: torch.device) -> Subject:
+def make_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
     """A model of random weights, prompts of random tokens, and an agent that accepts 70 % of first
     candidates."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
@@ -163,34 +218,31 @@ def make_subject(shape: str, device: torch.device) -> Subject:
     return Subject(model, model, f"random Llama {shape}", (), agent, "random, 70 % accepted", prompts)
 
 
-def same_answers(subject: Subject) -> list[Figure]:
-    """Share of answers that are the same tokens as lazy decoding gives. In 16 bit batches of other shapes
-    round differently, so it need not be 1; one token that differs changes all after it."""
-    answers: dict[str, dict[int, list[int]]] = {}
-    first_shares = {}
-    for name, changes in {
-        "lazy": {"mode": "lazy"},
-        "wide": {},
-        "wide, compiled": {"compile": True},
-    }.items():
-        policy = AgentPolicy(subject.agent, 0.5)
+def same_answers(subject: Subject, changes: dict[str, Any]) -> list[Figure]:
+    """Share of answers that are the same tokens as lazy decoding gives, up to the first that differs."""
+    answers: list[dict[int, list[int]]] = []
+    first_shares = []
+    for settings in ({"mode": "lazy"}, changes):
         longest = max(map(len, subject.prompts))
-        engine = Engine(subject.model, [], decoding(**changes), policy, 16, longest)
-        generations = list(
-            engine.generate(Request(ids, tag=tag) for tag, ids in enumerate(subject.prompts[:16]))
-        )
-        answers[name] = {generation.request.tag: generation.response_ids for generation in generations}
+        engine = Engine(subject.model, [], decoding(**settings), AgentPolicy(subject.agent, 0.5), 16, longest)
+        requests = [Request(ids, tag=tag) for tag, ids in enumerate(subject.prompts[:16])]
+        generations = list(engine.generate(requests))
+        answers.append({generation.request.tag: generation.response_ids for generation in generations})
         taken = [d.rank for generation in generations for d in generation.decisions if d.action]
-        first_shares[name] = round(taken.count(0) / len(taken), 3)
+        first_shares.append(round(taken.count(0) / len(taken), 3))
     return [
         Figure(
-            figure=f"same_tokens_as_lazy: {name}",
-            value=_same_tokens(found, answers["lazy"]),
-            unit="share of tokens up to the first that differs",
-            conditions={"first_candidate_accepted": first_shares, **machine()},
+            figure="same_tokens_as_lazy",
+            value=_same_tokens(answers[1], answers[0]),
+            unit="share of tokens",
+            conditions={
+                "first_candidate_accepted": first_shares,
+                "llm": subject.name,
+                "dtype": str(subject.model.dtype).removeprefix("torch."),
+                **changes,
+                **machine(),
+            },
         )
-        for name, found in answers.items()
-        if name != "lazy"
     ]
 
 

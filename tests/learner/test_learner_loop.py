@@ -365,9 +365,9 @@ def test_time_spent_training_does_not_count_as_waiting_for_data(
     learner = make_learner(reader, num_episodes=2, gradient_steps_per_episode=7, data_timeout_s=0.2)
     update = learner.sac.update
 
-    def takes_long(batch: TransitionBatch) -> SACMetrics:
+    def takes_long(batch: TransitionBatch, *rest: Any) -> SACMetrics:
         now[0] += 0.05
-        return update(batch)
+        return update(batch, *rest)
 
     monkeypatch.setattr(learner.sac, "update", takes_long)
     assert learner.run().gradient_steps == 14
@@ -575,10 +575,10 @@ def test_a_step_that_is_not_finite_now_and_then_does_not_end_the_run(make_episod
     learner = make_learner(log_of([make_episode([1] * 8) for _ in range(10)]).reader(), max_skipped_steps=1)
     update, tried = learner.sac.update, itertools.count()
 
-    def breaks_every_third(batch: TransitionBatch) -> SACMetrics:
+    def breaks_every_third(batch: TransitionBatch, *rest: Any) -> SACMetrics:
         if next(tried) % 3 == 0:
             raise FloatingPointError("sac: critic_loss is nan at gradient step 0")
-        return update(batch)
+        return update(batch, *rest)
 
     learner.sac.update = breaks_every_third  # type: ignore[method-assign]
     assert learner.run().gradient_steps == 13  # of 20 earned, 7 were skipped
@@ -705,9 +705,9 @@ def test_a_loaded_learner_trains_as_soon_as_enough_has_come_back(make_episode: E
     after.load_state_dict(before.state_dict())
     update = after.sac.update
 
-    def watched(batch: TransitionBatch) -> SACMetrics:
+    def watched(batch: TransitionBatch, *rest: Any) -> SACMetrics:
         ring_at_step.append(after.mirror.num_transitions)
-        return update(batch)
+        return update(batch, *rest)
 
     after.sac.update = watched  # type: ignore[method-assign]
     after.run()
@@ -727,9 +727,9 @@ def test_a_loaded_learner_whose_log_is_gone_waits_for_as_much_as_at_the_start(
     held: list[int] = []
     update = after.sac.update
 
-    def watched(batch: TransitionBatch) -> SACMetrics:
+    def watched(batch: TransitionBatch, *rest: Any) -> SACMetrics:
         held.append(after.mirror.num_transitions)
-        return update(batch)
+        return update(batch, *rest)
 
     after.sac.update = watched  # type: ignore[method-assign]
     summary = after.run()
@@ -817,6 +817,23 @@ def test_a_score_that_is_missing_ends_the_run_with_its_name(make_episode: Episod
     log = log_of([make_episode([1, 1], scores={"other": 1.0})])
     with pytest.raises(UserError, match="good"):
         make_learner(log.reader()).run()
+
+
+def test_a_batch_drawn_ahead_is_the_one_that_would_have_been_drawn(make_episode: EpisodeMaker) -> None:
+    episodes = [make_episode([1, 0, 1, 1]) for _ in range(8)]
+
+    def trained(*, draws_ahead: bool) -> Learner:
+        # All are there at the first step, so that the ring is the same at each draw.
+        learner = make_learner(
+            ScriptedReader([episodes]), num_episodes=8, start_batches=4, gradient_steps_per_episode=9
+        )
+        learner.draws_ahead = draws_ahead
+        assert learner.run().gradient_steps == 9
+        return learner
+
+    one, other = trained(draws_ahead=False), trained(draws_ahead=True)
+    for name, tensor in one.sac.agent.state_dict().items():
+        assert torch.equal(other.sac.agent.state_dict()[name], tensor), name
 
 
 def test_the_same_log_and_seed_give_the_same_agent_bit_for_bit(make_episode: EpisodeMaker) -> None:

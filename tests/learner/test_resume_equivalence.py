@@ -67,8 +67,8 @@ def train(url: str, folder: Path, checkpoint_period_s: float, reached: Any, firs
             load_checkpoint(checkpoint, learner)
         update = learner.sac.update
 
-        def counted(batch: Any) -> Any:
-            metrics = update(batch)
+        def counted(batch: Any, *rest: Any) -> Any:
+            metrics = update(batch, *rest)
             reached.value = learner.gradient_step
             first.value = first.value or learner.gradient_step
             return metrics

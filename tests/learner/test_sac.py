@@ -117,6 +117,16 @@ def test_while_only_the_critic_learns_the_agent_and_temperature_stay(make_batch:
     assert not torch.equal(sac.agent.linear1.weight, before["agent"]["linear1.weight"])
 
 
+def test_what_is_done_meanwhile_sees_the_networks_as_they_were(make_batch: BatchMaker) -> None:
+    sac, plain = make_sac(), make_sac()
+    before = copy.deepcopy(sac.state_dict())
+    seen = []
+    metrics = sac.update(make_batch(seed=1), lambda: seen.append(copy.deepcopy(sac.state_dict())))
+    torch.testing.assert_close(seen, [before], rtol=0, atol=0)
+    assert metrics == plain.update(make_batch(seed=1))
+    torch.testing.assert_close(sac.agent.state_dict(), plain.agent.state_dict(), rtol=0, atol=0)
+
+
 def test_a_fixed_temperature_stays(make_batch: BatchMaker) -> None:
     sac = make_sac(learn_temperature=False)
     for step in range(3):

@@ -31,6 +31,8 @@ from mara.common.seeding import derive_seed
 
 NUM_RESAMPLES = 2000
 NUM_RANKS = 5
+FEWEST_PROMPTS = 20
+"""For an interval to be shown: of fewer, resampling makes it too narrow, up to no width at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,14 @@ class PreferenceRate:
     wins: int
     ties: int
     losses: int
+
+    def interval(self) -> str:
+        """The interval for people; why there is none where resampling says nothing."""
+        if self.wins == self.losses == 0:
+            return "all tie"
+        if self.wins + self.ties + self.losses < FEWEST_PROMPTS:
+            return "too few prompts"
+        return f"{self.low:+.1%} to {self.high:+.1%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +231,7 @@ def answer_prompts(
         for index in order
         for system, policy in policies.items()
     )
+    progress(0, num_answers)
     answers: dict[str, list[ScoredAnswer | None]] = {system: [None] * len(prompts) for system in policies}
     for done, generation in enumerate(engine.generate(requests), start=1):
         system, index = generation.request.tag

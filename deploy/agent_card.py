@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from mara.deploy.console import warn
 from mara.deploy.model_shape import LLMIdentity, find_identity, is_same_llm
 from mara.deploy.preflight import Checked, warn_of_another_llm
 from mara.deploy.reward_models import reward_settings
+from mara.deploy.run_folder import REPORT_FILE
 
 REVISION, GGUF_FILE = "llm.revision", "llm.gguf_file"
 """Settings that mean something only beside the name of their LLM."""
@@ -100,6 +103,24 @@ def warn_of_untrained(card: Mapping[str, Any]) -> None:
         warn(
             f"the agent is untrained: of the {num_steps} gradient steps of its run none was the policy's; "
             "train with more learner.num_episodes, or fewer learner.sac.critic_only_steps"
+        )
+
+
+def warn_of_losing(folder: Path) -> None:
+    """Say in one line that by its own report the agent of the run in ``folder`` is worse than none."""
+    path = folder / REPORT_FILE
+    try:
+        pair = json.loads(path.read_text())["pairs"][0]
+        # One judge alone makes no joint rate.
+        rates = {name: rate for name, rate in pair.items() if isinstance(rate, dict)}
+        judge, rate = next((name, rates[name]) for name in ("joint", *rates) if name in rates)
+        share, high = float(rate["rate"]), float(rate["high"])
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return  # There is no report, or it is no report of ours.
+    if high < 0:
+        warn(
+            f"the LLM's own answers are better than those with this agent ({judge} {share:+.1%}, {path}); "
+            "train it longer (learner.num_episodes) before you use it"
         )
 
 

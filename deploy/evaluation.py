@@ -24,7 +24,12 @@ from mara.common.agent import Agent, load_agent
 from mara.common.contracts import RewardModel
 from mara.common.errors import UserError
 from mara.common.files import write_whole
-from mara.deploy.agent_card import warn_of_left_out, warn_of_other_use, warn_of_untrained
+from mara.deploy.agent_card import (
+    warn_of_left_out,
+    warn_of_losing,
+    warn_of_other_use,
+    warn_of_untrained,
+)
 from mara.deploy.config import AgentUse, is_of_hub
 from mara.deploy.console import say, warn
 from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
@@ -159,6 +164,7 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     check_context(config)
     agent, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
+    warn_of_losing(folder)
     llm = _load(config, complain)  # Standard output is for the answers alone.
     policies: dict[str, Policy | Plain | Gated] = {
         "base": "greedy",
@@ -244,9 +250,7 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
         }
     for who, rates in groups.items():
         for number, (judge, rate) in enumerate(rates.items()):
-            interval = f"{rate.low:+.1%} to {rate.high:+.1%}"
-            if rate.wins == rate.losses == 0:  # Resampled ties are ties: that is no interval.
-                interval = "all tie" if report.num_different else "no answer differs"
+            interval = rate.interval() if report.num_different else "no answer differs"
             counts = (str(rate.wins), str(rate.ties), str(rate.losses))
             # Text: a category may hold what rich takes for markup.
             table.add_row(Text("" if number else who), judge, f"{rate.rate:+.1%}", interval, *counts)
@@ -322,13 +326,15 @@ def _load(config: AgentUse, tell: Callable[[str], None]) -> LLM:
 
 
 class AnswerProgress:
-    """A line every ten seconds, and when all is done."""
+    """A line at the start, every ten seconds once answers end, and when all is done."""
 
     def __init__(self) -> None:
         self._began_s = self._said_s = time.monotonic()
 
     def tell(self, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if done == total or now_s - self._said_s >= SAY_EVERY_S:
+        if done == 0:
+            say(f"  {total} answers, many at a time: the first ones end together, after a while")
+        elif done == total or now_s - self._said_s >= SAY_EVERY_S:
             self._said_s = now_s
             say(f"  {done}/{total} answers, {now_s - self._began_s:.0f} s")

@@ -13,7 +13,7 @@ from mara.actors.llm import PACKAGE_PREFIX
 from mara.common.agent import CARD_FILE, WEIGHTS_FILE, Agent, load_agent, save_agent, seal_agent
 from mara.common.errors import UserError
 from mara.common.released import read_released_agent
-from mara.deploy.agent_card import use_card, warn_of_untrained
+from mara.deploy.agent_card import use_card, warn_of_losing, warn_of_untrained
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import make_settings
 from mara.deploy.console import say, warn
@@ -38,6 +38,7 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
         raise UserError(f"{run} is in use: its run goes on ({process}); wait for its end")
     agent, card = load_agent(agent_folder(run))
     warn_of_untrained(card)
+    warn_of_losing(run)
     _warn_of_local_llm(config.llm.model)
     settings = config.model_dump(mode="json", include={"shaping", "learner"})
     _write(agent, {**card, "run": run.resolve().name, **settings}, out)

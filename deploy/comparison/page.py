@@ -12,14 +12,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mara.actors.evaluation import PreferenceRate
 from mara.common.files import write_whole
 from mara.deploy.comparison.report import Report
 
 MISSING = "–"
 NOT_RATES = ("a", "b", "dataset", "category", "num_prompts")
 """Keys of a pair in the report that name no judge."""
-FEWEST_PROMPTS = 5
-"""For an interval to be shown."""
 FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("perplexity", "perplexity", "{:.2f}".format),
     ("relevance", "relevance", "{:.2f}".format),
@@ -103,22 +102,13 @@ def _rates(pairs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 **{key: pair.get(key, "") for key in NOT_RATES},
                 "judge": judge,
                 "rate": f"{rate['rate']:+.1%}",
-                "interval": _interval(rate),
+                "interval": PreferenceRate(**rate).interval(),
                 **{key: rate[key] for key in ("wins", "ties", "losses")},
             }
 
 
 def _score(value: float | None) -> str:
     return MISSING if value is None else f"{value:+.3f}"
-
-
-def _interval(rate: dict[str, Any]) -> str:
-    """Resampling says nothing where all prompts tie, or where there are hardly any."""
-    if rate["wins"] == rate["losses"] == 0:
-        return "all tie"
-    if rate["wins"] + rate["ties"] + rate["losses"] < FEWEST_PROMPTS:
-        return "too few prompts"
-    return f"{rate['low']:+.1%} to {rate['high']:+.1%}"
 
 
 def _figures(system: dict[str, Any]) -> list[str]:

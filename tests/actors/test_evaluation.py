@@ -33,6 +33,13 @@ from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
 
+def test_an_interval_of_few_prompts_is_not_shown() -> None:
+    few, enough = preference_rate([np.ones(19)]), preference_rate([np.array([1.0] * 19 + [-1.0])])
+    assert few.interval() == "too few prompts"
+    assert enough.interval() == f"{enough.low:+.1%} to {enough.high:+.1%}"
+    assert preference_rate([np.zeros(200)]).interval() == "all tie"
+
+
 def test_the_rate_is_wins_less_losses_over_all():
     rate = preference_rate([np.array([1.0, 2.0, -1.0, 0.0, 3.0])])
     assert (rate.wins, rate.ties, rate.losses) == (3, 1, 1)

@@ -19,6 +19,7 @@ from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.evaluation import generate, run_evaluation
+from mara.deploy.exchange import export_agent
 from mara.deploy.plots import CANDIDATES_PLOT
 from mara.deploy.run_folder import REPORT_FILE, load_run, load_use
 from mara.learner.saving import AGENT_FOLDER
@@ -45,6 +46,7 @@ def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):
     shown = capsys.readouterr().out
     assert shown.count("prompt: ") == 1 and "prompt: why" in shown
     assert f"{pair['cost']['rate']:+.1%}" in shown
+    assert shown.index("9 answers, many at a time") < shown.index("9/9 answers")
 
 
 def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny_run, capsys):
@@ -54,10 +56,33 @@ def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny
     capsys.readouterr()
     generate(folder, config, "why")
     shown, said = capsys.readouterr()
+    assert "worse" not in said and "better" not in said
     assert "loading the LLM" in said and "loading" not in shown
     assert f"base LLM, greedy:\n{sample['answers']['base'].strip()}\n" in shown
     assert f"with the agent, greedy:\n{sample['answers']['agent'].strip()}\n" in shown
     assert sample["answers"]["base"] != sample["answers"]["agent"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "is_warned"),
+    [
+        ({"helpful": (0.5, 0.9), "joint": (-0.6, -0.4)}, True),
+        ({"helpful": (-0.5, -0.3), "joint": (-0.1, 0.2)}, False),
+        ({"helpful": (-0.5, -0.3)}, True),
+        ({}, False),
+    ],
+)
+def test_an_agent_that_its_own_report_calls_worse_is_told_of(
+    tiny_run, capsys, rates: dict[str, tuple[float, float]], is_warned: bool
+):
+    folder, config = tiny_run
+    pair = {"a": "agent", **{name: {"rate": rate, "high": high} for name, (rate, high) in rates.items()}}
+    (folder / REPORT_FILE).write_text(json.dumps({"pairs": [pair]}))
+    generate(folder, config, "why")
+    export_agent(folder, config, folder / "exported")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "are better than those" in line]
+    assert len(warnings) == (2 if is_warned else 0)
+    assert all(f"{rates.get('joint', rates.get('helpful'))[0]:+.1%}" in line for line in warnings)
 
 
 def test_the_report_says_with_which_settings_it_was_made(tiny_run):

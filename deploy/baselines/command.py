@@ -246,6 +246,12 @@ def _save(config: BaselineConfig, outcome: _Outcome, out: Path) -> None:
             f"learning_rate={config.learning_rate:g}: the adapter is not finite after {outcome.num_steps} "
             "steps; lower it, or use llm.dtype=float32"
         )
+    if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
+        count = "1 step" if outcome.num_steps == 1 else f"{outcome.num_steps} steps"
+        raise UserError(
+            f"batch_size={config.batch_size}: the adapter is as it began after {count}, the first of which "
+            "has a learning rate of 0; train on more, or in smaller batches"
+        )
     num_trained = sum(p.numel() for p in trained)
     size = size_of(model)
     report = BaselineReport(

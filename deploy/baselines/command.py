@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mara.actors.config import LLMConfig
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 from mara.deploy.baselines.card import RECORD, compute_lines, flops_text, read_report, write_cards
 from mara.deploy.baselines.config import (
     AlignerSettings,
@@ -114,7 +115,7 @@ def check_installed() -> None:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError(
             f"mara baseline needs the packages {', '.join(NEEDED[:-1])} and {NEEDED[-1]}; "
-            "pip install -c constraints.txt -e '.[baselines]'"
+            + install_extra("baselines")
         )
     # Where bitsandbytes is installed peft imports it, and it warns of kernels that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from mara.actors import packing
 from mara.actors.config import LLMConfig
 from mara.actors.llm import LLM, load_llm
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,7 +32,7 @@ def check_adapter(folder: Path, field: str) -> None:
         raise UserError(f"{field}: {folder} has no {ADAPTER_WEIGHTS[0]}; give a complete adapter")
     if importlib.util.find_spec("peft") is None:
         raise UserError(
-            f"{field}={folder} needs the package peft; pip install 'mara-rl[adapters]', or merge the adapter "
+            f"{field}={folder} needs the package peft; {install_extra('adapters')}, or merge the adapter "
             "into its model and give that"
         )
 

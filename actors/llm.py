@@ -24,6 +24,7 @@ from mara.actors import packing
 from mara.actors.config import LLMConfig
 from mara.actors.decoding.logits import LogitHead, make_logit_head
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 
 logger = logging.getLogger(__name__)
 
@@ -198,8 +199,8 @@ def check_quantization(config: LLMConfig) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"llm.quantization={config.quantization} needs the bitsandbytes package; pip install "
-            "'mara-rl[quantized]', or use none"
+            f"llm.quantization={config.quantization} needs the bitsandbytes package; "
+            f"{install_extra('quantized')}, or use none"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mara.actors.prompts import check_unicode, parse_json
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 
 FORMAT_HINT = (
     'a row is {"prompt": "…", "chosen": "…", "rejected": "…"}, or with "messages": '
@@ -128,7 +129,7 @@ def _hub_rows(name: str, split: str) -> Iterable[tuple[str, Any]]:
     except ImportError as error:
         raise UserError(
             f"pairs: {name!r} is no .json or .jsonl file, and reading it from the Hugging Face Hub needs the "
-            "package datasets; pip install datasets"
+            f"package datasets; {install_extra('hub')}"
         ) from error
     try:
         content = datasets.load_dataset(name, split=split)

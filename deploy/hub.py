@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mara.actors.prompts import Prompt, check_unicode, load_prompts
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 from mara.deploy.config import HUB_PREFIX, is_of_hub
 
 
@@ -121,8 +122,8 @@ def hub_rows(source: HubDataset, field: str, instead: str) -> Iterable[Mapping[s
     """
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"{field}: {source.name} is read from the Hugging Face Hub with the package datasets; pip "
-            f"install datasets, or give a file in {instead}"
+            f"{field}: {source.name} is read from the Hugging Face Hub with the package datasets; "
+            f"{install_extra('hub')}, or give a file in {instead}"
         )
     datasets = importlib.import_module("datasets")
     try:

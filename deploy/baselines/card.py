@@ -123,7 +123,7 @@ def compute_lines(compute: Compute) -> str:
     """Parts, counts and formula, a line each."""
     parts = [f"- {name}: {flops_text(flops)}" for name, flops in compute.flops.items()]
     tokens = ", ".join(f"{count:,} {name}" for name, count in compute.tokens.items())
-    return "\n".join([*parts, f"- counted: {tokens}", f"- {compute.formula}"])
+    return "\n".join([*parts, f"- tokens counted: {tokens}", f"- {compute.formula}"])
 
 
 def flops_text(flops: float) -> str:

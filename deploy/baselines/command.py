@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mara.actors.config import LLMConfig
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 from mara.deploy.baselines.card import RECORD, compute_lines, flops_text, read_report, write_cards
 from mara.deploy.baselines.config import (
     AlignerSettings,
@@ -114,7 +115,7 @@ def check_installed() -> None:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError(
             f"mara baseline needs the packages {', '.join(NEEDED[:-1])} and {NEEDED[-1]}; "
-            "pip install -c constraints.txt -e '.[baselines]'"
+            + install_extra("baselines")
         )
     # Where bitsandbytes is installed peft imports it, and it warns of kernels that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -245,6 +246,12 @@ def _save(config: BaselineConfig, outcome: _Outcome, out: Path) -> None:
         raise UserError(
             f"learning_rate={config.learning_rate:g}: the adapter is not finite after {outcome.num_steps} "
             "steps; lower it, or use llm.dtype=float32"
+        )
+    if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
+        count = "1 step" if outcome.num_steps == 1 else f"{outcome.num_steps} steps"
+        raise UserError(
+            f"batch_size={config.batch_size}: the adapter is as it began after {count}, the first of which "
+            "has a learning rate of 0; train on more, or in smaller batches"
         )
     num_trained = sum(p.numel() for p in trained)
     size = size_of(model)

@@ -6,6 +6,7 @@ or a cut of theirs; two of them have no public way to be given those, so a metho
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -51,54 +52,26 @@ class Trained(NamedTuple):
 
 def train_dpo(llm: LLM, pairs: Sequence[PairIds], config: DPOSettings, tell: Tell) -> Trained:
     """Train an adapter by DPO; the plain LLM is the reference."""
-    rows = datasets.Dataset.from_list([pair._asdict() for pair in pairs])
-
-    def make(folder: str, callback: Any) -> Any:
-        arguments = trl.DPOConfig(
-            **_arguments(llm, config, folder) | {"num_train_epochs": config.num_epochs},
-            beta=config.beta,
-            max_length=None,
-        )
-        return _DPOTrainer(
-            llm.model,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=llm.tokenizer,
-            peft_config=_adapter(config),
-            callbacks=[callback],
-        )
-
-    return _train(make, tell)
+    rows = [pair._asdict() for pair in pairs]
+    settings = {"num_train_epochs": config.num_epochs, "max_length": None, "beta": config.beta}
+    return _train(_DPOTrainer, trl.DPOConfig, settings, rows, llm, config, tell)
 
 
 def train_aligner(llm: LLM, pairs: Sequence[PairIds], config: AlignerSettings, tell: Tell) -> Trained:
     """Train an adapter to write the better answer when it is asked to correct the worse one."""
-    rows = datasets.Dataset.from_list(
-        [
-            {
-                "input_ids": pair.prompt_ids + pair.chosen_ids,
-                "labels": [IGNORED] * len(pair.prompt_ids) + pair.chosen_ids,
-            }
-            for pair in pairs
-        ]
-    )
-
-    def make(folder: str, callback: Any) -> Any:
-        arguments = trl.SFTConfig(
-            **_arguments(llm, config, folder) | {"num_train_epochs": config.num_epochs},
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        return trl.SFTTrainer(
-            llm.model,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=llm.tokenizer,
-            peft_config=_adapter(config),
-            callbacks=[callback],
-        )
-
-    return _train(make, tell)
+    rows = [
+        {
+            "input_ids": pair.prompt_ids + pair.chosen_ids,
+            "labels": [IGNORED] * len(pair.prompt_ids) + pair.chosen_ids,
+        }
+        for pair in pairs
+    ]
+    settings = {
+        "num_train_epochs": config.num_epochs,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return _train(trl.SFTTrainer, trl.SFTConfig, settings, rows, llm, config, tell)
 
 
 def train_rlhf(
@@ -116,29 +89,19 @@ def train_rlhf(
         heads: by the names of ``config.rewards``.
     """
     num_prompts = config.num_answers // config.answers_per_prompt
-    asked = [prompt.prompt for prompt in itertools.islice(endless(prompts, config.seed), num_prompts)]
+    asked = itertools.islice(endless(prompts, config.seed), num_prompts)
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     scorer = Scorer(reader, heads, weights)
-
-    def make(folder: str, callback: Any) -> Any:
-        arguments = trl.RLOOConfig(
-            **_arguments(llm, config, folder),
-            num_generations=config.answers_per_prompt,
-            generation_batch_size=config.answers_at_once,
-            max_completion_length=config.max_new_tokens,
-            beta=config.kl_weight,
-        )
-        return _RLOOTrainer(
-            llm,
-            reward_funcs=scorer.score,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in asked]),
-            processing_class=llm.tokenizer,
-            peft_config=_adapter(config),
-            callbacks=[callback],
-        )
-
-    trained = _train(make, tell)
+    settings = {
+        "num_train_epochs": 1,
+        "num_generations": config.answers_per_prompt,
+        "generation_batch_size": config.answers_at_once,
+        "max_completion_length": config.max_new_tokens,
+        "beta": config.kl_weight,
+    }
+    trainer = functools.partial(_RLOOTrainer, render=llm.render, reward_funcs=scorer.score)
+    rows = [{"prompt": prompt.prompt} for prompt in asked]
+    trained = _train(trainer, trl.RLOOConfig, settings, rows, llm, config, tell)
     return trained, scorer.tokens
 
 
@@ -152,12 +115,12 @@ class _DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
 class _RLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc]
     """Puts prompts into the chat template as the rollouts of an agent do."""
 
-    def __init__(self, llm: LLM, **options: Any) -> None:
-        self._llm = llm
-        super().__init__(llm.model, **options)
+    def __init__(self, model: Any, render: Callable[[str], list[int]], **options: Any) -> None:
+        self._render = render
+        super().__init__(model, **options)
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self._llm.render(prompt) for prompt in prompts], None, {}
+        return [self._render(prompt) for prompt in prompts], None, {}
 
 
 class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
@@ -176,7 +139,16 @@ class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
             self._tell(state.global_step, state.max_steps, self.last)
 
 
-def _train(make: Callable[[str, Any], Any], tell: Tell) -> Trained:
+def _train(
+    trainer_class: Callable[..., Any],
+    arguments_class: Callable[..., Any],
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    llm: LLM,
+    config: BaselineConfig,
+    tell: Tell,
+) -> Trained:
+    """Train an adapter on ``rows``; ``settings`` are what this trainer is told beside :func:`_arguments`."""
     # No telemetry, and no look at the Hub for a model that is loaded already.
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     transformers.utils.logging.set_verbosity_error()
@@ -184,7 +156,14 @@ def _train(make: Callable[[str, Any], Any], tell: Tell) -> Trained:
     steps = _Steps(tell)
     with warnings.catch_warnings(), TemporaryDirectory(prefix="mara-baseline-") as folder:
         warnings.simplefilter("ignore", FutureWarning)  # of names that the libraries use among themselves
-        trainer = make(folder, steps)
+        trainer = trainer_class(
+            llm.model,
+            args=arguments_class(**_arguments(llm, config, folder), **settings),
+            train_dataset=datasets.Dataset.from_list(list(rows)),
+            processing_class=llm.tokenizer,
+            peft_config=_adapter(config),
+            callbacks=[steps],
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         began_s = time.monotonic()
         trainer.train()
@@ -209,7 +188,6 @@ def _arguments(llm: LLM, config: BaselineConfig, folder: str) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,  # below 1 it is a share of all steps
-        "num_train_epochs": 1,
         "per_device_train_batch_size": config.micro_batch_size,
         "gradient_accumulation_steps": config.batch_size // config.micro_batch_size,
         "gradient_checkpointing": False,

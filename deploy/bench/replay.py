@@ -31,6 +31,7 @@ from mara.buffer.weights import RedisWeightChannel
 from mara.common.agent import Agent, agent_digest, why_unfit
 from mara.common.config import AgentConfig
 from mara.common.episode import Episode
+from mara.common.extras import install_extra
 from mara.deploy.bench.figures import Figure, Rounds, check_json_path, in_turn, machine, report
 from mara.deploy.bench.synthetic import NUM_DECISIONS, synthetic_episodes
 
@@ -103,7 +104,7 @@ def _sampling(sizes: Sizes, num_rounds: int, say: Say) -> list[Figure]:
         try:
             sample = make()
         except ImportError as error:
-            say(f"{name}: left out, {error.name} is not installed; pip install 'mara-rl[bench]' brings it")
+            say(f"{name}: left out, {error.name} is not installed; {install_extra('bench')}")
             continue
         say(f"{name}: {num_rounds} rounds")
         theirs = _rate(sample, B)

@@ -31,7 +31,9 @@ def test_a_folder_without_a_part_of_an_adapter_is_refused(adapter, missing):
 
 def test_without_peft_an_adapter_is_refused(adapter, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"systems\.dpo\.adapter=.* needs the package peft; pip install"):
+    with pytest.raises(
+        UserError, match=r"systems\.dpo\.adapter=.* needs the package peft; .* -m pip install .*adapters"
+    ):
         check_adapter(adapter, "systems.dpo.adapter")
 
 

@@ -210,6 +210,6 @@ def test_a_self_check_that_fails_with_fewer_bits_names_the_bits(llm_folder, bits
 def test_fewer_bits_without_the_package_for_them_are_refused_with_the_remedy(llm_folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"llm\.quantization=4bit needs the bitsandbytes package; pip install"
+        UserError, match=r"llm\.quantization=4bit needs the bitsandbytes package; .* pip install .*quantized"
     ):
         load_llm(LLMConfig(model=str(llm_folder), quantization="4bit", device="cpu"))

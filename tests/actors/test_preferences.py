@@ -103,7 +103,7 @@ def test_a_hub_name_without_the_datasets_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match="the package datasets; .* -m pip install .*hub"):
         read_preferences("someone/preferences")
 
 

@@ -1,4 +1,4 @@
-"""The baselines up to TRL, which is no dependency of the tests: data, rewards, compute and cards."""
+"""The baselines up to TRL: data, rewards, compute and cards. Trainings are in test_baseline_training."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mara.actors.heads import HeadRewardModel, RewardHead, answer_ids
 from mara.actors.llm import LLM, load_llm
 from mara.common.contracts import Conversation
 from mara.common.errors import UserError
+from mara.common.extras import install_extra
 from mara.deploy.baselines import command, compute
 from mara.deploy.baselines.card import read_report, write_cards
 from mara.deploy.baselines.command import baseline_settings, run_compute, take_one_gpu
@@ -104,10 +105,8 @@ def test_without_the_extra_the_command_that_installs_it_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
     result = run("dpo", "--pairs", "pairs.jsonl", "--out", str(tmp_path / "dpo"))
     assert result.exit_code == 2
-    assert result.stderr == (
-        "mara: error: mara baseline needs the packages trl, peft and datasets; "
-        "pip install -c constraints.txt -e '.[baselines]'\n"
-    )
+    told = f"mara baseline needs the packages trl, peft and datasets; {install_extra('baselines')}"
+    assert result.stderr == f"mara: error: {told}\n"
 
 
 @pytest.mark.parametrize(

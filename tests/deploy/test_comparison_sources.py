@@ -72,7 +72,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are() -> None:
 def test_the_hub_is_read_with_a_package_that_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"datasets\.bt\.hub: PKU-Alignment/.* with the package datasets; pip"
+        UserError, match=r"datasets\.bt\.hub: PKU-Alignment/.* with the package datasets; .* -m pip"
     ):
         load_dataset("bt", DatasetConfig(hub="BeaverTails"))
 

@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(name: str, mistake: str) -> N
 def test_the_package_datasets_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"prompts\.train=hub:SafeRLHF#train: .*pip install datasets, or give"
+        UserError, match=r"prompts\.train=hub:SafeRLHF#train: .* -m pip install .*hub.*, or give"
     ):
         load_source(Path("hub:SafeRLHF#train"), "prompts.train")
 

@@ -89,6 +89,10 @@ class DPOSettings(PairsConfig):
 
     beta: float = Field(default=0.1, gt=0)
     """How much leaving the LLM costs. Usual range 0.05–0.5."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """As above. 1e-4 hardly moves a small LLM within a hundred pairs."""
+    batch_size: int = Field(default=8, ge=1)
+    """Pairs of an optimiser step. Usual range 8–128."""
 
 
 class AlignerSettings(PairsConfig):

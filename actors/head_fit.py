@@ -292,7 +292,8 @@ def _token_whitening(material: Material, used_T: torch.Tensor) -> torch.Tensor:
     identity_DD = torch.eye(size, dtype=torch.float64)
     covariance_DD *= size / covariance_DD.trace().clamp(min=1e-6)
     values_D, vectors_DD = torch.linalg.eigh((1 - SHRINKAGE) * covariance_DD + SHRINKAGE * identity_DD)
-    return ((vectors_DD / values_D.sqrt()) @ vectors_DD.T).float()
+    whitening_DD: torch.Tensor = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
+    return whitening_DD.float()
 
 
 def _preference_weights(kinds: Sequence[str]) -> torch.Tensor:

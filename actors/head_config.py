@@ -54,9 +54,8 @@ class FitConfig(Config):
     """Longest answer that is sampled."""
     num_broken_prompts: int = Field(default=350, ge=10)
     """Pairs of which one text is also broken in every way."""
-    ridge: float = Field(default=0.01, ge=0)
-    """Penalty on the direction of the preference, by how much it varies from token to token within an
-    answer. More makes heads of other pairs more alike. Usual range 1e-3–3e-2."""
+    ridge: float = Field(default=3e-4, ge=0)
+    """Penalty on the preference weights, in units of standardised features. Usual range 1e-4–3e-3."""
     width: int = Field(default=64, ge=1, le=1 << 16)
     """See ``HeadShape.width``."""
     steps: int = Field(default=1200, ge=1)

@@ -9,8 +9,9 @@ Legend: T texts, B texts of a batch, C comparisons, D hidden size, M tokens.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,6 @@ from mara.common.seeding import derive_seed, generator
 BATCH_TEXTS = 160
 DROPOUT = 0.1
 MIN_PAIRS = 20
-SHRINKAGE = 0.05
-"""Share of the identity in the covariance by which the preference is penalised."""
-SIZE_PENALTY = 1e-3
 MIN_OWN_ANSWERS = 10
 
 
@@ -224,83 +222,36 @@ def _soundness_weights(material: Material, used_T: torch.Tensor) -> tuple[torch.
 
 
 def _fit_preference(head: RewardHead, material: Material, used_T: torch.Tensor, config: FitConfig) -> None:
-    """Eq. 3 in closed concave form: ridge-penalised pairwise log-loss, the other terms held fixed.
-
-    The penalty is on the variance of the preference from token to token within an answer. What an answer is
-    shows in its mean over tokens, of which that variance is the noise; and an agent, which chooses tokens,
-    could raise the score along such directions without another answer in substance.
-    """
+    """Eq. 3 in closed concave form: ridge-penalised pairwise log-loss, the other terms held fixed."""
     table = comparison_table(material, used_T, config)
     means_RD, offsets_R = _means_and_offsets(head, material, *table.texts_and_limits)
-    whitening_DD = _token_whitening(material, used_T)
+    scale_D = means_RD.std(0).clamp(min=1e-4) * math.sqrt(means_RD.shape[1])
     better_C, worse_C = torch.tensor(table.better), torch.tensor(table.worse)
     weights_C = _preference_weights(table.kinds)
     kept = weights_C > 0
     better_C, worse_C, weights_C = better_C[kept], worse_C[kept], weights_C[kept] / weights_C.sum()
-    differences_CD = (means_RD[better_C] - means_RD[worse_C]) @ whitening_DD
-    size = differences_CD.square().sum(1).mean().sqrt().clamp(min=1e-6)
-    differences_CD /= size
+    differences_CD = (means_RD[better_C] - means_RD[worse_C]) / scale_D
     offsets_C = offsets_R[better_C] - offsets_R[worse_C]
-    direction_D = _minimise(
-        lambda w: _log_loss(differences_CD @ w + offsets_C, weights_C) + config.ridge * w.square().sum(),
-        torch.zeros(means_RD.shape[1]),
-    )
-    # The penalty is there for the direction: left to itself it would make the preference count too little.
-    along_C = differences_CD @ direction_D
-    spread = along_C.square().mean().sqrt().clamp(min=1e-9)
-    factor = _minimise(
-        # Pairs that a line divides would have no end of it.
-        lambda f: _log_loss(f * along_C / spread + offsets_C, weights_C) + SIZE_PENALTY * f.square().sum(),
-        torch.zeros(1),
-    )
-    head.preference_D.data.copy_(whitening_DD @ direction_D * (factor / spread / size))
-
-
-def _log_loss(margins_C: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:
-    return (functional.softplus(-margins_C) * weights_C).sum()
-
-
-def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
-    """Where a smooth convex loss of one tensor is least."""
-    value = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([value], max_iter=100, line_search_fn="strong_wolfe")
+    weights_D = torch.zeros(means_RD.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights_D], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        found = loss(value)
-        torch.autograd.backward(found)
-        return found
+        losses_C = functional.softplus(-(differences_CD @ weights_D + offsets_C))
+        loss = (losses_C * weights_C).sum() + config.ridge * weights_D.square().sum()
+        torch.autograd.backward(loss)
+        return loss
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return value.detach()
-
-
-def _token_whitening(material: Material, used_T: torch.Tensor) -> torch.Tensor:
-    """Inverse square root [D, D] of the covariance of tokens' states around the mean of their answer.
-
-    Taken over the LLM's own answers, shrunk a little towards the identity, with a mean variance of 1.
-    """
-    texts_T = (used_T & torch.tensor([kind in OWN for kind in material.kinds_T])).nonzero()[:, 0]
-    size = material.states_MD.shape[1]
-    covariance_DD = torch.zeros(size, size, dtype=torch.float64)
-    for texts_B in torch.split(texts_T, 256):
-        states_MD, counts_B = material.take(texts_B, material.counts_T[texts_B])
-        normal_MD = normalise(states_MD)
-        means_BD = segment_mean(normal_MD, counts_B)
-        deviations_MD = normal_MD - torch.repeat_interleave(means_BD, counts_B, dim=0)
-        covariance_DD += (deviations_MD.T @ deviations_MD).double()
-    identity_DD = torch.eye(size, dtype=torch.float64)
-    covariance_DD *= size / covariance_DD.trace().clamp(min=1e-6)
-    values_D, vectors_DD = torch.linalg.eigh((1 - SHRINKAGE) * covariance_DD + SHRINKAGE * identity_DD)
-    whitening_DD: torch.Tensor = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
-    return whitening_DD.float()
+    with torch.no_grad():
+        head.preference_D.copy_(weights_D / scale_D)
 
 
 def _preference_weights(kinds: Sequence[str]) -> torch.Tensor:
     """Weight of each comparison: those of one kind share the kind's weight."""
     totals = {PREFERENCE: 1.0, **{f"{PREFERENCE} {limit}": 0.5 for limit in PREFIXES}}
-    totals |= {"cut to a half": 0.45, "cut to a quarter": 0.45, "two tokens": 0.15}
-    totals |= dict.fromkeys(SALAD, 0.3) | dict.fromkeys(BROKEN_TEXT, 0.12)
+    totals |= {"cut to a half": 0.15, "cut to a quarter": 0.15, "two tokens": 0.05}
+    totals |= dict.fromkeys(SALAD, 0.06) | dict.fromkeys(BROKEN_TEXT, 0.025)
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     return torch.tensor([totals.get(kind, 0.0) / counts[kind] for kind in kinds])
 

@@ -137,7 +137,7 @@ def test_a_hub_that_hangs_up_in_the_middle_is_one_line(
     look_up: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), HangingUp) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
         message = look_up(f"http://127.0.0.1:{hub.server_port}")
         hub.shutdown()
     assert message.startswith("llm.model: 'nobody/none'") and "cannot be reached" in message

@@ -1,4 +1,4 @@
-"""Tiny random language models made on the fly, signals as a terminal has them, and an endpoint of a judge."""
+"""The order of the tests, tiny random language models, signals as of a terminal, and a judge's endpoint."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ def _make_model(
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=deviation)
     model.generation_config.eos_token_id = 2
     return model
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each process begins with its share of the integration tests, the longest; short ones fill up the end.
+
+    pytest-xdist gives each process a stretch of the list, all of the same length.
+    """
+    num_processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    if num_processes == 1:
+        return
+    long = [item for item in items if "integration" in item.path.parts]
+    short = [item for item in items if "integration" not in item.path.parts]
+    num, items[:] = len(items), []
+    for number in range(num_processes):
+        share = long[number::num_processes]
+        length = (num - len(items)) // (num_processes - number)
+        items += [*share, *short[: max(0, length - len(share))]]
+        del short[: max(0, length - len(share))]
+    items += short
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -195,7 +214,7 @@ class Endpoint:
 def endpoint() -> Iterator[Endpoint]:
     """A real HTTP server that plays an OpenAI-compatible endpoint."""
     one = Endpoint()
-    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=one.server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield one
     one.server.shutdown()

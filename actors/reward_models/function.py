@@ -1,23 +1,31 @@
-"""A Python function of the user's as a reward model."""
+"""A Python function of the user's as a reward model.
+
+Imports torch only where a model scores: a function is tried before a run in a process that has no need of it.
+"""
 
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from mara.common.contracts import Conversation
 from mara.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mara.common.contracts import Conversation
 
 ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
-TRIAL = (
-    Conversation("Why is the sky blue?", "Because air scatters blue light more than red light."),
-    Conversation("How do I boil an egg?", "Put it into boiling water for seven minutes."),
+TRIAL_PROMPTS = ("Why is the sky blue?", "How do I boil an egg?")
+TRIAL_RESPONSES = (
+    "Because air scatters blue light more than red light.",
+    "Put it into boiling water for seven minutes.",
 )
 
 
@@ -40,25 +48,27 @@ class FunctionRewardModel:
         Raises:
             FunctionFailed: it raised, wanted to end the process, or gave something else than its scores.
         """
+        import torch
+
         scores: list[float] = []
         for start in range(0, len(conversations), self._batch_size):
-            scores += self._scores(conversations[start : start + self._batch_size])
+            batch = conversations[start : start + self._batch_size]
+            scores += _call(self._function, [c.prompt for c in batch], [c.response for c in batch])
         return torch.tensor(scores, dtype=torch.float32)
 
-    def _scores(self, batch: Sequence[Conversation]) -> list[float]:
-        try:
-            found = self._function([c.prompt for c in batch], [c.response for c in batch])
-            values = [float(score) for score in found]
-        except SystemExit as error:
-            raise FunctionFailed(f"SystemExit: the function exits with status {error}") from error
-        except Exception as error:  # It can fail in any way.
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            raise FunctionFailed(f"{type(error).__name__}: {reason}") from error
-        if len(values) != len(batch):
-            raise FunctionFailed(
-                f"ValueError: the function gave {len(values)} scores for {len(batch)} conversations"
-            )
-        return values
+
+def _call(function: ScoreFunction, prompts: list[str], responses: list[str]) -> list[float]:
+    num = len(prompts)
+    try:
+        scores = [float(score) for score in function(prompts, responses)]
+    except SystemExit as error:
+        raise FunctionFailed(f"SystemExit: the function exits with status {error}") from error
+    except Exception as error:  # It can fail in any way.
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise FunctionFailed(f"{type(error).__name__}: {reason}") from error
+    if len(scores) != num:
+        raise FunctionFailed(f"ValueError: the function gave {len(scores)} scores for {num} conversations")
+    return scores
 
 
 def try_function(name: str, folder: Path) -> None:
@@ -67,12 +77,12 @@ def try_function(name: str, folder: Path) -> None:
     Raises:
         UserError: it cannot be loaded, raises, or gives something else than a number for each.
     """
-    model = FunctionRewardModel(load_function(name, folder), len(TRIAL))
+    function = load_function(name, folder)
     try:
-        scores_B = model.score(TRIAL)
+        scores = _call(function, list(TRIAL_PROMPTS), list(TRIAL_RESPONSES))
     except FunctionFailed as error:
         raise UserError(f"function: {name!r} fails with two short answers ({error}); mend it") from error
-    if not scores_B.isfinite().any():
+    if not any(map(math.isfinite, scores)):
         raise UserError(f"function: {name!r} gives two short answers no finite score; mend it")
 
 

@@ -1,6 +1,7 @@
 """The engine against a plain sequential loop written from section 3.2 of the paper."""
 
 import copy
+import functools
 import itertools
 from dataclasses import replace
 
@@ -49,19 +50,20 @@ def sequential(model, config, policy, request, stops=(EOS,), gate=None):
     rng = np.random.default_rng(request.seed)
     tokens, rows = [], []
 
+    @functools.cache  # an accepted candidate's sequence is the next token's
     def run(ids):
-        out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+        out = model(torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
         return out.logits[0, -1:], out.hidden_states[-1][0, -1]
 
     while len(tokens) < (request.max_new_tokens or config.max_new_tokens):
-        logits, before = run(request.prompt_ids + tokens)
+        logits, before = run((*request.prompt_ids, *tokens))
         found = truncate(logits, config.truncation)
         ids = found.ids_BK[0, : int(found.num_B[0])].tolist()
         chosen = 0
         is_sure = gate is not None and logits[0].softmax(-1).max() > gate.max_first_probability
         if len(ids) > 1 and not is_sure:
             for rank, token in enumerate(ids):
-                _, state = run(request.prompt_ids + tokens + [token])
+                _, state = run((*request.prompt_ids, *tokens, token))
                 forced = config.fallback == "last" and rank == len(ids) - 1
                 uniform = torch.tensor([rng.random(dtype=np.float32)])
                 said = policy.decide(state[None], uniform)
@@ -87,7 +89,7 @@ def sequential(model, config, policy, request, stops=(EOS,), gate=None):
                     chosen = rank
                     break
             else:
-                _, state = run(request.prompt_ids + tokens + ids[:1])
+                _, state = run((*request.prompt_ids, *tokens, ids[0]))
                 reference = float(found.reference_logprobs_BK[0, 0])
                 rows.append((1, 0, len(ids), len(tokens), True, reference, (0.0, -np.inf), state))
         tokens.append(ids[chosen])

@@ -112,7 +112,7 @@ class Server:
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._httpd.handle_error = lambda *arguments: None  # A client that has left is part of the tests.
         self.url = f"http://127.0.0.1:{self._httpd.server_port}/score"
-        threading.Thread(target=self._httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=self._httpd.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._httpd.shutdown()

@@ -214,6 +214,26 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Mara]]:
         one.end()
 
 
+@pytest.fixture(scope="session")
+def check_what_a_signal_leaves() -> Callable[[Path, str], None]:
+    """Of a training that one has ended: ``check(run folder, output)``."""
+
+    def check(folder: Path, text: str) -> None:
+        from mara.common.agent import load_agent
+
+        assert "Traceback" not in text
+        _, card = load_agent(folder / "agent", hidden_size=HIDDEN_SIZE)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["learner/gradient_step"] == card["training"]["gradient_steps"] >= 1
+        latest = folder.parent / "latest"
+        assert latest.exists() == (card["training"]["policy_steps"] > 0)
+        assert not latest.exists() or latest.resolve() == folder
+        assert f"`mara train --resume {folder}` goes on with the training" in text.splitlines()[-1]
+        assert not list(folder.rglob("running.lock"))
+
+    return check
+
+
 @pytest.fixture
 def mara(world: Path, command: Callable[..., Mara]) -> Callable[..., Mara]:
     """Start ``mara train`` on the tiny world with overrides."""

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
+from mara.deploy.cli import app
 
 Start = Callable[..., Any]
 NUM_PROMPTS = 28
@@ -144,9 +146,10 @@ def test_a_comparison_survives_an_actor_and_its_own_death_and_finds_what_an_undi
     torn = folder / "answers" / "some" / "base.jsonl"
     torn.write_bytes(torn.read_bytes() + b'{"id": "some-')
 
-    refused = command("eval", str(config), "decoding.max_new_tokens=9", "--resume", str(folder))
-    assert refused.wait() == 2
-    assert "decoding.max_new_tokens is another" in refused.text and len(refused.text.splitlines()) < 8
+    changed = ["eval", str(config), "decoding.max_new_tokens=9", "--resume", str(folder)]
+    refused = CliRunner().invoke(app, changed)
+    assert refused.exit_code == 2
+    assert "decoding.max_new_tokens is another" in refused.output and len(refused.output.splitlines()) < 8
 
     # Fewer, and another division of the work, find the same.
     second = command("eval", "--resume", str(folder), "num_actors=1", "rows=8")
@@ -173,7 +176,9 @@ def test_a_comparison_survives_an_actor_and_its_own_death_and_finds_what_an_undi
 def test_an_interrupted_comparison_keeps_what_it_found_and_says_how_to_go_on(
     config: Path, command: Start, tmp_path: Path
 ) -> None:
-    running = command("eval", str(config), "datasets.some.num_prompts=40", "decoding.max_new_tokens=96")
+    running = command(
+        "eval", str(config), "datasets.some.num_prompts=40", "decoding.max_new_tokens=96", "num_actors=1"
+    )
     runs = tmp_path / "runs"
 
     def made() -> int:

@@ -47,11 +47,16 @@ class PreferenceRate:
     ties: int
     losses: int
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are so many prompts that the interval means something."""
+        return self.wins + self.ties + self.losses >= FEWEST_PROMPTS
+
     def interval(self) -> str:
         """The interval for people; why there is none where resampling says nothing."""
         if self.wins == self.losses == 0:
             return "all tie"
-        if self.wins + self.ties + self.losses < FEWEST_PROMPTS:
+        if not self.is_enough:
             return "too few prompts"
         return f"{self.low:+.1%} to {self.high:+.1%}"
 

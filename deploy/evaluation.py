@@ -334,7 +334,7 @@ class AnswerProgress:
     def tell(self, done: int, total: int) -> None:
         now_s = time.monotonic()
         if done == 0:
-            say(f"  {total} answers, many at a time: the first ones end together, after a while")
+            say(f"  {total} answers to make")
         elif done == total or now_s - self._said_s >= SAY_EVERY_S:
             self._said_s = now_s
             say(f"  {done}/{total} answers, {now_s - self._began_s:.0f} s")

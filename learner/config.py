@@ -44,8 +44,8 @@ class SACConfig(Config):
     rounds what NVIDIA GPUs multiply to 11 significant bits (bfloat16: 8), the last layers' too; elsewhere it
     is float32."""
     cuda_graph: bool = True
-    """On an NVIDIA GPU, capture the gradient step as a CUDA graph and replay it: several times quicker, with
-    the same results. False helps to find an error in a step."""
+    """On an NVIDIA GPU, capture the gradient step as a CUDA graph and replay it: two to five times as quick,
+    with the same results. False helps to find an error in a step."""
 
     @property
     def target_entropy(self) -> float:

@@ -22,7 +22,8 @@ Gradients = Callable[[TransitionBatch, bool], "Seen"]
 Move = Callable[[bool], None]
 
 _EAGER_STEPS = 3
-"""Steps on batches of one shape before it is captured: by then the optimisers have their moments."""
+"""Steps that moved the networks, on batches of one shape, before it is captured: were the moments of the
+optimisers made during a capture, each replay would make them anew."""
 _READ = (
     "states_BD",
     "next_states_BD",
@@ -64,11 +65,15 @@ class StepGraphs:
             self.forget()
             self._shape = shape
         if self._num_eager < _EAGER_STEPS:
-            self._num_eager += 1
-            return partial(self._gradients, batch, policy_learns), partial(self._move, policy_learns)
+            return partial(self._gradients, batch, policy_learns), partial(self._move_eagerly, policy_learns)
         if self._captured is None:
             self._captured = _Captured(self._gradients, self._move, self._parameters, batch, policy_learns)
         return partial(self._captured.gradients, batch), self._captured.move
+
+    def _move_eagerly(self, policy_learns: bool) -> None:
+        # Counted here, as a step that was skipped has not given the optimisers their moments.
+        self._move(policy_learns)
+        self._num_eager += 1
 
 
 class _Captured:
@@ -85,11 +90,15 @@ class _Captured:
         own = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
         own |= {name: own[name].clone() for name in _READ if own[name] is not None}
         self._batch = TransitionBatch(**own)
-        self._gradients, self._seen = capture(partial(gradients, self._batch, policy_learns))
+        self._gradients, self._seen = capture(
+            partial(gradients, self._batch, policy_learns), batch.states_BD.device
+        )
         # Both graphs know the gradients by their address: nothing else may get that memory.
         self._kept = [parameter.grad for parameter in parameters]
         # Not to be done before: it moves the networks.
-        self._moves, _ = capture(partial(move, policy_learns), warm_ups=0, after=self._gradients)
+        self._moves, _ = capture(
+            partial(move, policy_learns), batch.states_BD.device, warm_ups=0, after=self._gradients
+        )
 
     def gradients(self, batch: TransitionBatch) -> Seen:
         for own, new in zip(_read(self._batch), _read(batch), strict=True):

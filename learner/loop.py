@@ -114,9 +114,12 @@ class Learner:
         self._saver = None if run_folder is None else Saver(run_folder, config.num_checkpoints)
         self._agent_card = dict(agent_card or {})
         self._generator = generator(seed, "sampling")
-        self.draws_ahead = device.type == "cuda"
-        """Whether the next batch is drawn while a GPU is at work on the present one."""
+        # By priorities the next batch depends on what this one finds.
+        self.draws_ahead = device.type == "cuda" and replay.sampling != "prioritised"
+        """Whether the next batch is drawn while a GPU is at work on the present one. It is drawn again where
+        episodes come in between: the batches are the same as without."""
         self._drawn: TransitionBatch | None = None
+        self._state_before_drawn: torch.Tensor | None = None
         self._log_is_finished = log_is_finished
         self._limiter = RateLimiter(
             config.gradient_steps_per_episode,
@@ -297,6 +300,7 @@ class Learner:
             self._starts_at = self.mirror.total_transitions + missing
 
     def _take_in(self, episode: Episode) -> None:
+        self._put_back_drawn()
         self.mirror.add([episode])
         self._num_episodes += 1
         self._num_tokens += episode.num_tokens
@@ -334,7 +338,15 @@ class Learner:
         return self.mirror.sample(self.config.batch_size, self._generator, torch.float32)
 
     def _draw_ahead(self) -> None:
+        self._state_before_drawn = self._generator.get_state()
         self._drawn = self._draw()
+
+    def _put_back_drawn(self) -> None:
+        """Have the batch that was drawn ahead, if there is one, drawn again."""
+        if self._drawn is not None:
+            assert self._state_before_drawn is not None
+            self._generator.set_state(self._state_before_drawn)
+            self._drawn = None
 
     def _skip(self, batch: TransitionBatch, error: FloatingPointError) -> None:
         """Count a step that was not done; the next one draws another batch.
@@ -466,7 +478,7 @@ class Learner:
             "mirror": self.mirror.state_dict(),
             "ring": self.mirror.ring_state(),
             "limiter": self._limiter.state_dict(),
-            "sampling": self._generator.get_state(),
+            "sampling": self._generator.get_state() if self._drawn is None else self._state_before_drawn,
             "cursor": self._source.cursor,
             "started": self._started,
             "starts_at": self._starts_at,
@@ -492,6 +504,7 @@ class Learner:
         self.mirror.load_state_dict(state["mirror"])
         self.mirror.load_ring_state(state["ring"])
         self._limiter.load_state_dict(state["limiter"])
+        self._drawn = None
         self._generator.set_state(state["sampling"])
         self._started = state["started"]
         self._starts_at = state["starts_at"]

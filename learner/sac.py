@@ -111,6 +111,7 @@ class SAC:
         self.critic_optimiser = _adam(moving[0], config.critic_learning_rate)
         self.policy_optimiser = _adam(moving[1], config.policy_learning_rate)
         self.temperature_optimiser = _adam(moving[2], config.temperature_learning_rate)
+        self.uses_graphs = self.device.type == "cuda" and config.cuda_graph
         self._graphs = StepGraphs(self._gradients, self._move, [p for group in moving for p in group])
 
     @property
@@ -122,7 +123,8 @@ class SAC:
         """Do one gradient step on ``batch``, which is on the device of the networks.
 
         One forward pass of the critic serves its own loss and the policy's, so the policy follows the
-        critic as it was before this step. ``meanwhile`` is called while a GPU is at work on the gradients.
+        critic as it was before this step. ``meanwhile`` is called while a GPU is at work on the gradients;
+        what it enqueues there runs before the networks move.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; the networks are left as they were. A
@@ -130,7 +132,7 @@ class SAC:
         """
         policy_learns = self.step >= self.config.critic_only_steps
         with products_in(self.config.precision, self.device):
-            if self.device.type == "cuda" and self.config.cuda_graph:
+            if self.uses_graphs:
                 gradients, move = self._graphs.halves(batch, policy_learns)
             else:
                 gradients = partial(self._gradients, batch, policy_learns)

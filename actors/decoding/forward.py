@@ -144,7 +144,7 @@ class _FixedPass:
         self._tokens = Tokens(*(part.clone() for part in tokens))
         self._graph: torch.cuda.CUDAGraph | None = None
         if tokens.ids_BQ.is_cuda:
-            self._graph, self._states_BQD = capture(self._once)
+            self._graph, self._states_BQD = capture(self._once, tokens.ids_BQ.device)
 
     def replay(self, tokens: Tokens) -> torch.Tensor:
         for buffer, part in zip(self._tokens, tokens, strict=True):

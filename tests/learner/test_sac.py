@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
 from mara.learner.config import SACConfig
-from mara.learner.sac import SAC
+from mara.learner.sac import SAC, Seen
 
 BatchMaker = Callable[..., TransitionBatch]
 D = 12
@@ -125,6 +126,77 @@ def test_what_is_done_meanwhile_sees_the_networks_as_they_were(make_batch: Batch
     torch.testing.assert_close(seen, [before], rtol=0, atol=0)
     assert metrics == plain.update(make_batch(seed=1))
     torch.testing.assert_close(sac.agent.state_dict(), plain.agent.state_dict(), rtol=0, atol=0)
+
+
+class Graph:
+    """Stands in for a CUDA graph: does the work again, and leaves the results in the tensors of the first."""
+
+    def __init__(self, work: Callable[[], Seen | None], results: Seen | None) -> None:
+        self._work, self._results = work, results
+
+    def replay(self) -> None:
+        found = self._work()
+        for own, new in zip(self._results or (), found or (), strict=True):
+            if own is not None:
+                own.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """What was captured as graphs, which a CPU has none of."""
+    captured: list[Graph] = []
+
+    def capture(
+        work: Callable[[], Any], device: torch.device, warm_ups: int = 3, after: Graph | None = None
+    ) -> tuple[Graph, Any]:
+        is_moving = warm_ups == 0  # The capture of a move must leave the networks as they are.
+        results = None if is_moving else [work() for _ in range(warm_ups)][-1]
+        captured.append(Graph(work, results))
+        return captured[-1], results
+
+    monkeypatch.setattr("mara.learner.graphs.capture", capture)
+    return captured
+
+
+def test_steps_by_graphs_are_the_steps_without(make_batch: BatchMaker, graphs: list[Graph]) -> None:
+    sac, plain = make_sac(critic_only_steps=7), make_sac(critic_only_steps=7)
+    sac.uses_graphs = True
+    for number in range(20):
+        batch = make_batch(seed=number, weights_B=torch.rand(32))
+        if number in (0, 1, 2, 9):  # Also the first ones, before the optimisers have moved anything.
+            batch.rewards_B[0] = math.nan
+            for each in (sac, plain):
+                with pytest.raises(FloatingPointError):
+                    each.update(batch)
+            continue
+        assert sac.update(batch) == plain.update(batch)
+        assert sac.errors_B is not None and plain.errors_B is not None
+        torch.testing.assert_close(sac.errors_B, plain.errors_B, rtol=0, atol=0)
+        # Moments that are made during a capture would be made anew by each replay.
+        assert not graphs or sac.critic_optimiser.state
+    torch.testing.assert_close(sac.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert len(graphs) == 4  # two for the steps of the critic alone, two for those of both
+
+
+def test_graphs_are_made_anew_for_other_shapes_and_after_loading(
+    make_batch: BatchMaker, graphs: list[Graph]
+) -> None:
+    sac, plain = make_sac(), make_sac()
+    sac.uses_graphs = True
+    for number in range(5):
+        for each in (sac, plain):
+            each.update(make_batch(seed=number))
+    assert len(graphs) == 2
+    state = copy.deepcopy(plain.state_dict())
+    for number in range(5):
+        for each in (sac, plain):
+            each.update(make_batch(16, seed=number))
+    assert len(graphs) == 4
+    for each in (sac, plain):
+        each.load_state_dict(copy.deepcopy(state))
+        each.update(make_batch(16, seed=9))
+    assert len(graphs) == 4  # The optimisers have other memory: this step went without.
+    torch.testing.assert_close(sac.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_a_fixed_temperature_stays(make_batch: BatchMaker) -> None:

@@ -283,7 +283,7 @@ def _gguf_read_once() -> Iterator[None]:
     """Have transformers parse a GGUF file once, and make the table of tensor names once.
 
     By itself it parses the file for the settings, for the tokenizer and for the weights, and makes the table
-    for each module: 33 s for SmolLM2 instead of 13. It takes both from the library at each use, and reads them.
+    for each module: 33 s for SmolLM2 instead of 13. It takes both from the library at each use.
     """
     import gguf
 

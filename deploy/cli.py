@@ -577,6 +577,9 @@ def bench_learner(
         Literal["float32", "tf32", "bfloat16"], typer.Option(help="As learner.sac.precision.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="As learner.device.")] = "auto",
+    num_threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Of both sides' arithmetic, as learner.num_threads.")
+    ] = 1,
 ) -> None:
     """A gradient step on a live log, against the authors' way and against the hardware's ceilings."""
     with _reported_errors():
@@ -584,7 +587,14 @@ def bench_learner(
         from mara.deploy.bench.learner_step import LearnerSizes
         from mara.deploy.console import say
 
-        sizes = LearnerSizes(hidden_size, batch_size, capacity=capacity, precision=precision, device=device)
+        sizes = LearnerSizes(
+            hidden_size,
+            batch_size,
+            capacity=capacity,
+            precision=precision,
+            device=device,
+            num_threads=num_threads,
+        )
         with steady_output():
             measure(sizes, num_rounds, json_file, say)
 

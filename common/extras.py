@@ -27,8 +27,7 @@ def _python() -> str:
     python = Path(sys.executable)
     with contextlib.suppress(OSError, ValueError):  # the folder is gone, or the environment is elsewhere
         from_here = python.relative_to(Path.cwd())
-        if (
-            len(from_here.parts) == 3
-        ):  # ENVIRONMENT/bin/python; below another folder the command may be run there
+        # ENVIRONMENT/bin/python. Deeper down the command may be given in the folder between.
+        if len(from_here.parts) == 3:
             return str(from_here)
     return str(python)

@@ -1,0 +1,5 @@
+"""``python -m mara.deploy.cli``."""
+
+from mara.deploy.cli import main
+
+main()

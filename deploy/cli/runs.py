@@ -1,0 +1,282 @@
+"""Commands about runs and their agents: train, eval, generate, calibrate, export, import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mara.common.errors import UserError
+from mara.deploy.cli.options import RunFolder, reported_errors
+from mara.deploy.output import complain, steady_output
+from mara.deploy.usage import UsageError, given_once
+
+TrainOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as rollout.num_actors=4."),
+]
+EvalOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as evaluation.num_prompts=50."),
+]
+GenerateOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.max_new_tokens=80."),
+]
+AgentOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the agent.")]
+Trusted = Annotated[
+    bool,
+    typer.Option("--trust", help="Call the functions and servers that the folder of somebody else names."),
+]
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart."),
+    ] = None,
+    overrides: TrainOverrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with a run that ended early, such as runs/latest, instead of starting CONFIG.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all that needs no start, print the resolved settings, stop."),
+    ] = False,
+    trust: Trusted = False,
+) -> None:
+    """Train an agent, then compare it with the LLM it steers.
+
+    Ctrl-C saves the agent and ends; --resume goes on from there, or after a crash.
+    """
+    with reported_errors():
+        from mara.deploy.config_file import dump_config, find_config, load_config
+
+        resumed = None
+        if resume is not None:
+            from mara.deploy.console import warn
+            from mara.deploy.resume import find_resumed
+
+            changes = given_once([*([] if config is None else [config]), *(overrides or [])])
+            if config is not None and "=" not in config:
+                raise UsageError(f"--resume goes on with the settings of {resume}, leave out {config!r}")
+            resumed = find_resumed(resume, changes, warn, is_trusted=trust)
+            settings = resumed.config
+        elif config is None:
+            raise UsageError("missing argument 'CONFIG'")
+        else:
+            settings = load_config(find_config(config), given_once(overrides))
+            if trust and settings.replay.from_run is None:
+                raise UsageError("--trust belongs to --resume or replay.from; leave it out")
+        if settings.replay.from_run is not None:
+            from mara.deploy.finished_run import check_whose_episodes
+
+            check_whose_episodes(settings, is_trusted=trust)
+        if dry_run:
+            from mara.deploy.preflight import preflight, settled
+
+            preflight(settings, run_id=None if resumed is None else resumed.record.run_id)
+            if sys.stdout is not None:
+                sys.stdout.write(dump_config(settings))
+                sys.stdout.flush()
+            # Standard output is the settings alone: they can be kept as a configuration.
+            if auto := [f"{name}={value}" for name, value in settled(settings, os.environ).items()]:
+                complain(f"mara: what is auto comes to {', '.join(auto)} here")
+            complain("mara: all checks passed; nothing was started")
+            return
+        from mara.deploy.train import train as run
+
+        with steady_output():
+            run(settings, resumed)
+
+
+def evaluate(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|CONFIG",
+            help="Folder of a run, such as runs/latest; or a YAML file that says what to compare, or "
+            "the name of a shipped one: compare.",
+        ),
+    ] = None,
+    overrides: EvalOverrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="New folder for what CONFIG finds; else one in runs/."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="FOLDER", help="Go on with a comparison that ended early."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check CONFIG and all it names, print the resolved settings, stop."),
+    ] = False,
+    trust: Trusted = False,
+) -> None:
+    """Compare the agent of a run with the LLM alone; or systems, data sets and judges as CONFIG says.
+
+    Ctrl-C ends a comparison and keeps all that it has found; --resume goes on from there, or after a crash.
+    """
+    with reported_errors():
+        from mara.deploy.config_file import is_config
+
+        changes = list(overrides or [])
+        if what is not None and resume is not None and "=" in what:
+            changes.insert(0, what)
+            what = None
+        changes = given_once(changes)
+        if resume is not None or (what is not None and is_config(what)):
+            if trust and what is not None:
+                raise UsageError(f"--trust belongs to a folder, {what} is a configuration; leave it out")
+            _compare(what, changes, out, resume, dry_run, trust)
+            return
+        if what is None:
+            raise UsageError("missing argument 'RUN|CONFIG'")
+        if out is not None or dry_run:
+            given = "--dry-run" if dry_run else "--out"
+            raise UsageError(
+                f"{given} belongs to a comparison; leave it out, or give a YAML file in place of {what}"
+            )
+        _evaluate_run(Path(what), changes, trust)
+
+
+def _evaluate_run(run: Path, overrides: list[str], trust: bool) -> None:
+    from mara.deploy.comparison.config import RECORD
+    from mara.deploy.config_file import near_config
+    from mara.deploy.run_folder import check_agent, check_called, load_use
+
+    if (run / RECORD).is_file():
+        raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
+    if not run.exists() and (near := near_config(str(run))) is not None:
+        raise UserError(f"there is no run {str(run)!r}, and no configuration; did you mean {near}?")
+    settings = load_use(run, overrides)
+    check_agent(run)
+    check_called(run, settings, is_trusted=trust)
+    from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
+
+    check_used(overrides, EVALUATION_USES)
+    with steady_output():
+        run_evaluation(run, settings)
+
+
+def _compare(
+    config: str | None,
+    overrides: list[str],
+    out: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    trust: bool,
+) -> None:
+    from mara.deploy.comparison.run import Place, check_resumed, check_same, compare, resumed_settings
+    from mara.deploy.config_file import dump_comparison, find_config, load_comparison
+
+    if out is not None and resume is not None:
+        raise UsageError("--out makes a new folder, --resume goes on in one; give one of them")
+    if resume is not None:
+        check_resumed(resume)
+    if config is None:
+        assert resume is not None
+        settings = resumed_settings(resume, overrides, is_trusted=trust)
+    else:
+        settings = load_comparison(find_config(config, is_comparison=True), overrides)
+    if dry_run:
+        from mara.deploy.comparison.checks import check
+        from mara.deploy.comparison.results import Results
+
+        checked = check(settings, kept=None if resume is None else Results(resume))
+        if resume is not None:
+            check_same(resume, checked)
+        if sys.stdout is not None:
+            sys.stdout.write(dump_comparison(settings))
+            sys.stdout.flush()
+        complain("mara: all checks passed; nothing was started")
+        return
+    with steady_output():
+        compare(settings, Place(out, resume))
+
+
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    overrides: GenerateOverrides = None,
+) -> None:
+    """Answer a prompt with the LLM alone and with the agent of a run, or an exported one."""
+    with reported_errors():
+        from mara.deploy.run_folder import check_agent, load_use
+
+        overrides = given_once(overrides)
+        settings = load_use(run, overrides)
+        check_agent(run)
+        from mara.deploy.evaluation import GENERATION_USES, check_used
+        from mara.deploy.evaluation import generate as answer
+
+        check_used(overrides, GENERATION_USES)
+        with steady_output():
+            answer(run, settings, prompt)
+
+
+def calibrate(
+    run: RunFolder,
+    overrides: EvalOverrides = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to try on. By default those the agent was trained on."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=8, help="Use the first so many.")] = 100,
+    max_interventions: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="How often the gate may step in, against the agent without one."),
+    ] = 0.5,
+    trust: Trusted = False,
+) -> None:
+    """Find where the agent should step in: thresholds that keep its gain at fewer interventions."""
+    with reported_errors():
+        from mara.deploy.run_folder import check_agent, check_called, load_use
+
+        settings = load_use(run, overrides or [])
+        check_agent(run)
+        check_called(run, settings, is_trusted=trust)
+        from mara.deploy.calibration import CALIBRATION_USES, find_prompts
+        from mara.deploy.calibration import calibrate as find_gate
+        from mara.deploy.evaluation import check_used
+
+        check_used(overrides or [], CALIBRATION_USES)
+        with steady_output():
+            find_gate(run, settings, find_prompts(settings, prompts), num_prompts, max_interventions)
+
+
+def export(run: RunFolder, out: AgentOut) -> None:
+    """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""
+    with reported_errors():
+        from mara.deploy.run_folder import check_agent, load_run
+
+        settings = load_run(run)
+        check_agent(run)
+        from mara.deploy.exchange import export_agent
+
+        export_agent(run, settings, out)
+
+
+def import_released(
+    file: Annotated[Path, typer.Argument(metavar="FILE.pth", help="State dict that the authors released.")],
+    out: AgentOut,
+    llm: Annotated[str, typer.Option(help="The LLM that the agent was trained for.", metavar="MODEL")],
+    overrides: GenerateOverrides = None,
+) -> None:
+    """Convert an agent that the paper's authors released into a folder as export writes it."""
+    with reported_errors():
+        from mara.deploy.evaluation import GENERATION_USES, check_used
+        from mara.deploy.exchange import import_agent, import_settings
+
+        overrides = given_once(overrides)
+        check_used(overrides, GENERATION_USES)
+        import_agent(file, import_settings(llm, overrides), out)

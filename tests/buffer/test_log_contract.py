@@ -271,7 +271,7 @@ def test_only_waiting_counts_as_waiting(make_log: Callable[..., Log], make_episo
     assert reader.read(1, timeout_s=0) == []
     assert reader.waited_s < 0.2
     assert reader.read(1, timeout_s=0.3) == []
-    assert reader.waited_s > 0.25
+    assert reader.waited_s > 0.1  # shards are waited for in turns, and looked at in between
     before_s = reader.waited_s
     sink = log.make_sink()
     sink.append([make_episode(uid=str(n), num_tokens=60, hidden_size=2000) for n in range(30)])

@@ -173,8 +173,7 @@ class Learner:
 
         Raises:
             UserError: all episodes came and were too few to begin training, or do not fit the settings; or
-            none
-                came for ``data_timeout_s``.
+                none came for ``data_timeout_s``.
             ReplayUnavailable: the store has been away for too long.
             FloatingPointError: too many gradient steps in a row were not finite.
         """

@@ -77,7 +77,8 @@ def paper(
     """Print the commands that make a table or figure of the paper, in their order. Nothing is started."""
     with reported_errors():
         from mara.deploy.config_file import make_settings
-        from mara.deploy.paper import Rates, find_experiment, find_twin, lines
+        from mara.deploy.paper import find_experiment, find_twin, lines
+        from mara.deploy.paper.plan import Rates
 
         found = find_twin(experiment, seed or 0) if scaled else find_experiment(experiment)
         changes = given_once(assumptions)

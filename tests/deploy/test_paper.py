@@ -15,18 +15,10 @@ from mara.deploy.comparison.config import ComparisonConfig, CorrectorSystem, fil
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import find_config, load_comparison, load_config
 from mara.deploy.evaluation import EVALUATION_USES, check_used
-from mara.deploy.paper import (
-    BILLIONS,
-    EXPERIMENTS,
-    LLMS,
-    TWINS,
-    Rates,
-    Step,
-    cost_of,
-    find_twin,
-    lines,
-    settings_of,
-)
+from mara.deploy.paper import find_twin, lines
+from mara.deploy.paper.experiments import EXPERIMENTS, LLMS, Step
+from mara.deploy.paper.plan import BILLIONS, Rates, cost_of, settings_of
+from mara.deploy.paper.scaled import TWINS
 
 LISTS = [list(experiment.steps()) for experiment in EXPERIMENTS.values()]
 LISTS += [list(find_twin(name, seed=1).steps()) for name in TWINS]

@@ -93,8 +93,8 @@ class Mirror:
         self._held_back: list[Episode] = []  # counted, but neither shaped nor written
         self._batch_states: dict[tuple[int, torch.dtype], deque[torch.Tensor]] = {}
         self._part_states: torch.Tensor | None = None
-        self.num_batches_kept = 2 if self._device.type == "cuda" else 1
-        """Samples of one size whose states are there at once. On a GPU the next one is drawn ahead."""
+        self.num_batches_kept = 1
+        """Samples of one size whose states are there at once: 2 for who draws the next one ahead."""
         self._total_transitions = 0
         self._total_episodes = 0
         self._num_without_decisions = 0

@@ -10,14 +10,12 @@ import torch
 T = TypeVar("T")
 
 
-def capture(
-    work: Callable[[], T], device: torch.device, warm_ups: int = 3, after: torch.cuda.CUDAGraph | None = None
-) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(work: Callable[[], T], device: torch.device, warm_ups: int = 3) -> tuple[torch.cuda.CUDAGraph, T]:
     """Return ``work``, done on ``device``, as a graph, and what it returned, which each replay overwrites.
 
     ``work`` is done ``warm_ups`` times before that, as libraries choose and compile at first use, which must
-    not happen during a capture. ``after`` is a graph that always runs before this one: they share memory.
-    Other threads may use the GPU meanwhile.
+    not happen during a capture. Other threads may copy on the GPU meanwhile, not multiply: the workspaces of
+    their products are cleared, too.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -30,12 +28,7 @@ def capture(
         # the memory of another graph, with which it goes. Cleared, it is allocated anew in that of this one.
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph,
-            pool=None if after is None else after.pool(),
-            stream=stream,
-            capture_error_mode="thread_local",
-        ):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = work()
         torch._C._cuda_clearCublasWorkspaces()
         return graph, result

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -45,7 +48,10 @@ def readable(path: Path) -> Iterator[None]:
     """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)  # The umask itself cannot be asked for without changing it.
-    yield
+    try:
+        yield
+    except SafetensorError as error:  # Its own error where the disk is full; it does not name the file.
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
     path.chmod(mode)
 
 

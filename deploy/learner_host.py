@@ -54,9 +54,8 @@ class LearnerHost:
         """
         log_to(self._spec.log_file)
         with ExitStack() as exits:
-            if (
-                self._spec.log_file.parent.is_dir()
-            ):  # A run that was killed may have a learner that ends still.
+            if self._spec.log_file.parent.is_dir():
+                # A run that was killed may have a learner that ends still.
                 exits.enter_context(hold_run(self._spec.log_file.parent, PREDECESSOR_S, self._pause))
             return self._run()
 

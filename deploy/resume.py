@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "learner.num_checkpoints",
     "learner.log_period_s",
     "learner.device",
+    "learner.sac.cuda_graph",
     "learner.num_threads",
     "rollout.num_actors",
     "rollout.rows",

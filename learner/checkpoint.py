@@ -91,7 +91,8 @@ def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> P
     _point(folder / LATEST, name)
     for old in _in(folder)[:-num_kept]:
         if old != final:
-            shutil.rmtree(old)
+            # What cannot be removed now, as somebody reads it on NFS, is tried again with the next one.
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -139,7 +140,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         _check(path)
     except DamagedCheckpoint as damage:
         raise UserError(f"checkpoint: {damage}; use another one") from damage
-    state: dict[str, Any] = _with_tensors(_read_state(path), load_file(path / TENSORS_FILE))
+    # Copies: what is read is mapped from the file, whose space would not be freed while it is in use, and
+    # which could not be deleted on NFS.
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / TENSORS_FILE).items()}
+    state: dict[str, Any] = _with_tensors(_read_state(path), tensors)
     return state
 
 

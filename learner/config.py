@@ -41,8 +41,8 @@ class SACConfig(Config):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the matrix products in the hidden layers. Weights, optimisers, the last layers, losses and targets
     are float32 either way. bfloat16 is several times quicker on GPUs and on processors that multiply it. tf32
-    rounds what NVIDIA GPUs multiply to 11 significant bits (bfloat16: 8), the last layers' too; elsewhere it
-    is float32."""
+    rounds what NVIDIA GPUs from Ampere on multiply to 11 significant bits (bfloat16: 8), the last layers'
+    too; elsewhere it is float32."""
     cuda_graph: bool = True
     """On an NVIDIA GPU, capture the gradient step as a CUDA graph and replay it: two to five times as quick,
     with the same results. False helps to find an error in a step."""

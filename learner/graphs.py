@@ -96,9 +96,7 @@ class _Captured:
         # Both graphs know the gradients by their address: nothing else may get that memory.
         self._kept = [parameter.grad for parameter in parameters]
         # Not to be done before: it moves the networks.
-        self._moves, _ = capture(
-            partial(move, policy_learns), batch.states_BD.device, warm_ups=0, after=self._gradients
-        )
+        self._moves, _ = capture(partial(move, policy_learns), batch.states_BD.device, warm_ups=0)
 
     def gradients(self, batch: TransitionBatch) -> Seen:
         for own, new in zip(_read(self._batch), _read(batch), strict=True):

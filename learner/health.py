@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mara.common.agent import not_finite
@@ -82,8 +81,5 @@ def save_batch(path: Path, batch: TransitionBatch, why: str) -> None:
     columns = {name: getattr(batch, name) for name in TransitionBatch.__slots__}
     tensors = {name: column.cpu().contiguous() for name, column in columns.items() if column is not None}
     bad = not_finite({name: column for name, column in tensors.items() if column.is_floating_point()})
-    try:
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})
-    except SafetensorError as error:  # Its own error where the disk is full.
-        raise OSError(str(error)) from error
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"why": why, "not_finite": ", ".join(bad)})

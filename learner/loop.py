@@ -118,6 +118,8 @@ class Learner:
         self.draws_ahead = device.type == "cuda" and replay.sampling != "prioritised"
         """Whether the next batch is drawn while a GPU is at work on the present one. It is drawn again where
         episodes come in between: the batches are the same as without."""
+        if self.draws_ahead:
+            self.mirror.num_batches_kept = 2
         self._drawn: TransitionBatch | None = None
         self._state_before_drawn: torch.Tensor | None = None
         self._log_is_finished = log_is_finished
@@ -289,6 +291,8 @@ class Learner:
         episodes = self._source.read_back(READ_EPISODES, timeout_s=0.0 if self._can_train else WAIT_S)
         if episodes is None:
             return
+        if episodes:
+            self._put_back_drawn()
         self._refilling = bool(episodes) and all(self.mirror.prepend(episode) for episode in episodes)
         if self._refilling:
             return
@@ -503,7 +507,6 @@ class Learner:
         self.mirror.load_state_dict(state["mirror"])
         self.mirror.load_ring_state(state["ring"])
         self._limiter.load_state_dict(state["limiter"])
-        self._drawn = None
         self._generator.set_state(state["sampling"])
         self._started = state["started"]
         self._starts_at = state["starts_at"]

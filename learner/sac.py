@@ -5,6 +5,7 @@ Legend: B transitions, D hidden size of the LLM, H the two critic heads.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -77,7 +78,8 @@ class SAC:
     """The agent, its critic and target critic, the temperature, and how one batch changes them.
 
     The paper's algorithm (Eq. 9–11). One process, one device. Weights, optimisers, losses and the networks'
-    outputs are float32; the matrix products of the hidden layers are in ``config.precision``. The same seed
+    outputs are float32; the matrix products of the hidden layers are in ``config.precision``, as tf32 also
+    those of the last ones. The same seed
     and the same batches give the same weights, bit for bit, on one machine's CPU at one number of threads.
     """
 
@@ -270,7 +272,8 @@ class SAC:
         for name in ("critic_optimiser", "policy_optimiser", "temperature_optimiser"):
             optimiser: torch.optim.Optimizer = getattr(self, name)
             groups = optimiser.state_dict()["param_groups"]
-            by_parameter = {int(index): values for index, values in state[name].items()}
+            # The optimiser would take tensors of the right device and type as they are, and change them.
+            by_parameter = {int(index): copy.deepcopy(values) for index, values in state[name].items()}
             optimiser.load_state_dict({"state": by_parameter, "param_groups": groups})
         self._graphs.forget()
 

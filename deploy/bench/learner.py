@@ -54,9 +54,15 @@ def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, 
             that writes to the log ended early.
     """
     check_json_path(json_file)
-    if sizes.precision == "tf32" and learner_device(sizes.device).type != "cuda":
-        raise UserError("--precision=tf32: only NVIDIA GPUs multiply so; give float32 or bfloat16")
+    if sizes.precision == "tf32" and not _multiplies_tf32(learner_device(sizes.device)):
+        raise UserError(
+            "--precision=tf32: only NVIDIA GPUs from Ampere on multiply so; give float32 or bfloat16"
+        )
     report(learner_figures(sizes, num_rounds, say), json_file)
+
+
+def _multiplies_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def learner_figures(sizes: LearnerSizes, num_rounds: int, say: Say) -> list[Figure]:
@@ -80,8 +86,9 @@ def learner_figures(sizes: LearnerSizes, num_rounds: int, say: Say) -> list[Figu
 
 def _affordable(sizes: LearnerSizes) -> int:
     """Transitions that half of the free memory holds, at most those wanted, in whole episodes."""
-    if torch.cuda.is_available() and sizes.device != "cpu":
-        free_bytes, _ = torch.cuda.mem_get_info()
+    device = learner_device(sizes.device)
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
     else:
         free_bytes = psutil.virtual_memory().available
     most = min(sizes.capacity, free_bytes // 2 // (2 * sizes.hidden_size + 22))

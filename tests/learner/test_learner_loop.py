@@ -715,6 +715,28 @@ def test_a_loaded_learner_trains_as_soon_as_enough_has_come_back(make_episode: E
     assert max(ring_at_step) == 800
 
 
+def test_what_was_drawn_ahead_is_drawn_again_where_an_episode_comes_back(make_episode: EpisodeMaker) -> None:
+    log = log_of([make_episode([1] * 4) for _ in range(12)])
+    before = make_learner(log.reader(), num_episodes=12)
+    before._read()
+
+    class Trickle(MemoryEpisodeReader):
+        def read_back(self, max_episodes: int, timeout_s: float) -> list[Episode] | None:
+            return super().read_back(1, timeout_s)
+
+    def trained(*, draws_ahead: bool) -> Learner:
+        learner = make_learner(Trickle(log, before.state_dict()["cursor"]), num_episodes=12)
+        learner.load_state_dict(before.state_dict())
+        learner.draws_ahead = draws_ahead
+        assert learner.run().gradient_steps == 22
+        return learner
+
+    one, other = trained(draws_ahead=False), trained(draws_ahead=True)
+    assert one.mirror.num_transitions == 48
+    for name, tensor in one.sac.agent.state_dict().items():
+        assert torch.equal(other.sac.agent.state_dict()[name], tensor), name
+
+
 def test_a_loaded_learner_whose_log_is_gone_waits_for_as_much_as_at_the_start(
     make_episode: EpisodeMaker,
 ) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import mara.learner.graphs as learner_graphs
 from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
 from mara.learner.config import SACConfig
-from mara.learner.sac import SAC, Seen
+from mara.learner.sac import SAC, Seen, products_in
 
 BatchMaker = Callable[..., TransitionBatch]
 D = 12
@@ -133,8 +134,10 @@ class Graph:
 
     def __init__(self, work: Callable[[], Seen | None], results: Seen | None) -> None:
         self._work, self._results = work, results
+        self.num_replays = 0
 
     def replay(self) -> None:
+        self.num_replays += 1
         found = self._work()
         for own, new in zip(self._results or (), found or (), strict=True):
             if own is not None:
@@ -146,9 +149,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """What was captured as graphs, which a CPU has none of."""
     captured: list[Graph] = []
 
-    def capture(
-        work: Callable[[], Any], device: torch.device, warm_ups: int = 3, after: Graph | None = None
-    ) -> tuple[Graph, Any]:
+    def capture(work: Callable[[], Any], device: torch.device, warm_ups: int = 3) -> tuple[Graph, Any]:
         is_moving = warm_ups == 0  # The capture of a move must leave the networks as they are.
         results = None if is_moving else [work() for _ in range(warm_ups)][-1]
         captured.append(Graph(work, results))
@@ -158,9 +159,19 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     return captured
 
 
-def test_steps_by_graphs_are_the_steps_without(make_batch: BatchMaker, graphs: list[Graph]) -> None:
+def test_steps_by_graphs_are_the_steps_without(
+    make_batch: BatchMaker, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sac, plain = make_sac(critic_only_steps=7), make_sac(critic_only_steps=7)
     sac.uses_graphs = True
+    capture, have_moments = learner_graphs.capture, list[tuple[bool, bool]]()
+
+    def watched(work: Callable[[], Any], device: torch.device, warm_ups: int = 3) -> tuple[Graph, Any]:
+        have_moments.append((bool(sac.critic_optimiser.state), bool(sac.policy_optimiser.state)))
+        return capture(work, device, warm_ups)
+
+    monkeypatch.setattr("mara.learner.graphs.capture", watched)
+    batches = list[tuple[TransitionBatch, TransitionBatch]]()
     for number in range(20):
         batch = make_batch(seed=number, weights_B=torch.rand(32))
         if number in (0, 1, 2, 9):  # Also the first ones, before the optimisers have moved anything.
@@ -169,11 +180,17 @@ def test_steps_by_graphs_are_the_steps_without(make_batch: BatchMaker, graphs: l
                 with pytest.raises(FloatingPointError):
                     each.update(batch)
             continue
+        batches.append((batch, copy.deepcopy(batch)))
         assert sac.update(batch) == plain.update(batch)
         assert sac.errors_B is not None and plain.errors_B is not None
         torch.testing.assert_close(sac.errors_B, plain.errors_B, rtol=0, atol=0)
-        # Moments that are made during a capture would be made anew by each replay.
-        assert not graphs or sac.critic_optimiser.state
+    # Moments that are made during a capture would be made anew by each replay.
+    assert have_moments == [(True, False)] * 2 + [(True, True)] * 2
+    for batch, before in batches:  # On a GPU the ring owns their memory, and draws into it.
+        for field in dataclasses.fields(batch):
+            torch.testing.assert_close(
+                getattr(batch, field.name), getattr(before, field.name), rtol=0, atol=0, equal_nan=True
+            )
     torch.testing.assert_close(sac.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert len(graphs) == 4  # two for the steps of the critic alone, two for those of both
 
@@ -192,11 +209,32 @@ def test_graphs_are_made_anew_for_other_shapes_and_after_loading(
         for each in (sac, plain):
             each.update(make_batch(16, seed=number))
     assert len(graphs) == 4
+    replays = [graph.num_replays for graph in graphs]
     for each in (sac, plain):
         each.load_state_dict(copy.deepcopy(state))
         each.update(make_batch(16, seed=9))
-    assert len(graphs) == 4  # The optimisers have other memory: this step went without.
+    # The optimisers have other memory: this step went without.
+    assert [graph.num_replays for graph in graphs] == replays
     torch.testing.assert_close(sac.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")]
+)
+def test_a_gpu_multiplies_as_precision_asks_during_a_step_alone(precision: str, expected: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, device = matmul.fp32_precision, torch.device("cuda")
+    for outside in ("ieee", "tf32"):
+        matmul.fp32_precision = outside
+        try:
+            with products_in(precision, device):
+                seen = matmul.fp32_precision
+            assert seen == expected
+            assert matmul.fp32_precision == outside
+            with products_in(precision, torch.device("cpu")):
+                assert matmul.fp32_precision == outside
+        finally:
+            matmul.fp32_precision = before
 
 
 def test_a_fixed_temperature_stays(make_batch: BatchMaker) -> None:
@@ -286,8 +324,8 @@ def test_a_loaded_state_goes_on_bit_for_bit(make_batch: BatchMaker) -> None:
     for step in range(3):
         sac.update(make_batch(seed=step))
     fresh = make_sac(seed=9)
-    fresh.load_state_dict(copy.deepcopy(sac.state_dict()))
-    for step in range(3, 6):
+    fresh.load_state_dict(sac.state_dict())
+    for step in range(3, 6):  # One after the other: they share nothing.
         assert sac.update(make_batch(seed=step)) == fresh.update(make_batch(seed=step))
     torch.testing.assert_close(sac.state_dict(), fresh.state_dict(), rtol=0, atol=0)
 

@@ -231,7 +231,11 @@ def _apply_override(content: dict[Any, Any], override: str, model: type[BaseMode
         if not isinstance(child, dict):
             child = node[part] = {}
         node = child
-    node[parts[-1]] = _parse_value(parts, text, model)
+    value = _parse_value(parts, text, model)
+    if value is None and isinstance(node.get(parts[-1]), dict):
+        del node[parts[-1]]  # As in a file that includes another.
+    else:
+        node[parts[-1]] = value
 
 
 _COMMA = re.compile(r",(?![^{]*\})")

@@ -168,14 +168,14 @@ def warn(line: str) -> None:
 
 def plain_line(view: View) -> str:
     """Everything that matters in one line: time, state, and the metrics that are known."""
-    parts = [f"[{_clock(view.elapsed_s)}] {view.state}"]
+    parts = [f"[{clock(view.elapsed_s)}] {view.state}"]
     if view.num_done or "rollout/tokens_total" in view.metrics:
         parts.append(f"{view.unit} {view.num_done}/{view.num_episodes}")
     for label, name, form in PLAIN_COLUMNS if view.num_done else FIRST_COLUMNS:
         if name in view.metrics:
             parts.append(f"{label} {view.metrics[name]:{form}}")
     if (remaining_s := view.remaining_s) is not None:
-        parts.append(f"ETA {_clock(remaining_s)}")
+        parts.append(f"ETA {clock(remaining_s)}")
     return " | ".join(parts)
 
 
@@ -230,7 +230,7 @@ class LiveDisplay:
 
 def draw(view: View, spinner: Spinner) -> RenderableType:
     """The live panel: state, progress, rollouts and learner side by side, rewards."""
-    spinner.update(text=Text(f"{view.state}   {_clock(view.elapsed_s)}"))
+    spinner.update(text=Text(f"{view.state}   {clock(view.elapsed_s)}"))
     parts: list[RenderableType] = [spinner]
     if view.num_done or "rollout/tokens_total" in view.metrics:
         parts.append(_progress(view))
@@ -294,7 +294,7 @@ def _progress(view: View) -> Table:
     table.add_row(
         f"{view.unit} {min(view.num_done, view.num_episodes)}/{view.num_episodes}",
         ProgressBar(total=view.num_episodes, completed=min(view.num_done, view.num_episodes), width=40),
-        f"ETA {_clock(remaining_s) if remaining_s is not None else MISSING}",
+        f"ETA {clock(remaining_s) if remaining_s is not None else MISSING}",
     )
     return table
 
@@ -315,7 +315,7 @@ def sparkline(values: deque[float]) -> str:
     return "".join(BARS[round((value - low) / (high - low) * (len(BARS) - 1))] for value in values)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

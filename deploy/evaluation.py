@@ -31,13 +31,13 @@ from mara.deploy.agent_card import (
     warn_of_untrained,
 )
 from mara.deploy.config import AgentUse, is_of_hub
-from mara.deploy.console import say, warn
+from mara.deploy.console import clock, say, warn
 from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.output import complain
 from mara.deploy.plots import draw_positions_by_candidates
-from mara.deploy.preflight import check_context, check_head, warn_of_head
+from mara.deploy.preflight import check_context, check_head, check_out, check_writable, warn_of_head
 from mara.deploy.reward_models import check_reward_model
 from mara.deploy.run_folder import REPORT_FILE, agent_folder, set_report_aside
 
@@ -63,11 +63,14 @@ EVALUATION_USES = (
 GENERATION_USES = ("llm", "decoding", "rollout.max_prompt_tokens")
 
 
-def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = False) -> dict[str, float]:
+def run_evaluation(
+    folder: Path, config: AgentUse, *, out: Path | None = None, after_training: bool = False
+) -> dict[str, float]:
     """Compare the agent in ``folder`` with the LLM alone on the held-out prompts; print and save the report.
 
-    Returns the headline figures by metric name. With ``after_training`` heads of another LLM and an
-    untrained agent are not told of: the training has done so.
+    The report is put into ``out``, else into the run's folder; an exported agent stays as it is, so its
+    report gets a new folder in ``runs``. Returns the headline figures by metric name. With ``after_training``
+    heads of another LLM and an untrained agent are not told of: the training has done so.
 
     Raises:
         UserError: there is no agent, no evaluation prompts were configured, a reward does not fit, or a
@@ -80,6 +83,7 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
             "rewards is empty or has no weight but 0, there is nothing to compare by; give "
             "rewards.NAME.path=FOLDER and rewards.NAME.weight=NUMBER"
         )
+    place = _report_folder(folder, out)
     prompts = load_source(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(
         f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
@@ -101,22 +105,39 @@ def run_evaluation(folder: Path, config: AgentUse, *, after_training: bool = Fal
     )
     source = config.prompts.evaluation
     dataset = str(source) if is_of_hub(source) else source.stem
-    content = report_json(report, dataset) | {"settings": used_settings(config)}
-    path = folder / REPORT_FILE
-    kept = set_report_aside(folder)
+    content = report_json(report, dataset) | {"settings": used_settings(config), "training": parts.training}
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / REPORT_FILE
+    kept = set_report_aside(place)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     # By name: a name has the time at which the report was made.
-    earlier = sorted(folder.glob(f"{path.stem}-*{path.suffix}"))
+    earlier = sorted(place.glob(f"{path.stem}-*{path.suffix}"))
     try:
-        plot = draw_positions_by_candidates(folder, [*earlier, path])
+        plot = draw_positions_by_candidates(place, [*earlier, path])
     except OSError as error:
         warn(f"no plot of the accepted candidates by k and p ({error})")
     else:
         if plot is not None:
             say(f"places of the accepted candidates by k and p: {plot}")
     return headline(report)
+
+
+def _report_folder(folder: Path, out: Path | None) -> Path:
+    """Where the report on the agent in ``folder`` goes; it need not be there yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if out is not None:
+        check_out(out)
+        return out
+    if agent_folder(folder) != folder:
+        return folder
+    new = Path("runs") / f"{folder.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_writable("--out", new)
+    return new
 
 
 class Parts(NamedTuple):
@@ -127,6 +148,8 @@ class Parts(NamedTuple):
     heads: dict[str, RewardHead]
     models: dict[str, Callable[[], RewardModel]]
     """Loads each of the reward models that are no heads."""
+    training: dict[str, Any] | None
+    """How far the agent's training had come; None where its card does not tell."""
 
 
 def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Parts:
@@ -152,7 +175,7 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Part
             warn_of_head(name, head.path, config.llm.model)
     llm = _load(config, say)
     on_device = {name: head.to(llm.device) for name, head in heads.items()}
-    return Parts(llm, agent.to(llm.device), on_device, models)
+    return Parts(llm, agent.to(llm.device), on_device, models, card.get("training"))
 
 
 def generate(folder: Path, config: AgentUse, prompt: str) -> None:
@@ -336,5 +359,6 @@ class AnswerProgress:
         if done == 0:
             say(f"  {total} answers to make")
         elif done == total or now_s - self._said_s >= SAY_EVERY_S:
-            self._said_s = now_s
-            say(f"  {done}/{total} answers, {now_s - self._began_s:.0f} s")
+            self._said_s, took_s = now_s, now_s - self._began_s
+            eta = f", ETA {clock(took_s * (total - done) / done)}" if done < total else ""
+            say(f"  {done}/{total} answers, {took_s:.0f} s{eta}")

@@ -18,7 +18,7 @@ from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import make_settings
 from mara.deploy.console import say, warn
 from mara.deploy.model_shape import find_hidden_size, find_identity
-from mara.deploy.preflight import check_writable
+from mara.deploy.preflight import check_out
 from mara.deploy.run_folder import agent_folder
 from mara.deploy.run_lock import who_runs
 
@@ -34,9 +34,11 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
             written.
     """
     check_out(out)
-    if (process := who_runs(run)) is not None:
-        raise UserError(f"{run} is in use: its run goes on ({process}); wait for its end")
+    process = who_runs(run)
     agent, card = load_agent(agent_folder(run))
+    # A run replaces weights and card one after the other; once it has trained, the evaluation alone is left.
+    if process is not None and not (card.get("training") or {}).get("complete"):
+        raise UserError(f"{run} is in use: its training goes on ({process}); wait for its end")
     warn_of_untrained(card)
     warn_of_losing(run)
     _warn_of_local_llm(config.llm.model)
@@ -75,19 +77,6 @@ def import_agent(file: Path, config: AgentUse, out: Path) -> None:
     _write(agent, card, out)
 
 
-def check_out(out: Path) -> None:
-    """``out`` can be made, or is an empty folder.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out={out} is not empty; give a new folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is not a folder; give a new one")
-    check_writable("--out", out.resolve().parent)
-
-
 def _warn_of_local_llm(model: str) -> None:
     if not model.startswith(PACKAGE_PREFIX) and Path(model).expanduser().is_dir():
         warn(f"llm.model={model} is a folder of this machine; on others give llm.model with the agent")
@@ -96,7 +85,10 @@ def _warn_of_local_llm(model: str) -> None:
 def _write(agent: Agent, card: dict[str, Any], out: Path) -> None:
     """Make ``out``, which appears whole or not at all."""
     final = out.resolve()
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror or error}; choose another") from error
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         save_agent(agent, partial, card)

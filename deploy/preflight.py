@@ -196,6 +196,19 @@ def check_writable(field: str, folder: Path) -> None:
         raise UserError(f"{field}={folder}: {existing} is not a folder that can be written; choose another")
 
 
+def check_out(out: Path) -> None:
+    """``out`` can be made, or is an empty folder.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out={out} is not empty; give a new folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is not a folder; give a new one")
+    check_writable("--out", out.resolve().parent)
+
+
 def check_devices(config: RunConfig) -> None:
     """The devices have names torch knows and, where everything runs on this machine, exist."""
     for field, name in (("llm.device", config.llm.device), ("learner.device", config.learner.device)):

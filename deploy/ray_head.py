@@ -129,8 +129,8 @@ def open_cluster(
     from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
 
     cluster = Cluster(address)
+    progress.wait_for(cluster.open, may_be_left=True)
     exits.callback(cluster.close)
-    progress.wait_for(cluster.open)
     # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.
     progress.stop.install()
     return cluster

@@ -192,7 +192,7 @@ def read_log_record(folder: Path) -> LogRecord | None:
 def what_is_saved(folder: Path) -> str:
     """What a run that ends in an error has left in ``folder``, in a few words."""
     if (checkpoints := folder / CHECKPOINT_FOLDER).is_dir():
-        return f"its last checkpoint is in {checkpoints}"
+        return f"its last checkpoint is in {checkpoints}: `mara train --resume {folder}` goes on from there"
     if (agent := folder / AGENT_FOLDER).is_dir():
         return f"its agent is in {agent}"
     return "it had not saved a checkpoint here"

@@ -9,6 +9,7 @@ Importing this imports Ray, which then reads its environment: :mod:`mara.deploy.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -34,6 +35,8 @@ NAMESPACE = "mara"
 # run, report and stop must not wait for one another.
 THREADS_PER_HOST = 4
 CONNECT_S = 5.0
+HTTP2_SETTINGS = 4
+"""The type of the frame that both sides send first."""
 ASK_S = 0.5
 """How often a process that loads is asked whether it has done so, seconds."""
 
@@ -348,10 +351,10 @@ class Cluster:
 
 
 def check_address(address: str) -> None:
-    """Something listens at ``address``, ``auto`` or ``HOST:PORT``: Ray would take minutes to find that out.
+    """A cluster may be at ``address``, ``auto`` or ``HOST:PORT``: Ray would wait for minutes where none is.
 
     Raises:
-        UserError: nothing does, or it is no such address.
+        UserError: nothing listens there, or what does is no Ray, or it is no such address.
     """
     if address == "auto":
         return
@@ -359,12 +362,32 @@ def check_address(address: str) -> None:
     if not host or "/" in host or not port.isdecimal():
         raise UserError(f"ray.address={address} is not an address; give auto or HOST:PORT")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"ray.address: nothing answers at {address!r} ({error}); start a cluster with `ray start --head` "
             "or leave ray.address out"
         ) from error
+    with connection:
+        # Of a cluster with TLS nothing can be read without its certificates.
+        if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_http2(connection):
+            raise UserError(
+                f"ray.address: what listens at {address!r} is no Ray cluster; give the address that "
+                "`ray start --head` printed or leave ray.address out"
+            )
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other side begins as HTTP/2 does (RFC 9113, section 3.4), on which Ray's gRPC goes."""
+    frame = bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
+    answer = b""
+    try:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame)
+        while len(answer) < len(frame) and (part := connection.recv(len(frame) - len(answer))):
+            answer += part
+    except OSError:  # It says nothing, or hangs up.
+        return False
+    return len(answer) == len(frame) and answer[3] == HTTP2_SETTINGS
 
 
 def learner_gpus(config: RunConfig, in_cluster: float) -> float:

@@ -95,7 +95,7 @@ def train_baseline(config: BaselineConfig, out: Path) -> None:
             it.
         KeyboardInterrupt: a signal came. Nothing is kept.
     """
-    from mara.deploy.exchange import check_out
+    from mara.deploy.preflight import check_out
 
     check_installed()
     check_out(out)

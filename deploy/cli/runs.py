@@ -110,7 +110,12 @@ def evaluate(
     overrides: EvalOverrides = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="New folder for what CONFIG finds; else one in runs/."),
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="New folder for what is found; else that of RUN, or one in runs/ for CONFIG and an agent "
+            "that was exported.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -141,31 +146,34 @@ def evaluate(
             return
         if what is None:
             raise UsageError("missing argument 'RUN|CONFIG'")
-        if out is not None or dry_run:
-            given = "--dry-run" if dry_run else "--out"
-            raise UsageError(
-                f"{given} belongs to a comparison; leave it out, or give a YAML file in place of {what}"
-            )
-        _evaluate_run(Path(what), changes, trust)
+        _evaluate_run(Path(what), changes, out, dry_run, trust)
 
 
-def _evaluate_run(run: Path, overrides: list[str], trust: bool) -> None:
+def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bool, trust: bool) -> None:
     from mara.deploy.comparison.config import RECORD
     from mara.deploy.config_file import near_config
+    from mara.deploy.console import warn
     from mara.deploy.run_folder import check_agent, check_called, load_use
+    from mara.deploy.run_lock import who_runs
 
     if (run / RECORD).is_file():
         raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
     if not run.exists() and (near := near_config(str(run))) is not None:
         raise UserError(f"there is no run {str(run)!r}, and no configuration; did you mean {near}?")
+    if dry_run:
+        raise UsageError(
+            f"--dry-run belongs to a comparison; leave it out, or give a YAML file in place of {run}"
+        )
     settings = load_use(run, overrides)
     check_agent(run)
     check_called(run, settings, is_trusted=trust)
     from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
 
     check_used(overrides, EVALUATION_USES)
+    if (process := who_runs(run)) is not None:
+        warn(f"{run} goes on ({process}); what is judged is the agent that it saved last")
     with steady_output():
-        run_evaluation(run, settings)
+        run_evaluation(run, settings, out=out)
 
 
 def _compare(
@@ -257,8 +265,10 @@ def calibrate(
 def export(run: RunFolder, out: AgentOut) -> None:
     """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""
     with reported_errors():
-        from mara.deploy.run_folder import check_agent, load_run
+        from mara.deploy.run_folder import agent_folder, check_agent, load_run
 
+        if agent_folder(run) == run:
+            raise UserError(f"{run} is an exported agent; copy the folder")
         settings = load_run(run)
         check_agent(run)
         from mara.deploy.exchange import export_agent

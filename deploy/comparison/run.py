@@ -34,9 +34,9 @@ from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.verdicts import Pair, Refusals, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
-from mara.deploy.exchange import check_out
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates
+from mara.deploy.preflight import check_out
 from mara.deploy.process import LOADING
 from mara.deploy.progress import Progress, StoppedEarly
 from mara.deploy.ray_head import open_cluster

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,19 @@ def test_a_server_that_never_answers_is_given_up_in_time() -> None:
         assert time.monotonic() - began < 30
 
 
-def test_something_else_than_redis_at_the_address(own_server: EmbeddedServer, closed_port: int) -> None:
+def test_something_else_than_redis_at_the_address() -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        message = refused(f"redis://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join()
+    assert message.endswith(
+        f"127.0.0.1:{server.server_port} is neither Redis nor Valkey; correct the address"
+    )
+
+
+def test_nobody_at_an_address_with_tls(closed_port: int) -> None:
     assert "cannot be used" in refused(f"rediss://127.0.0.1:{closed_port}")
 
 

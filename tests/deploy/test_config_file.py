@@ -72,6 +72,8 @@ def test_a_configuration_stands_on_the_shipped_one_that_it_includes(tmp_path: Pa
     assert config.agent.widths == (8, 4)
     assert config.learner == below.learner.model_copy(update={"num_episodes": 7})
     assert config.run.name == "mine"
+    without = load_config(find_config("quickstart"), ["rewards.helpful=null"])
+    assert list(without.rewards) == ["harmless"]
 
 
 @pytest.mark.parametrize(

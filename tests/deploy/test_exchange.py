@@ -86,7 +86,7 @@ def test_an_exported_agent_answers_as_its_run_does_also_where_the_run_is_gone(
 
 
 def test_an_exported_agent_is_compared_with_prompts_and_heads_that_are_given(
-    tiny_run: Run, exported: Path, tmp_path: Path
+    tiny_run: Run, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [f"rewards.{name}.path={tmp_path / name}" for name in ("helpful", "cost")]
     _, lines = mara("eval", exported, *given, status=2)
@@ -94,11 +94,21 @@ def test_an_exported_agent_is_compared_with_prompts_and_heads_that_are_given(
     held_out = f"prompts.evaluation={tmp_path / 'held_out.jsonl'}"
     _, lines = mara("eval", exported, held_out, status=2)
     assert "rewards.helpful.path" in lines[0] and "is missing" in lines[0]
+    files = sorted(exported.iterdir())
+    monkeypatch.chdir(tmp_path)
     _, lines = mara("eval", exported, held_out, "evaluation.num_prompts=3", *given)
     assert not lines
+    mara("eval", exported, held_out, "evaluation.num_prompts=3", *given, "--out", tmp_path / "found")
+    assert sorted(exported.iterdir()) == files
     mara("eval", tiny_run[0])
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (exported, tiny_run[0])]
-    assert reports[0]["pairs"] == reports[1]["pairs"]
+    (new,) = (tmp_path / "runs").iterdir()
+    places = (new, tmp_path / "found", tiny_run[0])
+    reports = [json.loads((folder / "report.json").read_text()) for folder in places]
+    assert reports[0]["pairs"] == reports[1]["pairs"] == reports[2]["pairs"]
+    assert reports[0]["training"] == reports[2]["training"]
+    assert reports[0]["training"]["gradient_steps"] > 0
+    _, lines = mara("eval", exported, held_out, *given, "--out", tmp_path / "found", status=2)
+    assert f"--out={tmp_path / 'found'} is not empty" in lines[0]
 
 
 def test_what_is_there_already_is_not_overwritten_and_nothing_is_left_half_done(
@@ -129,9 +139,17 @@ def test_what_is_there_already_is_not_overwritten_and_nothing_is_left_half_done(
 
 def test_a_run_that_goes_on_or_has_no_agent_is_not_exported(tiny_run: Run, tmp_path: Path) -> None:
     folder, _ = tiny_run
-    with hold_run(folder):
-        _, lines = mara("export", folder, "--out", tmp_path / "out", status=2)
-    assert "its run goes on" in lines[0]
+    card = folder / AGENT_FOLDER / "agent.json"
+    content = json.loads(card.read_text())
+    for complete in (True, False):
+        card.write_text(json.dumps({**content, "training": {**content["training"], "complete": complete}}))
+        with hold_run(folder):
+            name = f"complete-{complete}"
+            _, lines = mara("export", folder, "--out", tmp_path / name, status=0 if complete else 2)
+    assert (tmp_path / "complete-True").is_dir() and not (tmp_path / "complete-False").exists()
+    assert "its training goes on" in lines[0]
+    _, lines = mara("export", tmp_path / "complete-True", "--out", tmp_path / "out", status=2)
+    assert "is an exported agent; copy the folder" in lines[0]
     shutil.rmtree(folder / AGENT_FOLDER)
     _, lines = mara("export", folder, "--out", tmp_path / "out", status=2)
     assert "has no agent" in lines[0]

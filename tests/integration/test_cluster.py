@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -277,6 +278,25 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(address: str, words: 
 
     assert all(word in str(refused.value) for word in words), refused.value
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR\r\n", b""])
+def test_an_address_where_something_else_listens_is_refused_at_once(greeting: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(greeting)
+
+        listener = threading.Thread(target=answer)
+        listener.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(
+            UserError, match=f"what listens at '{address}' is no Ray cluster; give the address"
+        ):
+            Cluster(address).open()
+        listener.join()
 
 
 def test_a_missing_token_is_named_with_the_places_where_it_is_looked_for(

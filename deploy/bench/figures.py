@@ -109,7 +109,10 @@ def check_json_path(path: Path | None) -> None:
         raise UserError(f"--json: {path} cannot be written; give another file")
 
 
-SHOWN = ("llm", "dtype", "device", "new_tokens", "top_k", "top_p", "rounds", "processor", "threads", "torch")
+SHOWN = (
+    *("llm", "dtype", "device", "hidden_size", "batch_size", "capacity", "new_tokens", "top_k", "top_p"),
+    *("rounds", "processor", "threads", "torch"),
+)
 """Conditions that a person wants to see, in this order."""
 
 

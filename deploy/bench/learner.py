@@ -96,6 +96,11 @@ def _affordable(sizes: LearnerSizes) -> int:
         raise UserError(
             f"--capacity: {most} transitions are too few to measure with; give more, or free memory"
         )
+    if most < sizes.batch_size:
+        raise UserError(
+            f"--batch-size={sizes.batch_size} is more than the {most} transitions in the replay; lower it, "
+            "or raise --capacity"
+        )
     return most // NUM_DECISIONS * NUM_DECISIONS
 
 

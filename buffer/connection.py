@@ -105,7 +105,12 @@ def connect(
     except (TypeError, ValueError) as error:  # what redis-py says to an option that it does not know
         raise _error(field, url, "has an option after '?' that cannot be used", "remove it") from error
     except redis.exceptions.InvalidResponse as error:
-        raise _error(field, url, "is neither Redis nor Valkey", "correct the address") from error
+        raise _error(
+            field,
+            url,
+            "does not answer as Redis or Valkey does",
+            "correct the address, or begin it with rediss:// if the server uses TLS",
+        ) from error
     except (redis.ConnectionError, redis.ResponseError) as error:
         if re.search(r"DB index|invalid database", str(error), re.IGNORECASE):
             raise _error(field, url, "has no such database", "give one that it has, usually 0") from error

@@ -160,9 +160,9 @@ class Mirror:
         device.
 
         States come in ``states_dtype``; None: as they are stored, in 16 bit. The two state tensors are
-        overwritten by the next sample of the same size and dtype, on a GPU by the one after it: clone them to
-        keep them (fresh memory for every batch would cost several times the copy itself). The next state of a
-        last decision is its own state: finite, and worth nothing by its discount.
+        overwritten by a later sample of the same size and dtype, the one ``num_batches_kept`` after this:
+        clone them to keep them (fresh memory for every batch would cost several times the copy itself). The
+        next state of a last decision is its own state: finite, and worth nothing by its discount.
 
         Raises:
             ValueError: there are no transitions yet.

@@ -232,8 +232,9 @@ def _apply_override(content: dict[Any, Any], override: str, model: type[BaseMode
             child = node[part] = {}
         node = child
     value = _parse_value(parts, text, model)
-    if value is None and isinstance(node.get(parts[-1]), dict):
-        del node[parts[-1]]  # As in a file that includes another.
+    # As in a file that includes another. An empty text may be a variable of the shell that is not set.
+    if value is None and text.strip() in ("null", "~") and isinstance(node.get(parts[-1]), dict):
+        del node[parts[-1]]
     else:
         node[parts[-1]] = value
 

@@ -39,7 +39,7 @@ from mara.deploy.output import complain
 from mara.deploy.plots import draw_positions_by_candidates
 from mara.deploy.preflight import check_context, check_head, check_out, check_writable, warn_of_head
 from mara.deploy.reward_models import check_reward_model
-from mara.deploy.run_folder import REPORT_FILE, agent_folder, set_report_aside
+from mara.deploy.run_folder import REPORT_FILE, agent_folder, make_unused, set_report_aside
 
 SYSTEMS = {"base": "base LLM, greedy", "agent": "with the agent, greedy", "base_sampled": "base LLM, sampled"}
 OUTCOMES: dict[Outcome, str] = {
@@ -106,7 +106,9 @@ def run_evaluation(
     source = config.prompts.evaluation
     dataset = str(source) if is_of_hub(source) else source.stem
     content = report_json(report, dataset) | {"settings": used_settings(config), "training": parts.training}
-    place.mkdir(parents=True, exist_ok=True)
+    if place != folder:
+        place = make_unused(place) if out is None else place
+        place.mkdir(parents=True, exist_ok=True)
     path = place / REPORT_FILE
     kept = set_report_aside(place)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

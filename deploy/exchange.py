@@ -30,14 +30,17 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     weights.
 
     Raises:
-        UserError: the run goes on, its agent cannot be read, or ``out`` has something in it or cannot be
-            written.
+        UserError: the run's training goes on, its agent cannot be read, or ``out`` has something in it or
+            cannot be written.
     """
     check_out(out)
     process = who_runs(run)
     agent, card = load_agent(agent_folder(run))
-    # A run replaces weights and card one after the other; once it has trained, the evaluation alone is left.
-    if process is not None and not (card.get("training") or {}).get("complete"):
+    # A run replaces weights and card one after the other. Once it has trained, the evaluation alone is left;
+    # one that was complete and goes on has the card of before.
+    training = card.get("training") or {}
+    is_trained = training.get("complete") and training.get("episodes") == config.learner.num_episodes
+    if process is not None and not is_trained:
         raise UserError(f"{run} is in use: its training goes on ({process}); wait for its end")
     warn_of_untrained(card)
     warn_of_losing(run)

@@ -206,7 +206,8 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out={out} is not empty; give a new folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is not a folder; give a new one")
-    check_writable("--out", out.resolve().parent)
+    place = out.resolve()
+    check_writable("--out", place if place.is_dir() else place.parent)
 
 
 def check_devices(config: RunConfig) -> None:

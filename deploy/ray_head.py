@@ -119,6 +119,7 @@ def open_cluster(
         UserError: there is no cluster at the address.
         RunFailed: Ray does not start here.
     """
+    is_own = address is None
     if address is None:
         progress.state("starting Ray")
         head = RayHead(num_cpus, log_file)
@@ -128,7 +129,7 @@ def open_cluster(
     progress.state("joining the Ray cluster")
     from mara.deploy.topology import Cluster  # Imports Ray, after the head has set its environment.
 
-    cluster = Cluster(address)
+    cluster = Cluster(address, is_own=is_own)
     progress.wait_for(cluster.open, may_be_left=True)
     exits.callback(cluster.close)
     # Ray's handler of SIGTERM prints a stack and aborts the process three seconds later.

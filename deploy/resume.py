@@ -278,13 +278,15 @@ def _check_incomplete(folder: Path, num_episodes: int, before: RunConfig, config
     except (OSError, ValueError, KeyError, TypeError):
         is_complete = False
     log_has_ended = before.replay.from_run is not None and num_episodes < before.learner.num_episodes
+    complete = f"{folder}: this run is complete ({num_episodes} episodes)"
+    if is_complete and log_has_ended:
+        raise UserError(complete)
     if wanted < num_episodes:
         raise UserError(
             f"learner.num_episodes={wanted}: the run has read {num_episodes} already; give a higher number"
         )
-    if is_complete and (log_has_ended or wanted == num_episodes):
-        more = "" if log_has_ended else "; to train it longer, add learner.num_episodes with a higher number"
-        raise UserError(f"{folder}: this run is complete ({num_episodes} episodes){more}")
+    if is_complete and wanted == num_episodes:
+        raise UserError(f"{complete}; to train it longer, add learner.num_episodes with a higher number")
 
 
 def _position(checkpoint: Path) -> tuple[int, int]:

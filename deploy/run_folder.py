@@ -51,7 +51,7 @@ def make_folder(parent: Path, name: str, settings: str, field: str, now_s: float
     """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_s))
     try:
-        folder = _unused(parent / f"{name}-{stamp}")
+        folder = make_unused(parent / f"{name}-{stamp}")
         fill_folder(folder, settings)
     except OSError as error:
         raise UserError(f"{field}={parent}: {error.strerror or error}; choose another") from error
@@ -94,7 +94,7 @@ def set_report_aside(folder: Path) -> Path | None:
     return path.rename(path.with_name(f"{path.stem}-{made}{path.suffix}"))
 
 
-def _unused(wanted: Path) -> Path:
+def make_unused(wanted: Path) -> Path:
     """Make the folder ``wanted``, or one with a number after it where another run took that second."""
     number, folder = 1, wanted
     while True:

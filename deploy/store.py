@@ -57,7 +57,8 @@ class Store:
         if self._num_restarts > MAX_SERVER_RESTARTS:
             raise RunFailed(
                 f"the server for episodes and weights died {self._num_restarts} times; the run ends; "
-                f"{what_is_saved(folder)}; free memory or lower replay.log_max_bytes"
+                f"{what_is_saved(folder)}; free memory first, or start a new run with a lower "
+                "replay.log_max_bytes"
             )
         try:
             self._server.start(_shown_by(progress))

@@ -252,8 +252,10 @@ def _outcome(run: Any) -> Ended:
 class Cluster:
     """The Ray cluster at an address, joined for a run."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, is_own: bool = False) -> None:
+        """``is_own``: the run has started it, so it is known to be there."""
         self._address = address
+        self._is_own = is_own
 
     def open(self) -> None:
         """Join the cluster. Takes seconds and blocks; does not have to happen in the main thread.
@@ -261,7 +263,8 @@ class Cluster:
         Raises:
             UserError: there is no cluster at the address, or it has a token that is not known here.
         """
-        check_address(self._address)
+        if not self._is_own:
+            check_address(self._address)
         try:
             ray.init(
                 address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
@@ -370,7 +373,16 @@ def check_address(address: str) -> None:
         ) from error
     with connection:
         # Of a cluster with TLS nothing can be read without its certificates.
-        if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_http2(connection):
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        try:
+            is_ray = _speaks_http2(connection)
+        except TimeoutError as error:
+            raise UserError(
+                f"ray.address: {address!r} took the connection and said nothing within {CONNECT_S:g} s; look "
+                "whether that is the address that `ray start --head` printed, and at that machine"
+            ) from error
+        if not is_ray:
             raise UserError(
                 f"ray.address: what listens at {address!r} is no Ray cluster; give the address that "
                 "`ray start --head` printed or leave ray.address out"
@@ -378,16 +390,26 @@ def check_address(address: str) -> None:
 
 
 def _speaks_http2(connection: socket.socket) -> bool:
-    """Whether the other side begins as HTTP/2 does (RFC 9113, section 3.4), on which Ray's gRPC goes."""
+    """Whether the other side begins as HTTP/2 does (RFC 9113, section 3.4), on which Ray's gRPC goes.
+
+    Raises:
+        TimeoutError: it has not said enough within ``CONNECT_S``.
+    """
+    deadline = time.monotonic() + CONNECT_S
     frame = bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
     answer = b""
     try:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame)
-        while len(answer) < len(frame) and (part := connection.recv(len(frame) - len(answer))):
+        while len(answer) < len(frame):
+            connection.settimeout(max(1e-3, deadline - time.monotonic()))
+            if not (part := connection.recv(len(frame) - len(answer))):
+                return False
             answer += part
-    except OSError:  # It says nothing, or hangs up.
+    except TimeoutError:
+        raise
+    except OSError:  # It hangs up.
         return False
-    return len(answer) == len(frame) and answer[3] == HTTP2_SETTINGS
+    return answer[3] == HTTP2_SETTINGS
 
 
 def learner_gpus(config: RunConfig, in_cluster: float) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -38,6 +39,8 @@ SET_ASIDE = "not-used"
 SCHEMA = 3
 TENSOR_KEY = "$tensor"
 """Stands in the JSON where a tensor belongs, with the tensor's name as its value."""
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpointed(Protocol):
@@ -91,8 +94,10 @@ def save_checkpoint(folder: Path, learner: Checkpointed, num_kept: int = 2) -> P
     _point(folder / LATEST, name)
     for old in _in(folder)[:-num_kept]:
         if old != final:
-            # What cannot be removed now, as somebody reads it on NFS, is tried again with the next one.
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # As where somebody reads it on NFS: tried again with the next one.
+                _log.warning("the checkpoint %s could not be removed (%s)", old, error.strerror or error)
     return final
 
 

@@ -92,6 +92,7 @@ def _affordable(sizes: LearnerSizes) -> int:
     else:
         free_bytes = psutil.virtual_memory().available
     most = min(sizes.capacity, free_bytes // 2 // (2 * sizes.hidden_size + 22))
+    most = most // NUM_DECISIONS * NUM_DECISIONS
     if most < 2 * NUM_DECISIONS:
         raise UserError(
             f"--capacity: {most} transitions are too few to measure with; give more, or free memory"
@@ -99,9 +100,9 @@ def _affordable(sizes: LearnerSizes) -> int:
     if most < sizes.batch_size:
         raise UserError(
             f"--batch-size={sizes.batch_size} is more than the {most} transitions in the replay; lower it, "
-            "or raise --capacity"
+            "raise --capacity, or free memory"
         )
-    return most // NUM_DECISIONS * NUM_DECISIONS
+    return most
 
 
 def _make_learner(

@@ -61,7 +61,7 @@ def test_a_ring_is_filled_whatever_its_capacity():
 
 
 def test_a_batch_that_the_ring_cannot_hold_is_named_as_the_option():
-    with pytest.raises(UserError, match="--batch-size=5000 is more than the 2000 transitions in the replay"):
+    with pytest.raises(UserError, match="--batch-size=5000 is more than the 1920 transitions in the replay"):
         bench_learner(LearnerSizes(64, 5000, capacity=2000, device="cpu"), 1, None, print)
 
 

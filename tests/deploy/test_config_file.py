@@ -74,6 +74,8 @@ def test_a_configuration_stands_on_the_shipped_one_that_it_includes(tmp_path: Pa
     assert config.run.name == "mine"
     without = load_config(find_config("quickstart"), ["rewards.helpful=null"])
     assert list(without.rewards) == ["harmless"]
+    with pytest.raises(UserError, match=r"rewards\.helpful"):
+        load_config(find_config("quickstart"), ["rewards.helpful="])
 
 
 @pytest.mark.parametrize(

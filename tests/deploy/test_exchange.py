@@ -20,6 +20,7 @@ from mara.common.config import AgentConfig
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.model_shape import find_identity
+from mara.deploy.run_folder import load_run
 from mara.deploy.run_lock import hold_run
 from mara.learner.saving import AGENT_FOLDER
 
@@ -141,14 +142,16 @@ def test_a_run_that_goes_on_or_has_no_agent_is_not_exported(tiny_run: Run, tmp_p
     folder, _ = tiny_run
     card = folder / AGENT_FOLDER / "agent.json"
     content = json.loads(card.read_text())
-    for complete in (True, False):
-        card.write_text(json.dumps({**content, "training": {**content["training"], "complete": complete}}))
+    wanted = load_run(folder).learner.num_episodes
+    # Trained; not yet; trained and gone on with, by settings that ask for more.
+    for complete, episodes, status in ((True, wanted, 0), (False, wanted, 2), (True, wanted - 1, 2)):
+        training = {**content["training"], "complete": complete, "episodes": episodes}
+        card.write_text(json.dumps({**content, "training": training}))
         with hold_run(folder):
-            name = f"complete-{complete}"
-            _, lines = mara("export", folder, "--out", tmp_path / name, status=0 if complete else 2)
-    assert (tmp_path / "complete-True").is_dir() and not (tmp_path / "complete-False").exists()
-    assert "its training goes on" in lines[0]
-    _, lines = mara("export", tmp_path / "complete-True", "--out", tmp_path / "out", status=2)
+            _, lines = mara("export", folder, "--out", tmp_path / f"out-{complete}-{episodes}", status=status)
+        assert (tmp_path / f"out-{complete}-{episodes}").is_dir() == (status == 0)
+        assert status == 0 or "its training goes on" in lines[0]
+    _, lines = mara("export", tmp_path / f"out-True-{wanted}", "--out", tmp_path / "out", status=2)
     assert "is an exported agent; copy the folder" in lines[0]
     shutil.rmtree(folder / AGENT_FOLDER)
     _, lines = mara("export", folder, "--out", tmp_path / "out", status=2)

@@ -299,6 +299,14 @@ def test_an_address_where_something_else_listens_is_refused_at_once(greeting: by
         listener.join()
 
 
+def test_an_address_that_says_nothing_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mara.deploy.topology.CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"'{address}' took the connection and said nothing within 0.2 s"):
+            Cluster(address).open()
+
+
 def test_a_missing_token_is_named_with_the_places_where_it_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -193,7 +193,7 @@ def test_what_earlier_runs_left_on_a_server_takes_its_room(
         assert old_bytes > 4 << 20
         message = memory_refused(own_server, needed_bytes=60 << 20)
         taken = int(message.partition("of which other data take ")[2].split(",")[0])
-        assert old_bytes <= taken < 1.3 * old_bytes
+        assert 0.9 * old_bytes <= taken < 1.3 * old_bytes  # the server takes buffers off, at another time
         shown = f"unix://:***@{own_server.url.rpartition('@')[2]}"
         assert f"needs {60 << 20} bytes; delete old runs (`mara store list {shown}` shows them)" in message
         check_memory(client, own_server.url, (64 << 20) - 2 * old_bytes)

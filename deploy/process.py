@@ -50,7 +50,7 @@ class Ended:
     def tell(self, name: str, log_file: Path) -> str:
         """What happened to the process ``name``, its first line; the traceback goes into ``log_file``."""
         if self.error is None:
-            return f"{name} {'died, killed or crashed' if self.died else 'ended by itself'}"
+            return f"{name} {'died' if self.died else 'ended by itself'}"
         with contextlib.suppress(OSError), log_file.open("a") as log:  # The disk may be full.
             log.write(self.trace.rstrip() + "\n")
         first_line = (str(self.error).strip() or "no message").splitlines()[0]

@@ -210,7 +210,9 @@ class Supervisor:
         if ended.error is None and not ended.died:
             assert isinstance(ended.result, LearnerSummary)
             return ended.result
-        raise self._failure(member, ended, f"the run ends; {what_is_saved(member.spec.folder)}")
+        # Of a process that is gone nothing else is known, and its log may be empty.
+        how = "it was killed, or crashed, or memory ran out; " if ended.died else ""
+        raise self._failure(member, ended, f"{how}the run ends; {what_is_saved(member.spec.folder)}")
 
     def _replace(self, index: int, member: _Member, ended: Ended) -> None:
         """Put a new rollout actor in the place of one that ended."""

@@ -115,7 +115,7 @@ def test_a_dead_actor_is_replaced_and_counted(run: Run) -> None:
     assert status.metrics["actors/restarted"] == 1
     assert status.metrics["actors/alive"] == 1
     assert run["actor-1"].killed
-    assert run.said == ["actor-1 died, killed or crashed; actor-1-1 takes its place"]
+    assert run.said == ["actor-1 died; actor-1-1 takes its place"]
     run["actor-1-1"].runs(**{"rollout/tokens_total": 1.0})
     assert run.supervisor.poll().metrics["actors/alive"] == 2
 
@@ -159,7 +159,9 @@ def test_more_restarts_than_allowed_end_the_run(config: RunConfig, tmp_path: Pat
 
 def test_the_death_of_the_learner_ends_the_run_and_names_its_log(run: Run) -> None:
     run["learner"].ended = Ended(died=True)
-    with pytest.raises(RunFailed, match=r"learner died.*had not saved a checkpoint.*learner\.log"):
+    with pytest.raises(
+        RunFailed, match=r"learner died; it was killed, or .*had not saved a checkpoint.*r\.log"
+    ):
         run.supervisor.poll()
 
 
@@ -226,7 +228,7 @@ def test_a_reward_model_that_cannot_be_loaded_ends_the_run(config: RunConfig, tm
         run.supervisor.poll()
     run["reward-words-0"].ended = Ended(died=True)
     with pytest.raises(
-        RunFailed, match=r"reward-words-0 died, .*; the reward model could not be loaded; see .*log"
+        RunFailed, match=r"reward-words-0 died; the reward model could not be loaded; see .*log"
     ):
         run.supervisor.poll()
     run.supervisor.request_stop(learner=True)

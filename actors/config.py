@@ -98,8 +98,9 @@ class DecodingConfig(Config):
     """Candidates a row examines at first in wide mode; all of them rejected, twice as many, and so on.
     Usual range 2–8: over 95 % of acceptances are among the first three."""
     compile: bool = False
-    """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto), compiled by torch
-    and, on a GPU, replayed as CUDA graphs. Takes minutes at the start; pays for long runs on a GPU."""
+    """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto), compiled by torch.
+    Takes minutes at the start; pays for long runs on a GPU, where passes are replayed as CUDA graphs with it
+    or without."""
 
     @property
     def tunes_window(self) -> bool:

@@ -136,7 +136,7 @@ class RolloutWorker:
             started = time.monotonic()
             self._take_newer_weights()
             # Prompts enter a few at a time: one prefill of several costs little more than one of one.
-            if self._engine.num_free >= max(1, self._rollout.rows // 8):
+            if self._engine.wants_prompts:
                 self._engine.admit(list(itertools.islice(requests, self._engine.num_free)))
             answers = self._score(self._engine.step())
             scored = time.monotonic()

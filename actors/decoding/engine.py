@@ -29,12 +29,13 @@ import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.acceptance import Verdict, examine, may_ask, may_reject
+from mara.actors.decoding.attention import group_heads
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.generation import Decision, Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import Answer, Gated, Plain, Policy, ask
-from mara.actors.decoding.prefill import group_by_length
+from mara.actors.decoding.prefill import PASS_OVERHEAD_TOKENS, group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, self_check
 from mara.actors.decoding.tuning import WindowTuner
@@ -43,6 +44,19 @@ from mara.common.agent import ACCEPT
 
 COMPILER = "inductor"
 """Backend of torch.compile for passes with fixed shapes."""
+
+REFILL_SHARE = 8
+"""New prompts are read where one in so many rows is free: a pass that reads a few costs little more than one
+that reads a single one."""
+
+ROWS_STEP = 4
+"""Where passes have fixed shapes and fewer rows are left than this fraction of them, a pass has only that."""
+
+
+def repeats_shapes(model: Any) -> bool:
+    """Whether passes should have few shapes, as CUDA graphs start the kernels of such a pass all at once: a
+    GPU works them off faster than a host starts them one by one."""
+    return bool(model.device.type == "cuda")
 
 
 class Engine:
@@ -94,9 +108,11 @@ class Engine:
         num_tokens = max_prompt_tokens + config.max_new_tokens
         check_supported(model, num_tokens)
         self._logit_head = make_logit_head(model)
+        group_heads(model)
         self_check(model, num_tokens)
         self._cache = SlotCache(model, num_rows, num_tokens + self._widest - 1)
         self._forward = Forward(model, self._cache, COMPILER if config.compile else None)
+        self._fixed = config.compile or repeats_shapes(model)
         self._shared_prefix = tuple(shared_prefix)
         self._prefix_cache: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rows: list[Row] = []
@@ -127,6 +143,11 @@ class Engine:
         return self.num_rows - len(self._rows)
 
     @property
+    def wants_prompts(self) -> bool:
+        """Whether so many rows are free that reading new prompts pays."""
+        return self.num_free >= max(1, self.num_rows // REFILL_SHARE)
+
+    @property
     def cache_nbytes(self) -> int:
         """Bytes of keys and values; the only memory that grows with rows and lengths."""
         return self._cache.nbytes
@@ -136,8 +157,7 @@ class Engine:
         waiting = iter(requests)
         exhausted = False
         while True:
-            # A pass that reads a few prompts costs little more than one that reads a single prompt.
-            if not exhausted and self.num_free >= max(1, self.num_rows // 8):
+            if not exhausted and self.wants_prompts:
                 batch = [request for _, request in zip(range(self.num_free), waiting, strict=False)]
                 exhausted = len(batch) < self.num_free
                 self.admit(batch)
@@ -206,10 +226,11 @@ class Engine:
         prefix = self._shared_prefix
         shared = [ids for ids in prompts if len(ids) > len(prefix) and ids[: len(prefix)] == prefix]
         others = [ids for ids in prompts if not (len(ids) > len(prefix) and ids[: len(prefix)] == prefix)]
+        overhead = PASS_OVERHEAD_TOKENS.get(self._device.type, PASS_OVERHEAD_TOKENS["cpu"])
         order: list[tuple[int, ...]] = []
         states: list[torch.Tensor] = []
         for some, start in ((shared, len(prefix)), (others, 0)):
-            for group in group_by_length([len(ids) - start for ids in some]):
+            for group in group_by_length([len(ids) - start for ids in some], overhead):
                 batch = [some[index] for index in group]
                 states.append(self._read_together(batch, len(self._rows) + len(order), start))
                 order += batch
@@ -276,22 +297,33 @@ class Engine:
 
     def _examine(self, rows: list[Row], num_Q: int) -> torch.Tensor:
         """Hidden states [B, Q, D] of Q candidates of each row, from its own rank on."""
-        fixed = self.config.compile
-        num_Q = self._window if fixed else num_Q
+        num_idle = 0
+        if self._fixed:
+            num_rows, num_Q = self._shape(len(rows), num_Q)
+            num_idle = num_rows - len(rows)
         # Rows with fewer candidates left repeat their last one; with fixed shapes, free rows read a dummy.
         ids = [[row.ids[min(row.rank + q, row.num - 1)] for q in range(num_Q)] for row in rows]
         lengths = [row.length for row in rows]
-        if fixed:
-            ids += [[0] * num_Q] * self.num_free
-            lengths += [0] * self.num_free
+        ids += [[0] * num_Q] * num_idle
+        lengths += [0] * num_idle
         lengths_BQ = torch.tensor(lengths)[:, None].expand(-1, num_Q)
         tokens = Tokens(torch.tensor(ids), lengths_BQ, lengths_BQ + torch.arange(num_Q), lengths_BQ)
         span = max(lengths) + num_Q
         passes, candidates = self._decoding_work
         self._decoding_work = passes + len(rows), candidates + tokens.ids_BQ.numel()
-        return (
-            self._forward.fixed(tokens, span) if fixed else self._forward(slice(0, len(rows)), tokens, span)
-        )
+        if self._fixed:
+            return self._forward.fixed(tokens, span)
+        return self._forward(slice(0, len(rows)), tokens, span)
+
+    def _shape(self, num_rows: int, num_Q: int) -> tuple[int, int]:
+        """The fixed shape, rows and candidates, that has room for these."""
+        rows, width = self.num_rows, self._window
+        # The compiler takes minutes for each shape, so there is only one.
+        while not self.config.compile and rows // ROWS_STEP >= num_rows:
+            rows //= ROWS_STEP
+        while width < num_Q:
+            width *= 2
+        return rows, min(width, self._widest)
 
     def _propose(self, rows: list[Row], states_BD: torch.Tensor) -> None:
         """Give every row the candidate set of its next position, from the state before it."""

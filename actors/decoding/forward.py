@@ -10,6 +10,7 @@ in slots n, n + 1, …: each sees the text before it and itself, and none sees a
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ import torch
 from mara.actors.decoding.slots import SlotCache
 from mara.common.cuda_graph import capture
 
+logger = logging.getLogger(__name__)
+
 SPAN_STEP = 256
-"""With fixed shapes a pass reads a multiple of so many slots: each multiple is compiled once."""
+"""With fixed shapes a pass reads a multiple of so many slots: each multiple is compiled or captured once."""
 
 
 class Tokens(NamedTuple):
@@ -58,7 +61,7 @@ class Forward:
         model: a Hugging Face causal language model whose attention takes a 4-D mask.
         cache: its keys and values.
         backend: None runs the model as it is. Else passes that :meth:`fixed` is asked for go through
-            ``torch.compile`` with this backend, and on a GPU through a CUDA graph for each span.
+            ``torch.compile`` with this backend.
     """
 
     def __init__(self, model: Any, cache: SlotCache, backend: str | None = None) -> None:
@@ -76,7 +79,9 @@ class Forward:
         self._compiled = (
             None if backend is None else torch.compile(self._run, fullgraph=True, backend=backend)
         )
-        self._fixed: dict[tuple[int, int], _FixedPass] = {}
+        self._fixed: dict[tuple[int, int, int], _FixedPass] = {}
+        # What a pass returns is used up before the next one, so that graphs need one memory, not one each.
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     def __call__(self, rows: slice, tokens: Tokens, span: int) -> torch.Tensor:
         """Hidden states [B, Q, D], after the final norm, of ``tokens`` in ``rows``; reads ``span`` slots."""
@@ -86,16 +91,18 @@ class Forward:
         return self._run(on_device, span)
 
     def fixed(self, tokens: Tokens, span: int) -> torch.Tensor:
-        """The same for all rows of the cache at once, in shapes that repeat, so that it can be compiled.
+        """The same for the first B rows of the cache, in shapes that repeat: on a GPU a CUDA graph for each.
 
-        The result is overwritten by the next call.
+        A model whose pass no graph can hold, as its host waits for the GPU in between, runs without, and that
+        is logged. The result is overwritten by the next call.
         """
         self._count(tokens)
         span = min(-(-span // SPAN_STEP) * SPAN_STEP, self.cache.num_slots)
-        key = (tokens.ids_BQ.shape[1], span)
+        key = (*tokens.ids_BQ.shape, span)
         if key not in self._fixed:
-            on_device = Tokens(*(part.to(self._device) for part in tokens))
-            self._fixed[key] = _FixedPass(self._compiled or self._run, self.cache, on_device, span)
+            self._fixed[key] = _FixedPass(self._compiled or self._run, self.cache, tokens, span)
+            if self._pool is not None and not self._fixed[key].capture(self._pool):
+                self._pool = None
         return self._fixed[key].replay(tokens)
 
     def _count(self, tokens: Tokens) -> None:
@@ -136,24 +143,40 @@ class Forward:
 
 
 class _FixedPass:
-    """A forward pass whose inputs are copied into buffers that stay; on a GPU, a captured CUDA graph."""
+    """A forward pass whose inputs are copied into buffers that stay, so that a CUDA graph can hold it."""
 
     def __init__(self, run: Any, cache: SlotCache, tokens: Tokens, span: int) -> None:
         self._run, self._span = run, span
         self._cache = cache
-        self._tokens = Tokens(*(part.clone() for part in tokens))
+        # All inputs travel in one copy, from memory that the GPU can read by itself.
+        self._host_4BQ = torch.stack(tokens)
+        if cache.device.type == "cuda":
+            self._host_4BQ = self._host_4BQ.pin_memory()
+        self._inputs_4BQ = self._host_4BQ.to(cache.device, copy=True)
+        self._tokens = Tokens(*self._inputs_4BQ)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if tokens.ids_BQ.is_cuda:
-            self._graph, self._states_BQD = capture(self._once, tokens.ids_BQ.device)
+
+    def capture(self, pool: Any) -> bool:
+        """Have it replayed as a CUDA graph from now on; returns whether the model's pass can be."""
+        try:
+            self._graph, self._states_BQD = capture(self._once, self._cache.device, pool=pool)
+        except RuntimeError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(
+                "the LLM runs kernel by kernel, more slowly: no CUDA graph can hold it (%s)", reason
+            )
+            return False
+        return True
 
     def replay(self, tokens: Tokens) -> torch.Tensor:
-        for buffer, part in zip(self._tokens, tokens, strict=True):
-            buffer.copy_(part, non_blocking=True)
+        # The last pass has been waited for, so its inputs have been read.
+        torch.stack(tokens, out=self._host_4BQ)
+        self._inputs_4BQ.copy_(self._host_4BQ, non_blocking=True)
         if self._graph is None:
             return self._once()
         self._graph.replay()
         return self._states_BQD
 
     def _once(self) -> torch.Tensor:
-        self._cache.aim(slice(0, self._cache.num_rows), self._tokens.slots_BQ, self._span)
+        self._cache.aim(slice(0, len(self._tokens.ids_BQ)), self._tokens.slots_BQ, self._span)
         return self._run(self._tokens, self._span)  # type: ignore[no-any-return]

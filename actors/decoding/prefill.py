@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-PASS_OVERHEAD_TOKENS = 32
+PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
 """What a forward pass costs beside its tokens, in tokens. On two CPU cores a pass of SmolLM2 costs as much as
-some 30 tokens before it has read any; on a GPU it is more, but there prompts of one length are rarer too."""
+some 30 tokens before it has read any. On a GPU it takes the host longer to start the kernels of a pass than
+the GPU to read a thousand tokens."""
 MAX_PASS_TOKENS = 8192
 """Most tokens in one pass, padding included, so that its activations stay small beside the cache."""
 
 
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], overhead_tokens: int) -> list[list[int]]:
     """Split prompts of ``lengths`` (>= 1) into passes, so that padding and the number of passes cost least.
 
     Returns indices into ``lengths``, each once, shortest first: a pass pads its prompts to its longest. The
     split is the cheapest one into runs of the sorted lengths, by dynamic programming.
 
-    Example: ``[50, 5, 48]`` gives ``[[1], [2, 0]]``; three prompts of about 50 tokens are one pass.
+    Example: ``[50, 5, 48]`` with an overhead of 32 gives ``[[1], [2, 0]]``: the two of about 50 tokens are
+    one pass.
     """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     # cheapest[n]: cost of the n shortest prompts; cuts[n]: where their last pass begins.
@@ -25,7 +27,7 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         costs = {
-            begin: cheapest[begin] + longest * (end - begin) + PASS_OVERHEAD_TOKENS
+            begin: cheapest[begin] + longest * (end - begin) + overhead_tokens
             for begin in range(end)
             if longest * (end - begin) <= MAX_PASS_TOKENS or begin == end - 1
         }

@@ -57,6 +57,27 @@ def probe_key_shape(model: Any) -> tuple[int, KeyShape, torch.dtype]:
     return len(kept), shapes.pop(), kept[0][0].dtype
 
 
+def _write_slots(
+    kept_LRHSE: torch.Tensor,
+    layer: int,
+    rows_BQ: torch.Tensor,
+    slots_BQ: torch.Tensor,
+    states_BQHE: torch.Tensor,
+) -> None:
+    # Advanced indices around a slice put the indexed dimensions first: [B, Q, H, E].
+    kept_LRHSE[layer][rows_BQ, :, slots_BQ] = states_BQHE
+
+
+# The compiler would write into a copy of every layer's cache and copy all of them back at the end of the
+# pass; an operator that it cannot look into writes where it is told to.
+write_slots = torch.library.custom_op("mara::write_slots", _write_slots, mutates_args=("kept_LRHSE",))
+
+
+@write_slots.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """A preallocated cache for the decoder ``model``. Memory: rows × slots × bytes a token.
 
@@ -89,6 +110,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._row_index_BQ = torch.empty(0)
         self._slots_BQ = torch.empty(0)
         self._span = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_LRHSE.device
 
     @property
     def num_rows(self) -> int:
@@ -134,11 +159,13 @@ class SlotCache(Cache):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [B, H, Q, E] keys and values; return those of all ``span`` slots, [B, H, span, E]."""
-        keys_RHSE, values_RHSE = self.keys_LRHSE[layer_idx], self.values_LRHSE[layer_idx]
-        # Advanced indices around a slice put the indexed dimensions first: [B, Q, H, E].
-        keys_RHSE[self._row_index_BQ, :, self._slots_BQ] = key_states.transpose(1, 2)
-        values_RHSE[self._row_index_BQ, :, self._slots_BQ] = value_states.transpose(1, 2)
-        return keys_RHSE[self._rows, :, : self._span], values_RHSE[self._rows, :, : self._span]
+        write = write_slots if torch.compiler.is_compiling() else _write_slots
+        for kept_LRHSE, states_BHQE in ((self.keys_LRHSE, key_states), (self.values_LRHSE, value_states)):
+            write(kept_LRHSE, layer_idx, self._row_index_BQ, self._slots_BQ, states_BHQE.transpose(1, 2))
+        return (
+            self.keys_LRHSE[layer_idx][self._rows, :, : self._span],
+            self.values_LRHSE[layer_idx][self._rows, :, : self._span],
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._span - self._slots_BQ.shape[1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mara.actors.decoding.attention import GROUPED
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.slots import SlotCache
@@ -40,7 +41,7 @@ def check_supported(model: Any, num_tokens: int) -> None:
     """
     text_config = model.config.get_text_config()
     name = text_config.model_type
-    if text_config._attn_implementation not in ("sdpa", "eager"):
+    if text_config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         raise UserError(
             f"llm.model: {name} runs with {text_config._attn_implementation!r} attention, which takes no "
             "4-D mask; load it with sdpa or eager attention"

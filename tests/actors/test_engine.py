@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 from mara.actors.config import DecodingConfig, GateConfig, TruncationConfig
 from mara.actors.decoding import engine as engine_module
+from mara.actors.decoding import forward as forward_module
+from mara.actors.decoding.attention import grouped_attention
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.engine import Engine
+from mara.actors.decoding.forward import Forward
 from mara.actors.decoding.generation import Request
 from mara.actors.decoding.policies import AgentPolicy, Decisions, Gated
 from mara.actors.packing import pack_linears
@@ -397,6 +400,36 @@ def test_a_model_that_would_be_silently_wrong_is_refused_by_name(llama, settings
     assert str(caught.value).startswith("llm.model: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
+def test_heads_that_share_keys_attend_as_with_copies_of_them(num_tokens, additive):
+    draws = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(2, heads, length, size, generator=draws, dtype=torch.float64)
+        for heads, length, size in ((6, num_tokens, 8), (2, 9, 8), (2, 9, 4))
+    )
+    mask = torch.rand(2, 1, num_tokens, 9, generator=draws) < 0.5
+    mask[..., 0] = True
+    if additive:
+        mask = torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    found, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    copied = [part.repeat_interleave(3, dim=1) for part in (key, value)]
+    weights = (query @ copied[0].mT * 0.3).masked_fill(~mask if not additive else mask < 0, -torch.inf)
+    torch.testing.assert_close(found, (weights.softmax(-1) @ copied[1]).transpose(1, 2))
+
+
+def test_the_engine_reads_keys_without_copies(llama, monkeypatch):
+    def copied(*args):
+        raise AssertionError("keys were repeated")
+
+    model = copy.deepcopy(llama)
+    engine = Engine(model, [EOS], DecodingConfig(max_new_tokens=4, mode="wide"), Coin(0.3), 2, 4)
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", copied)
+    assert len(list(engine.generate(make_requests(21, [4, 3])))) == 2
+
+
 @pytest.mark.parametrize("mode", ["lazy", "wide"])
 def test_passes_with_fixed_shapes_give_the_same_answers(make_model, mode, monkeypatch):
     """The traced graph must have no break: on a GPU it becomes one CUDA graph."""
@@ -414,6 +447,57 @@ def test_passes_with_fixed_shapes_give_the_same_answers(make_model, mode, monkey
         for one, other in zip(decisions, answers[1][tag][1], strict=True):
             assert (one.rank, one.action) == (other.rank, other.action)
             torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "widths"),
+    [("lazy", {1}), ("wide", {3, 6}), ("auto", {1, 2, 4, 6})],
+    ids=lambda value: str(value),
+)
+def test_passes_of_few_shapes_as_on_a_gpu_give_the_same_answers(make_model, mode, widths, monkeypatch):
+    shapes = set()
+    fixed = Forward.fixed
+
+    def seen(self, tokens, span):
+        shapes.add(tuple(tokens.ids_BQ.shape))
+        return fixed(self, tokens, span)
+
+    monkeypatch.setattr(Forward, "fixed", seen)
+    model = make_model("qwen2_mixed", 1)
+    requests = make_requests(21, [4, 9, 6, 11, 3, 5, 8, 7, 4, 10, 6])
+    config = DecodingConfig(truncation=TruncationConfig(top_k=6), max_new_tokens=10, mode=mode)
+    answers = []
+    for repeats in (False, True):
+        monkeypatch.setattr(engine_module, "repeats_shapes", lambda model, repeats=repeats: repeats)
+        engine = Engine(model, [EOS], config, Coin(0.3), 8, 11)
+        answers.append({g.request.tag: (g.response_ids, g.decisions) for g in engine.generate(requests)})
+    for tag, (tokens, decisions) in answers[0].items():
+        assert answers[1][tag][0] == tokens
+        for one, other in zip(decisions, answers[1][tag][1], strict=True):
+            assert (one.rank, one.action) == (other.rank, other.action)
+            torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+    # All rows or a quarter of them, and a few widths.
+    assert {rows for rows, _ in shapes} == {8, 2}
+    assert {width for _, width in shapes} <= widths
+
+
+def test_a_model_that_no_graph_can_hold_runs_without_and_says_so_once(llama, monkeypatch, caplog):
+    def cannot(work, device, pool):
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(engine_module, "repeats_shapes", lambda model: True)
+    monkeypatch.setattr(forward_module, "capture", cannot)
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=6, mode="wide")
+    engine = Engine(llama, [], config, Coin(0.3), 8, 9)
+    engine._forward._pool = object()  # as on a GPU
+    requests = make_requests(21, [4, 9, 6])
+    answers = {g.request.tag: g.response_ids for g in engine.generate(requests)}
+    assert answers == {r.tag: sequential(llama, config, Coin(0.3), r, stops=())[0] for r in requests}
+    assert [record.getMessage() for record in caplog.records] == [
+        "the LLM runs kernel by kernel, more slowly: no CUDA graph can hold it "
+        "(operation not permitted when stream is capturing)"
+    ]
 
 
 def test_wide_decoding_needs_one_pass_where_lazy_decoding_needs_one_for_each_rejection(llama):

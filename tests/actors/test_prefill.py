@@ -5,21 +5,15 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara.actors.decoding.prefill import (
-    MAX_PASS_TOKENS,
-    PASS_OVERHEAD_TOKENS,
-    common_prefix,
-    group_by_length,
-)
+from mara.actors.decoding.prefill import MAX_PASS_TOKENS, common_prefix, group_by_length
 
 
-def cost(lengths, groups):
-    return sum(max(lengths[i] for i in group) * len(group) + PASS_OVERHEAD_TOKENS for group in groups)
+@given(st.lists(st.integers(1, 120), max_size=8), st.sampled_from([0, 32, 1024]))
+def test_no_split_of_the_sorted_prompts_is_cheaper(lengths, overhead):
+    def cost(groups):
+        return sum(max(lengths[i] for i in group) * len(group) + overhead for group in groups)
 
-
-@given(st.lists(st.integers(1, 120), max_size=8))
-def test_no_split_of_the_sorted_prompts_is_cheaper(lengths):
-    groups = group_by_length(lengths)
+    groups = group_by_length(lengths, overhead)
     assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for cuts in itertools.product([False, True], repeat=max(0, len(lengths) - 1)):
@@ -29,12 +23,12 @@ def test_no_split_of_the_sorted_prompts_is_cheaper(lengths):
                 split.append(group)
                 group = []
             group = [*group, index]
-        assert cost(lengths, groups) <= cost(lengths, [*split, group] if group else [])
+        assert cost(groups) <= cost([*split, group] if group else [])
 
 
 def test_a_pass_stays_within_its_limit_and_a_longer_prompt_is_alone():
     lengths = [1000] * 20 + [MAX_PASS_TOKENS + 5]
-    groups = group_by_length(lengths)
+    groups = group_by_length(lengths, 32)
     assert all(len(group) * 1000 <= MAX_PASS_TOKENS for group in groups[:-1])
     assert groups[-1] == [20]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -54,8 +55,14 @@ class FitConfig(Config):
     """Longest answer that is sampled."""
     num_broken_prompts: int = Field(default=350, ge=10)
     """Pairs of which one text is also broken in every way."""
-    ridge: float = Field(default=3e-4, ge=0)
-    """Penalty on the preference weights, in units of standardised features. Usual range 1e-4–3e-3."""
+    penalty: Literal["features", "noise"] = "features"
+    """What ``ridge`` keeps small. ``features``: the preference weights, in units of standardised features.
+    ``noise``: how much the preference varies from token to token within an answer. Heads so fitted to other
+    pairs agree with it more, so that an agent gains less that other heads do not see, and gains it slower:
+    give it more answers."""
+    ridge: float | None = Field(default=None, ge=0)
+    """Strength of the penalty. Usual range 1e-4–3e-3 for ``features``, 1e-3–3e-2 for ``noise``. None: 3e-4
+    and 1e-2."""
     width: int = Field(default=64, ge=1, le=1 << 16)
     """See ``HeadShape.width``."""
     steps: int = Field(default=1200, ge=1)
@@ -66,6 +73,12 @@ class FitConfig(Config):
     """See ``HeadShape.length_weight``."""
     max_batch_tokens: int = Field(default=4096, ge=64)
     """Tokens passed through the LLM at a time. More is faster on a GPU."""
+
+    @property
+    def ridge_used(self) -> float:
+        if self.ridge is not None:
+            return self.ridge
+        return 3e-4 if self.penalty == "features" else 1e-2
 
     @model_validator(mode="after")
     def _share_is_a_part(self) -> FitConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,10 @@ BATCH_TEXTS = 160
 DROPOUT = 0.1
 MIN_PAIRS = 20
 MIN_OWN_ANSWERS = 10
+SHRINKAGE = 0.05
+"""Share of the identity in the covariance by which the preference is penalised."""
+SIZE_PENALTY = 1e-3
+"""On the square of the size that is fitted after the direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,36 +226,99 @@ def _soundness_weights(material: Material, used_T: torch.Tensor) -> tuple[torch.
 
 
 def _fit_preference(head: RewardHead, material: Material, used_T: torch.Tensor, config: FitConfig) -> None:
-    """Eq. 3 in closed concave form: ridge-penalised pairwise log-loss, the other terms held fixed."""
+    """Eq. 3 in closed concave form: ridge-penalised pairwise log-loss, the other terms held fixed.
+
+    With ``penalty="noise"`` the ridge is on the variance of the preference from token to token within an
+    answer. What an answer is shows in its mean over tokens, of which that variance is the noise; and an
+    agent, which chooses tokens, could raise the score along such directions without another answer in
+    substance.
+    """
     table = comparison_table(material, used_T, config)
     means_RD, offsets_R = _means_and_offsets(head, material, *table.texts_and_limits)
-    scale_D = means_RD.std(0).clamp(min=1e-4) * math.sqrt(means_RD.shape[1])
     better_C, worse_C = torch.tensor(table.better), torch.tensor(table.worse)
-    weights_C = _preference_weights(table.kinds)
+    weights_C = _preference_weights(table.kinds, config)
     kept = weights_C > 0
     better_C, worse_C, weights_C = better_C[kept], worse_C[kept], weights_C[kept] / weights_C.sum()
-    differences_CD = (means_RD[better_C] - means_RD[worse_C]) / scale_D
+    differences_CD = means_RD[better_C] - means_RD[worse_C]
     offsets_C = offsets_R[better_C] - offsets_R[worse_C]
-    weights_D = torch.zeros(means_RD.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights_D], max_iter=100, line_search_fn="strong_wolfe")
+    if config.penalty == "features":
+        scale_D = means_RD.std(0).clamp(min=1e-4) * math.sqrt(means_RD.shape[1])
+        basis_DD = torch.diag(1 / scale_D)
+    else:
+        whitening_DD = _token_whitening(material, used_T)
+        size = (differences_CD @ whitening_DD).square().sum(1).mean().sqrt().clamp(min=1e-6)
+        basis_DD = whitening_DD / size
+    differences_CD = differences_CD @ basis_DD
+    direction_D = _minimise(
+        lambda w: _log_loss(differences_CD @ w + offsets_C, weights_C) + config.ridge_used * w.square().sum(),
+        torch.zeros(means_RD.shape[1]),
+    )
+    if config.penalty == "noise":
+        # That penalty is there for the direction: left to itself it would shrink the preference, too.
+        along_C = differences_CD @ direction_D
+        spread = along_C.square().mean().sqrt().clamp(min=1e-9)
+        factor = _minimise(
+            # Pairs that a line divides would have no end of it.
+            lambda f: (
+                _log_loss(f * along_C / spread + offsets_C, weights_C) + SIZE_PENALTY * f.square().sum()
+            ),
+            torch.zeros(1),
+        )
+        direction_D = direction_D * (factor / spread)
+    with torch.no_grad():
+        head.preference_D.copy_(basis_DD @ direction_D)
+
+
+def _log_loss(margins_C: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:
+    return (functional.softplus(-margins_C) * weights_C).sum()
+
+
+def _minimise(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor) -> torch.Tensor:
+    """Where a smooth convex loss of one tensor is least."""
+    value = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([value], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        losses_C = functional.softplus(-(differences_CD @ weights_D + offsets_C))
-        loss = (losses_C * weights_C).sum() + config.ridge * weights_D.square().sum()
-        torch.autograd.backward(loss)
-        return loss
+        found = loss(value)
+        torch.autograd.backward(found)
+        return found
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        head.preference_D.copy_(weights_D / scale_D)
+    return value.detach()
 
 
-def _preference_weights(kinds: Sequence[str]) -> torch.Tensor:
-    """Weight of each comparison: those of one kind share the kind's weight."""
+def _token_whitening(material: Material, used_T: torch.Tensor) -> torch.Tensor:
+    """Inverse square root [D, D] of the covariance of tokens' states around the mean of their answer.
+
+    Taken over the LLM's own answers, shrunk a little towards the identity, with a mean variance of 1.
+    """
+    texts_T = (used_T & torch.tensor([kind in OWN for kind in material.kinds_T])).nonzero()[:, 0]
+    size = material.states_MD.shape[1]
+    covariance_DD = torch.zeros(size, size, dtype=torch.float64)
+    for texts_B in torch.split(texts_T, 256):
+        states_MD, counts_B = material.take(texts_B, material.counts_T[texts_B])
+        normal_MD = normalise(states_MD)
+        means_BD = segment_mean(normal_MD, counts_B)
+        deviations_MD = normal_MD - torch.repeat_interleave(means_BD, counts_B, dim=0)
+        covariance_DD += (deviations_MD.T @ deviations_MD).double()
+    identity_DD = torch.eye(size, dtype=torch.float64)
+    covariance_DD *= size / covariance_DD.trace().clamp(min=1e-6)
+    values_D, vectors_DD = torch.linalg.eigh((1 - SHRINKAGE) * covariance_DD + SHRINKAGE * identity_DD)
+    whitening_DD: torch.Tensor = (vectors_DD / values_D.sqrt()) @ vectors_DD.T
+    return whitening_DD.float()
+
+
+def _preference_weights(kinds: Sequence[str], config: FitConfig) -> torch.Tensor:
+    """Weight of each comparison: those of one kind share the kind's weight.
+
+    With ``penalty="noise"`` broken texts count more, as the preference would otherwise go towards slips, and
+    its size would raise them.
+    """
+    cut, broken = (1.0, 1.0) if config.penalty == "features" else (3.0, 5.0)
     totals = {PREFERENCE: 1.0, **{f"{PREFERENCE} {limit}": 0.5 for limit in PREFIXES}}
-    totals |= {"cut to a half": 0.15, "cut to a quarter": 0.15, "two tokens": 0.05}
-    totals |= dict.fromkeys(SALAD, 0.06) | dict.fromkeys(BROKEN_TEXT, 0.025)
+    totals |= {"cut to a half": 0.15 * cut, "cut to a quarter": 0.15 * cut, "two tokens": 0.05 * cut}
+    totals |= dict.fromkeys(SALAD, 0.06 * broken) | dict.fromkeys(BROKEN_TEXT, 0.025 * broken)
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     return torch.tensor([totals.get(kind, 0.0) / counts[kind] for kind in kinds])
 

@@ -361,6 +361,38 @@ def test_broken_text_is_recognised_by_the_network_and_by_the_preference():
     assert report.accuracy > 0.95 and report.robustness["shuffled"].share > 0.95
 
 
+def test_what_varies_from_token_to_token_counts_less_where_that_is_penalised():
+    material = planted_material()
+    states_MD = torch.randn(material.states_MD.shape, generator=torch.Generator().manual_seed(0))
+    kinds_M = [kind for kind in material.kinds_T for _ in range(12)]
+    # Of each four texts the first is preferred to the second, along two axes alike.
+    sides_M = torch.tensor([0.4, -0.4, 0.0, 0.0]).repeat_interleave(12).repeat(150)
+    states_MD[:, :2] += sides_M[:, None]
+    states_MD[torch.tensor([kind == SAMPLED for kind in kinds_M]), 1] *= 6
+    material = replace(material, states_MD=states_MD)
+    shares = {}
+    for penalty in ("features", "noise"):
+        config = CONFIG.model_copy(update={"steps": 1, "penalty": penalty})
+        head = fit_material(material, config, 32, quiet)
+        assert head.preference_D[1] > 0
+        shares[penalty] = float(head.preference_D[0] / head.preference_D[1])
+    assert shares["noise"] > 3
+    assert shares["features"] < 2
+
+
+def test_a_larger_penalty_of_the_noise_makes_the_preference_count_hardly_less():
+    material = planted_material()
+    spreads = []
+    for ridge in (0.003, 0.3):
+        config = CONFIG.model_copy(update={"steps": 1, "penalty": "noise", "ridge": ridge})
+        head = fit_material(material, config, 32, quiet)
+        everything_T = torch.arange(len(material.kinds_T))
+        states_MD, counts_B = material.take(everything_T, torch.full_like(everything_T, 64))
+        spreads.append(float(head.preference(normalise(states_MD), counts_B).std()))
+    assert 0.5 < spreads[1] / spreads[0] < 2
+    assert max(spreads) < 30
+
+
 def test_the_llms_own_sampled_answers_score_zero_on_average(fitted):
     assert fitted.report.base_scores["sampled"] == pytest.approx(0, abs=1e-3)
 

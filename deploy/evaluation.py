@@ -201,6 +201,9 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     )
     for system, (answer,) in answers.items():
         say(f"{SYSTEMS[system]}:\n{llm.decode(answer.response_ids).strip()}\n")
+    if any(answer.finish_reason == "length" for (answer,) in answers.values()):
+        limit = config.decoding.max_new_tokens
+        complain(f"answers are cut at {limit} tokens; add decoding.max_new_tokens=NUMBER for longer ones")
 
 
 def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:

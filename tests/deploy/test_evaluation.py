@@ -58,6 +58,7 @@ def test_generating_shows_both_answers_and_they_are_those_of_the_evaluation(tiny
     shown, said = capsys.readouterr()
     assert "worse" not in said and "better" not in said
     assert "loading the LLM" in said and "loading" not in shown
+    assert "answers are cut at 4 tokens; add decoding.max_new_tokens=NUMBER" in said
     assert f"base LLM, greedy:\n{sample['answers']['base'].strip()}\n" in shown
     assert f"with the agent, greedy:\n{sample['answers']['agent'].strip()}\n" in shown
     assert sample["answers"]["base"] != sample["answers"]["agent"]

@@ -33,6 +33,7 @@ def card_of(config: FitConfig, report: FitReport) -> dict[str, Any]:
         "name": report.name,
         "llm": report.llm,
         "fit": config.model_dump(mode="json", exclude={"pairs", "prompts"})
+        | {"ridge": config.ridge_used}
         | {"pairs": Path(config.pairs).name, "prompts": config.prompts.name if config.prompts else None},
         "report": report.model_dump(mode="json", exclude={"pairs"}),
     }

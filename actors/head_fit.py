@@ -243,12 +243,11 @@ def _fit_preference(head: RewardHead, material: Material, used_T: torch.Tensor, 
     offsets_C = offsets_R[better_C] - offsets_R[worse_C]
     if config.penalty == "features":
         scale_D = means_RD.std(0).clamp(min=1e-4) * math.sqrt(means_RD.shape[1])
-        basis_DD = torch.diag(1 / scale_D)
     else:
         whitening_DD = _token_whitening(material, used_T)
-        size = (differences_CD @ whitening_DD).square().sum(1).mean().sqrt().clamp(min=1e-6)
-        basis_DD = whitening_DD / size
-    differences_CD = differences_CD @ basis_DD
+        differences_CD = differences_CD @ whitening_DD
+        scale_D = differences_CD.square().sum(1).mean().sqrt().clamp(min=1e-6)
+    differences_CD = differences_CD / scale_D
     direction_D = _minimise(
         lambda w: _log_loss(differences_CD @ w + offsets_C, weights_C) + config.ridge_used * w.square().sum(),
         torch.zeros(means_RD.shape[1]),
@@ -264,9 +263,9 @@ def _fit_preference(head: RewardHead, material: Material, used_T: torch.Tensor, 
             ),
             torch.zeros(1),
         )
-        direction_D = direction_D * (factor / spread)
+        direction_D = whitening_DD @ (direction_D * (factor / spread))
     with torch.no_grad():
-        head.preference_D.copy_(basis_DD @ direction_D)
+        head.preference_D.copy_(direction_D / scale_D)
 
 
 def _log_loss(margins_C: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,24 @@ SPECIAL = ("position_bias", "softcap", "s_aux", "cache")
 """What some families ask for beside; their tokens attend as transformers has it."""
 
 
-def group_heads(model: Any) -> None:
-    """Have ``model`` attend by :func:`grouped_attention` where it would by transformers' own "sdpa"."""
-    if model.config.get_text_config()._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+MOST_TOKENS = 32
+"""With more the mask, said once for each of the queries, costs more than copies of keys and values would."""
+
+
+def group_heads(model: Any) -> bool:
+    """Have ``model`` attend by :func:`grouped_attention` where it would by transformers' own "sdpa".
+
+    Returns whether it does.
+    """
+    attention = model.config.get_text_config()._attn_implementation
+    if attention == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(GROUPED)
+    return bool(model.config.get_text_config()._attn_implementation == GROUPED)
+
+
+def repeat_heads(model: Any) -> None:
+    """Take :func:`group_heads` back."""
+    model.set_attn_implementation("sdpa")
 
 
 def grouped_attention(
@@ -48,7 +62,7 @@ def grouped_attention(
     B, H, Q, E = query.shape
     K = key.shape[1]
     is_special = any(others.get(name) is not None for name in SPECIAL)
-    if H == K or attention_mask is None or attention_mask.shape[1] != 1 or is_special:
+    if H == K or Q > MOST_TOKENS or attention_mask is None or attention_mask.shape[1] != 1 or is_special:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

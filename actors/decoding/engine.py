@@ -29,7 +29,6 @@ import torch
 
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.acceptance import Verdict, examine, may_ask, may_reject
-from mara.actors.decoding.attention import group_heads
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.generation import Decision, Generation, Request, Row
@@ -37,7 +36,7 @@ from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.policies import Answer, Gated, Plain, Policy, ask
 from mara.actors.decoding.prefill import PASS_OVERHEAD_TOKENS, group_by_length
 from mara.actors.decoding.slots import SlotCache
-from mara.actors.decoding.support import check_supported, self_check
+from mara.actors.decoding.support import check_supported, prepare
 from mara.actors.decoding.tuning import WindowTuner
 from mara.actors.packing import is_packed
 from mara.common.agent import ACCEPT
@@ -108,8 +107,7 @@ class Engine:
         num_tokens = max_prompt_tokens + config.max_new_tokens
         check_supported(model, num_tokens)
         self._logit_head = make_logit_head(model)
-        group_heads(model)
-        self_check(model, num_tokens)
+        prepare(model, num_tokens)
         self._cache = SlotCache(model, num_rows, num_tokens + self._widest - 1)
         self._forward = Forward(model, self._cache, COMPILER if config.compile else None)
         self._fixed = config.compile or repeats_shapes(model)

@@ -11,12 +11,13 @@ in slots n, n + 1, …: each sees the text before it and itself, and none sees a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from mara.actors.decoding.slots import SlotCache
-from mara.common.cuda_graph import capture
+from mara.common.cuda_graph import CaptureError, GraphMemory, capture, graph_memory
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +78,11 @@ class Forward:
         # Eager attention adds its mask; a boolean one would be wrong without a word.
         self._additive = text_config._attn_implementation == "eager"
         self._compiled = (
-            None if backend is None else torch.compile(self._run, fullgraph=True, backend=backend)
+            None if backend is None else torch.compile(Forward._run, fullgraph=True, backend=backend)
         )
         self._fixed: dict[tuple[int, int, int], _FixedPass] = {}
         # What a pass returns is used up before the next one, so that graphs need one memory, not one each.
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._graph_memory = graph_memory(self._device) if self._device.type == "cuda" else None
 
     def __call__(self, rows: slice, tokens: Tokens, span: int) -> torch.Tensor:
         """Hidden states [B, Q, D], after the final norm, of ``tokens`` in ``rows``; reads ``span`` slots."""
@@ -93,17 +94,32 @@ class Forward:
     def fixed(self, tokens: Tokens, span: int) -> torch.Tensor:
         """The same for the first B rows of the cache, in shapes that repeat: on a GPU a CUDA graph for each.
 
-        A model whose pass no graph can hold, as its host waits for the GPU in between, runs without, and that
-        is logged. The result is overwritten by the next call.
+        Where a pass cannot be captured, as the host waits for the GPU in it or memory is short, passes go
+        without from then on, and that is logged. The result is overwritten by the next call.
         """
         self._count(tokens)
         span = min(-(-span // SPAN_STEP) * SPAN_STEP, self.cache.num_slots)
         key = (*tokens.ids_BQ.shape, span)
-        if key not in self._fixed:
-            self._fixed[key] = _FixedPass(self._compiled or self._run, self.cache, tokens, span)
-            if self._pool is not None and not self._fixed[key].capture(self._pool):
-                self._pool = None
-        return self._fixed[key].replay(tokens)
+        is_new = key not in self._fixed
+        if is_new:
+            self._fixed[key] = _FixedPass(tokens, self._device)
+        fixed = self._fixed[key]
+
+        # Not kept by the pass: it would keep the cache alive in a circle.
+        def run() -> torch.Tensor:
+            self.cache.aim(slice(0, len(fixed.tokens.ids_BQ)), fixed.tokens.slots_BQ, span)
+            return (Forward._run if self._compiled is None else self._compiled)(self, fixed.tokens, span)
+
+        if is_new and self._graph_memory is not None:
+            try:
+                fixed.capture(run, self._graph_memory)
+            except CaptureError as error:
+                self._graph_memory = None
+                logger.warning(
+                    "the LLM runs kernel by kernel, more slowly: no CUDA graph can be made of a pass (%s)",
+                    error,
+                )
+        return fixed.replay(run, tokens)
 
     def _count(self, tokens: Tokens) -> None:
         self.num_passes += 1
@@ -143,40 +159,31 @@ class Forward:
 
 
 class _FixedPass:
-    """A forward pass whose inputs are copied into buffers that stay, so that a CUDA graph can hold it."""
+    """The inputs of a forward pass in buffers that stay, so that a CUDA graph can hold it, and that graph."""
 
-    def __init__(self, run: Any, cache: SlotCache, tokens: Tokens, span: int) -> None:
-        self._run, self._span = run, span
-        self._cache = cache
+    def __init__(self, tokens: Tokens, device: torch.device) -> None:
         # All inputs travel in one copy, from memory that the GPU can read by itself.
         self._host_4BQ = torch.stack(tokens)
-        if cache.device.type == "cuda":
+        if device.type == "cuda":
             self._host_4BQ = self._host_4BQ.pin_memory()
-        self._inputs_4BQ = self._host_4BQ.to(cache.device, copy=True)
-        self._tokens = Tokens(*self._inputs_4BQ)
+        self._inputs_4BQ = self._host_4BQ.to(device, copy=True)
+        self.tokens = Tokens(*self._inputs_4BQ)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self, pool: Any) -> bool:
-        """Have it replayed as a CUDA graph from now on; returns whether the model's pass can be."""
-        try:
-            self._graph, self._states_BQD = capture(self._once, self._cache.device, pool=pool)
-        except RuntimeError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning(
-                "the LLM runs kernel by kernel, more slowly: no CUDA graph can hold it (%s)", reason
-            )
-            return False
-        return True
+    def capture(self, run: Callable[[], torch.Tensor], memory: GraphMemory) -> None:
+        """Replay ``run``, which reads :attr:`tokens`, as a CUDA graph from now on.
 
-    def replay(self, tokens: Tokens) -> torch.Tensor:
+        Raises:
+            CaptureError: no graph can hold it.
+        """
+        self._graph, self._states_BQD = capture(run, self._inputs_4BQ.device, memory=memory)
+
+    def replay(self, run: Callable[[], torch.Tensor], tokens: Tokens) -> torch.Tensor:
+        """``run`` with other tokens."""
         # The last pass has been waited for, so its inputs have been read.
         torch.stack(tokens, out=self._host_4BQ)
         self._inputs_4BQ.copy_(self._host_4BQ, non_blocking=True)
         if self._graph is None:
-            return self._once()
+            return run()
         self._graph.replay()
         return self._states_BQD
-
-    def _once(self) -> torch.Tensor:
-        self._cache.aim(slice(0, len(self._tokens.ids_BQ)), self._tokens.slots_BQ, self._span)
-        return self._run(self._tokens, self._span)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mara.actors.decoding.attention import GROUPED
+from mara.actors.decoding.attention import GROUPED, group_heads, repeat_heads
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.logits import make_logit_head
 from mara.actors.decoding.slots import SlotCache
@@ -75,6 +75,22 @@ def _check_positions(text_config: Any, num_tokens: int) -> None:
                 f"llm.model: {name} turns its positions otherwise for all rows when one has more than "
                 f"{short} tokens, and prompt and answer may have {num_tokens}; {lower}"
             )
+
+
+def prepare(model: Any, num_tokens: int) -> None:
+    """Have ``model`` attend without copies of keys and values where it can, and check it.
+
+    Raises:
+        UserError: as :func:`self_check` does.
+    """
+    is_grouped = group_heads(model)
+    try:
+        self_check(model, num_tokens)
+    except UserError:
+        if not is_grouped:
+            raise
+        repeat_heads(model)
+        self_check(model, num_tokens)
 
 
 def self_check(model: Any, num_tokens: int) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface
 
 from mara.actors.config import DecodingConfig, GateConfig, TruncationConfig
+from mara.actors.decoding import attention as attention_module
 from mara.actors.decoding import engine as engine_module
 from mara.actors.decoding import forward as forward_module
-from mara.actors.decoding.attention import grouped_attention
+from mara.actors.decoding.attention import GROUPED, grouped_attention
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.forward import Forward
@@ -23,6 +27,7 @@ from mara.actors.decoding.policies import AgentPolicy, Decisions, Gated
 from mara.actors.packing import pack_linears
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
+from mara.common.cuda_graph import CaptureError
 from mara.common.errors import UserError
 
 EOS = 2
@@ -420,6 +425,47 @@ def test_heads_that_share_keys_attend_as_with_copies_of_them(num_tokens, additiv
     torch.testing.assert_close(found, (weights.softmax(-1) @ copied[1]).transpose(1, 2))
 
 
+def test_a_pass_of_many_tokens_repeats_keys_and_not_the_mask(monkeypatch):
+    query, key = torch.randn(1, 4, 33, 8), torch.randn(1, 2, 40, 8)
+    repeated = []
+    monkeypatch.setattr(
+        attention_module, "sdpa_attention_forward", lambda *args, **kwargs: (repeated.append(1), None)
+    )
+    grouped_attention(torch.nn.Module(), query, key, key, torch.ones(1, 1, 33, 40, dtype=torch.bool))
+    assert repeated
+    grouped_attention(torch.nn.Module(), query[:, :, :32], key, key, torch.ones(1, 1, 32, 40).bool())
+    assert len(repeated) == 1
+
+
+def test_a_model_that_grouped_attention_is_wrong_for_attends_as_transformers_has_it(llama, monkeypatch):
+    def wrong(module, query, key, value, mask, *args, **kwargs):
+        found, _ = grouped_attention(module, query, key, value, mask, *args, **kwargs)
+        return found if mask is None else torch.zeros_like(found), None
+
+    model = copy.deepcopy(llama)
+    monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, wrong)
+    engine = Engine(model, [EOS], DecodingConfig(max_new_tokens=4, mode="wide"), Coin(0.3), 2, 4)
+    assert model.config._attn_implementation == "sdpa"
+    (request,) = make_requests(21, [4])
+    (generation,) = engine.generate([request])
+    assert generation.response_ids == sequential(llama, engine.config, Coin(0.3), request)[0]
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_cache_goes_with_its_engine(llama, monkeypatch, repeats):
+    """At once: the next engine's is allocated before Python looks for circles."""
+    monkeypatch.setattr(engine_module, "repeats_shapes", lambda model: repeats)
+    engine = Engine(llama, [EOS], DecodingConfig(max_new_tokens=4), Coin(0.3), 2, 4)
+    list(engine.generate(make_requests(21, [4, 3])))
+    cache = weakref.ref(engine._cache)
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
 def test_the_engine_reads_keys_without_copies(llama, monkeypatch):
     def copied(*args):
         raise AssertionError("keys were repeated")
@@ -482,20 +528,20 @@ def test_passes_of_few_shapes_as_on_a_gpu_give_the_same_answers(make_model, mode
 
 
 def test_a_model_that_no_graph_can_hold_runs_without_and_says_so_once(llama, monkeypatch, caplog):
-    def cannot(work, device, pool):
+    def cannot(work, device, memory):
         work()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        raise CaptureError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(engine_module, "repeats_shapes", lambda model: True)
     monkeypatch.setattr(forward_module, "capture", cannot)
     config = DecodingConfig(truncation=TruncationConfig(top_k=5), max_new_tokens=6, mode="wide")
     engine = Engine(llama, [], config, Coin(0.3), 8, 9)
-    engine._forward._pool = object()  # as on a GPU
+    engine._forward._graph_memory = object()  # as on a GPU
     requests = make_requests(21, [4, 9, 6])
     answers = {g.request.tag: g.response_ids for g in engine.generate(requests)}
     assert answers == {r.tag: sequential(llama, config, Coin(0.3), r, stops=())[0] for r in requests}
     assert [record.getMessage() for record in caplog.records] == [
-        "the LLM runs kernel by kernel, more slowly: no CUDA graph can hold it "
+        "the LLM runs kernel by kernel, more slowly: no CUDA graph can be made of a pass "
         "(operation not permitted when stream is capturing)"
     ]
 

@@ -283,6 +283,7 @@ def memory(subject: Subject) -> Figure:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
+    reserved_before = torch.cuda.memory_reserved() if on_gpu else 0
     engine = Engine(
         subject.model, [], decoding(), AgentPolicy(subject.agent, 0.5), min(64, len(subject.prompts)), longest
     )
@@ -296,6 +297,8 @@ def memory(subject: Subject) -> Figure:
             "tokens_a_row": longest + NEW_TOKENS,
             "rows": engine.num_rows,
             "peak_beside_weights_bytes": peak,
+            # With what the graphs keep for themselves, in use or not.
+            "reserved_beside_weights_bytes": torch.cuda.memory_reserved() - reserved_before if on_gpu else 0,
             **machine(),
         },
     )

@@ -49,6 +49,8 @@ OUTCOMES: dict[Outcome, str] = {
     "same": "both answers are the same",
 }
 SAY_EVERY_S = 10.0
+KNOWN_FROM = 20
+"""When one in so many answers has ended, how long all take is guessed."""
 EVALUATION_USES = (
     "llm",
     "prompts.evaluation",
@@ -365,5 +367,7 @@ class AnswerProgress:
             say(f"  {total} answers to make")
         elif done == total or now_s - self._said_s >= SAY_EVERY_S:
             self._said_s, took_s = now_s, now_s - self._began_s
-            eta = f", ETA {clock(took_s * (total - done) / done)}" if done < total else ""
+            # Answers are made many at a time: the first ones to end say nothing of how long all take.
+            is_known = total / KNOWN_FROM <= done < total
+            eta = f", ETA {clock(took_s * (total - done) / done)}" if is_known else ""
             say(f"  {done}/{total} answers, {took_s:.0f} s{eta}")

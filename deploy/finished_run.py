@@ -152,6 +152,8 @@ def check_whose_episodes(config: RunConfig, *, is_trusted: bool) -> None:
     """
     folder = config.replay.from_run
     while folder is not None and not is_trusted:
+        if not (folder / CONFIG_FILE).exists():  # said where its episodes are looked for
+            return
         if not is_own(folder / CONFIG_FILE):
             raise UserError(
                 f"replay.from={folder}: {NOT_OWN}; a server that it names is asked for its episodes, or its "
@@ -159,7 +161,7 @@ def check_whose_episodes(config: RunConfig, *, is_trusted: bool) -> None:
             )
         try:
             folder = load_run(folder).replay.from_run
-        except UserError:  # said where its episodes are looked for
+        except UserError:  # likewise
             return
 
 

@@ -24,7 +24,7 @@ FitOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings of the fit, such as max_answer_tokens=128, num_own_prompts=100 or data_licence=MIT; "
+        help="Settings of the fit, such as max_answer_tokens=128, penalty=noise or data_licence=MIT; "
         "with llm. before them those of the LLM, such as llm.dtype=float32.",
     ),
 ]

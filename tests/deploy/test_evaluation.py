@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from mara.deploy.calibration import GATES_FILE
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.evaluation import generate, run_evaluation
+from mara.deploy.evaluation import AnswerProgress, generate, run_evaluation
 from mara.deploy.exchange import export_agent
 from mara.deploy.plots import CANDIDATES_PLOT
 from mara.deploy.run_folder import REPORT_FILE, load_run, load_use
@@ -319,3 +321,17 @@ def test_an_exported_agent_names_the_rewards_that_its_card_does_not_give(tiny_ru
     run_evaluation(folder, config)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "the agent was trained by words as well" in told and "rewards.NAME.kind" in told
+
+
+def test_how_long_all_answers_take_is_not_guessed_from_the_first(monkeypatch, capsys):
+    now = itertools.count(0, 15)
+    clock = SimpleNamespace(monotonic=lambda: float(next(now)))
+    monkeypatch.setattr("mara.deploy.evaluation.time", clock)
+    progress = AnswerProgress()
+    for done in (0, 1, 10, 20):
+        progress.tell(done, 20 if done == 20 else 200)
+    first, second, third, last = capsys.readouterr().out.splitlines()
+    assert "200 answers to make" in first
+    assert "1/200" in second and "ETA" not in second
+    assert "10/200" in third and "ETA" in third
+    assert "20/20" in last and "ETA" not in last

@@ -184,6 +184,9 @@ def test_episodes_of_somebody_else_are_read_only_if_trusted(run: Path, tmp_path:
     assert "no replay.json" in own.stderr and "--trust" not in own.stderr
     of_somebody_else(run, state)
     assert refused(mara(*episodes), f"replay.from={run}")
+    of_none = mara(*episodes[:2], f"replay.from={tmp_path / 'none'}", *episodes[3:])
+    assert of_none.exit_code == 2
+    assert "none does not exist" in of_none.stderr and "--trust" not in of_none.stderr
     assert "no replay.json" in mara(*episodes, "--trust").stderr
 
 

@@ -20,7 +20,6 @@ GROUPED = "mara_grouped_sdpa"
 SPECIAL = ("position_bias", "softcap", "s_aux", "cache")
 """What some families ask for beside; their tokens attend as transformers has it."""
 
-
 MOST_TOKENS = 32
 """With more the mask, said once for each of the queries, costs more than copies of keys and values would."""
 

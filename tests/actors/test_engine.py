@@ -476,6 +476,15 @@ def test_the_engine_reads_keys_without_copies(llama, monkeypatch):
     assert len(list(engine.generate(make_requests(21, [4, 3])))) == 2
 
 
+def check_same_answers(answers, others):
+    assert answers.keys() == others.keys()
+    for tag, answer in answers.items():
+        assert others[tag].response_ids == answer.response_ids
+        for one, other in zip(answer.decisions, others[tag].decisions, strict=True):
+            assert (one.rank, one.action) == (other.rank, other.action)
+            torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+
+
 @pytest.mark.parametrize("mode", ["lazy", "wide"])
 def test_passes_with_fixed_shapes_give_the_same_answers(make_model, mode, monkeypatch):
     """The traced graph must have no break: on a GPU it becomes one CUDA graph."""
@@ -487,12 +496,8 @@ def test_passes_with_fixed_shapes_give_the_same_answers(make_model, mode, monkey
     for compiled in (False, True):
         in_mode = config.model_copy(update={"compile": compiled})
         engine = Engine(model, [EOS], in_mode, Coin(0.3), 3, 11)
-        answers.append({g.request.tag: (g.response_ids, g.decisions) for g in engine.generate(requests)})
-    for tag, (tokens, decisions) in answers[0].items():
-        assert answers[1][tag][0] == tokens
-        for one, other in zip(decisions, answers[1][tag][1], strict=True):
-            assert (one.rank, one.action) == (other.rank, other.action)
-            torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+        answers.append({g.request.tag: g for g in engine.generate(requests)})
+    check_same_answers(*answers)
 
 
 @pytest.mark.parametrize(
@@ -516,12 +521,8 @@ def test_passes_of_few_shapes_as_on_a_gpu_give_the_same_answers(make_model, mode
     for repeats in (False, True):
         monkeypatch.setattr(engine_module, "repeats_shapes", lambda model, repeats=repeats: repeats)
         engine = Engine(model, [EOS], config, Coin(0.3), 8, 11)
-        answers.append({g.request.tag: (g.response_ids, g.decisions) for g in engine.generate(requests)})
-    for tag, (tokens, decisions) in answers[0].items():
-        assert answers[1][tag][0] == tokens
-        for one, other in zip(decisions, answers[1][tag][1], strict=True):
-            assert (one.rank, one.action) == (other.rank, other.action)
-            torch.testing.assert_close(one.state_D, other.state_D, atol=1e-9, rtol=1e-7)
+        answers.append({g.request.tag: g for g in engine.generate(requests)})
+    check_same_answers(*answers)
     # All rows or a quarter of them, and a few widths.
     assert {rows for rows, _ in shapes} == {8, 2}
     assert {width for _, width in shapes} <= widths

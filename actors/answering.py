@@ -17,7 +17,7 @@ import torch
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import Gated, Plain, Policy
+from mara.actors.decoding.policies import AnyPolicy, most_demanding
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation, RewardModel
@@ -62,7 +62,7 @@ class TimedAnswer:
 class System:
     """How one system answers."""
 
-    policy: Policy | Plain | Gated
+    policy: AnyPolicy
     num_candidates: int = 1
     """Answers drawn to each prompt, of which the best is kept."""
     judge: RewardModel | None = None
@@ -154,14 +154,11 @@ class Answerer:
         longest = max(len(request.prompt_ids) for request in requests)
         if self._engine is None or self._engine.max_prompt_tokens < longest:
             self._engine = None  # Its cache goes before the next one comes.
-            # The widest window that any policy needs: a plain one by itself would allow one candidate alone.
-            policies = [system.policy for system in self.systems.values()]
-            widest = next((policy for policy in policies if not isinstance(policy, str)), policies[0])
             self._engine = Engine(
                 self.llm.model,
                 self.llm.eos_ids,
                 self.decoding,
-                widest,
+                most_demanding(system.policy for system in self.systems.values()),
                 self.rows,
                 longest,
                 common_prefix([request.prompt_ids for request in requests]),

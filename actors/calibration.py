@@ -1,4 +1,4 @@
-"""Which gate keeps what an agent gains while it steps in less often? Answers behind each gate, compared."""
+"""How does an agent keep its gain while it steps in less often? Answers of each way to use it, compared."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from mara.actors.config import DecodingConfig, GateConfig
-from mara.actors.decoding.policies import AgentPolicy, Gated, Plain, Policy
+from mara.actors.decoding.policies import AnyPolicy, steered_by
 from mara.actors.evaluation import (
     PreferenceRate,
     Progress,
@@ -24,23 +25,25 @@ from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
 from mara.common.agent import Agent
 from mara.common.contracts import RewardModel
+from mara.common.critic import TwinCritic
 
-DENSE = GateConfig()
-CANDIDATES = tuple(
+GATES = tuple(
     GateConfig(max_first_probability=probability, min_confidence=confidence, min_salience=salience)
     for probability, confidence, salience in [
         *itertools.product((0.8, 0.6, 0.45), (0.0, 0.8, 0.9), (0.0,)),
         *itertools.product((1.0,), (0.8, 0.9, 0.95), (0.0, 0.2, 0.3)),
     ]
 )
-"""Gates that are tried unless others are given."""
+"""Gates that are tried on an agent without a critic."""
+ADVANTAGES = (0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6)
+"""Values of ``decoding.min_advantage`` that are tried on an agent with its critic. Every gate was worse."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateOutcome:
-    """What an agent does behind one gate."""
+    """What an agent does when it is used in one way."""
 
-    gate: GateConfig
+    decoding: DecodingConfig
     joint: PreferenceRate
     """Against the greedy LLM (Eq. 12)."""
     gain: float
@@ -55,44 +58,55 @@ class GateOutcome:
     """Of the answers under the plain LLM."""
 
 
-def try_gates(
+def ways_to_try(decoding: DecodingConfig, *, has_critic: bool) -> list[DecodingConfig]:
+    """The paper's way first, where the agent decides everywhere; then by value with each of ``ADVANTAGES``,
+    or without a critic behind each of ``GATES``. All else is as in ``decoding``."""
+    dense = decoding.model_copy(update={"steering": "policy", "gate": GateConfig()})
+    changes: list[dict[str, Any]] = [{"gate": gate} for gate in GATES]
+    if has_critic:
+        changes = [{"steering": "value", "min_advantage": advantage} for advantage in ADVANTAGES]
+    return [dense, *(dense.model_copy(update=change) for change in changes)]
+
+
+def try_ways(
     llm: LLM,
     agent: Agent,
+    critic: TwinCritic | None,
+    ways: Sequence[DecodingConfig],
     prompts: Sequence[Prompt],
     heads: Mapping[str, RewardHead],
     weights: Mapping[str, float],
-    decoding: DecodingConfig,
     rows: int,
     max_prompt_tokens: int,
-    gates: Sequence[GateConfig] = CANDIDATES,
     progress: Progress = lambda done, total: None,
     models: Mapping[str, Callable[[], RewardModel]] = MappingProxyType({}),
 ) -> list[GateOutcome]:
-    """What the agent does without a gate, and behind each of ``gates``, in that order.
+    """What the agent does in each of the ``ways`` to use it, in that order.
 
     Args:
+        critic: the agent's; needed for those by value.
+        ways: they differ in steering, gate, threshold and advantage alone.
         weights: of each reward model; those with weight 0 are not looked at.
         models: loads each of the reward models that are no heads.
 
     Raises:
         UserError: a prompt is too long, or a reward or the LLM gives a number that is not finite.
     """
-    policy = AgentPolicy(agent.eval(), decoding.threshold)
-    systems: dict[str, Policy | Plain | Gated] = {"base": "greedy"}
-    tried = {f"gate {number}": gate for number, gate in enumerate((DENSE, *gates))}
-    systems |= {name: Gated(policy, gate) for name, gate in tried.items()}
+    systems: dict[str, AnyPolicy] = {"base": "greedy"}
+    tried = {f"way {number}": way for number, way in enumerate(ways)}
+    systems |= {name: steered_by(agent.eval(), way, critic) for name, way in tried.items()}
     answers = answer_prompts(
-        llm, prompts, decoding, systems, rows, max_prompt_tokens, progress=progress, heads=heads
+        llm, prompts, ways[0], systems, rows, max_prompt_tokens, progress=progress, heads=heads
     )
     for name, load in models.items():
         score_texts(name, load(), llm, prompts, answers)
     counted = {name: weight for name, weight in weights.items() if weight != 0}
-    return [_outcome(gate, answers[name], answers["base"], counted) for name, gate in tried.items()]
+    return [_outcome(way, answers[name], answers["base"], counted) for name, way in tried.items()]
 
 
 def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> GateOutcome | None:
-    """The gate with the largest gain among those that intervene at most ``max_interventions`` times as often
-    as the first of ``outcomes``, the one that is open everywhere. None: no gate intervenes so seldom."""
+    """The one with the largest gain among those that intervene at most ``max_interventions`` times as often
+    as the first of ``outcomes``, where the agent decides everywhere. None: none intervenes so seldom."""
     limit = max_interventions * outcomes[0].interventions
     return max(
         (outcome for outcome in outcomes if outcome.interventions <= limit),
@@ -104,14 +118,14 @@ def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> Ga
 def is_proved(outcome: GateOutcome) -> bool:
     """Whether the interval of the gain is above 0.
 
-    It is that of one gate. The best of many that do nothing passes more often than 2.5 %: with 18 gates,
+    It is that of one way. The best of many that do nothing passes more often than 2.5 %: with 18 gates,
     which are alike, in some 10 to 20 %. So it keeps noise of few prompts away; it is no proof of a gain.
     """
     return outcome.gain > outcome.gain_error > 0
 
 
 def _outcome(
-    gate: GateConfig,
+    decoding: DecodingConfig,
     answers: Sequence[ScoredAnswer],
     base: Sequence[ScoredAnswer],
     weights: Mapping[str, float],
@@ -127,7 +141,7 @@ def _outcome(
         gain_N += weight * difference_N / max(float(base_N.std()), 1e-9) / sum(map(abs, weights.values()))
     tokens = sum(len(answer.response_ids) for answer in answers)
     return GateOutcome(
-        gate=gate,
+        decoding=decoding,
         joint=preference_rate(differences),
         gain=float(gain_N.mean()),
         gain_error=1.96 * float(gain_N.std(ddof=1)) / len(gain_N) ** 0.5 if len(gain_N) > 1 else 0.0,

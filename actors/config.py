@@ -56,7 +56,8 @@ class GateConfig(Config):
     """Where an agent may step in when it is used, not while it is trained. By itself: everywhere.
 
     The LLM's first candidate is taken unless all three conditions hold. Once it is rejected, the other
-    candidates of the position are decided as without a gate.
+    candidates of the position are decided as without a gate. Where the critic compares the candidates
+    (``decoding.steering=value``) it does so only under these conditions.
     """
 
     max_first_probability: float = Field(default=1.0, gt=0, le=1)
@@ -64,10 +65,12 @@ class GateConfig(Config):
     this probability. Usual range 0.5–1."""
     min_confidence: float = Field(default=0.0, ge=0, lt=1)
     """The agent's rejection of the first candidate counts only from this probability on. Below
-    1 - ``decoding.threshold`` it changes nothing. Usual range 0.7–0.95."""
+    1 - ``decoding.threshold`` it changes nothing. Usual range 0.7–0.95. Not with ``decoding.steering=value``,
+    which has ``decoding.min_advantage``."""
     min_salience: float = Field(default=0.0, ge=0, le=2)
-    """The rejection counts only where the candidate means something: where it turns the LLM's last hidden
-    state by at least this much, 1 minus the cosine of the states before it and at it. Usual range 0–0.5."""
+    """The rejection counts only where the first candidate means something: where it turns the LLM's last
+    hidden state by at least this much, 1 minus the cosine of the states before it and at it. Usual range
+    0–0.5."""
 
     @property
     def is_open(self) -> bool:
@@ -85,8 +88,20 @@ class DecodingConfig(Config):
     """What is taken when every candidate was rejected: the last (the paper) or the first candidate (the
     authors' evaluation). With ``last`` the last candidate is accepted without asking; with ``first`` it
     is asked about, and its rejection takes the first, which is recorded as a decision without a choice."""
+    steering: Literal["policy", "value"] = "policy"
+    """How a trained agent is used. ``policy`` (the paper): it accepts or rejects one candidate after the
+    other, and the first accepted one is taken. ``value``: its critic compares them, and the one that is worth
+    most is taken, if that is ``min_advantage`` more than the LLM's first candidate is worth, else the first.
+    Training samples accept and reject either way."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Greedy decoding accepts a candidate whose acceptance probability reaches this."""
+    """By policy, greedy decoding accepts a candidate whose acceptance probability reaches this."""
+    min_advantage: float = Field(default=0.12, ge=0)
+    """By value, what a candidate must be worth more than the first one, in the units of the return that the
+    critic has learnt (with ``shaping.normalise``: standard deviations of a score, by its weight). Lower steps
+    in more often and leaves the LLM's likeliest text further behind. Usual range 0.05–0.3; ``mara calibrate``
+    finds a value."""
+    num_compared: int = Field(default=5, ge=2, le=64)
+    """By value, the first so many candidates are compared, all in one pass."""
     gate: GateConfig = GateConfig()
     """Where greedy decoding lets the agent step in; ``mara calibrate`` finds values. Training has no gate."""
     mode: Literal["auto", "lazy", "wide"] = "auto"
@@ -101,6 +116,22 @@ class DecodingConfig(Config):
     """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto), compiled by torch.
     Takes minutes at the start; pays for long runs on a GPU, where passes are replayed as CUDA graphs with it
     or without."""
+
+    @model_validator(mode="after")
+    def _gate_fits_steering(self) -> DecodingConfig:
+        if self.conflict is not None:
+            raise ValueError(self.conflict)
+        return self
+
+    @property
+    def conflict(self) -> str | None:
+        """Which settings exclude each other; None: none do."""
+        if self.steering == "value" and self.gate.min_confidence > 0:
+            return (
+                f"gate.min_confidence={self.gate.min_confidence:g} asks the agent, which does not decide "
+                "with steering=value; use min_advantage"
+            )
+        return None
 
     @property
     def tunes_window(self) -> bool:

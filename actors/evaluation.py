@@ -17,13 +17,12 @@ import numpy as np
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
+from mara.actors.decoding.policies import AnyPolicy, most_demanding
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
 from mara.actors.prompts import Prompt
 from mara.actors.rollout import render_prompts, score_prefixes
-from mara.common.agent import Agent
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.episode import FinishReason
 from mara.common.errors import UserError
@@ -156,7 +155,7 @@ Progress = Callable[[int, int], None]
 
 def evaluate(
     llm: LLM,
-    agent: Agent,
+    agent: AnyPolicy,
     prompts: Sequence[Prompt],
     heads: Mapping[str, RewardHead],
     weights: Mapping[str, float],
@@ -170,6 +169,7 @@ def evaluate(
     """Compare the agent with the plain LLM on ``prompts``, by ``heads``; all decoding is greedy.
 
     Args:
+        agent: as :func:`~mara.actors.decoding.policies.steered_by` makes it.
         weights: sign of each reward model: negative where lower is better.
         rows: answers decoded at the same time. In 16 bit a few greedy answers change with it and with the
             candidates examined in a pass, because the LLM rounds differently in passes of another size.
@@ -179,9 +179,9 @@ def evaluate(
     Raises:
         UserError: a prompt is too long, or a reward or the LLM gives a number that is not finite.
     """
-    policies: dict[str, Policy | Plain | Gated] = {
+    policies: dict[str, AnyPolicy] = {
         "base": "greedy",
-        "agent": steered_by(agent.eval(), decoding),
+        "agent": agent,
         "base_sampled": "sample",
     }
     answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
@@ -194,7 +194,7 @@ def answer_prompts(
     llm: LLM,
     prompts: Sequence[Prompt],
     decoding: DecodingConfig,
-    policies: Mapping[str, Policy | Plain | Gated],
+    policies: Mapping[str, AnyPolicy],
     rows: int,
     max_prompt_tokens: int,
     seed: int = 0,
@@ -210,16 +210,11 @@ def answer_prompts(
     """
     rendered = render_prompts(llm, prompts, max_prompt_tokens)
     num_answers = len(policies) * len(prompts)
-    # The widest window that any policy needs: a plain one by itself would allow one candidate alone.
-    widest: Policy | Plain | Gated = "greedy"
-    for policy in policies.values():
-        if not isinstance(policy, str):
-            widest = policy
     engine = Engine(
         llm.model,
         llm.eos_ids,
         decoding,
-        widest,
+        most_demanding(policies.values()),
         min(rows, num_answers),
         max(map(len, rendered.values())),
         common_prefix(list(rendered.values())),

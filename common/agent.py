@@ -26,8 +26,10 @@ REJECT = 0
 
 WEIGHTS_FILE = "agent.safetensors"
 CARD_FILE = "agent.json"
-WEIGHTS_DIGEST = "weights_sha256"
-"""Name in the card of the weights' SHA-256, which an agent that was handed on has."""
+CRITIC_FILE = "critic.safetensors"
+"""Beside the agent's weights; an agent that was imported has none. Read by :mod:`mara.common.critic`."""
+DIGESTS = {WEIGHTS_FILE: "weights_sha256", CRITIC_FILE: "critic_sha256"}
+"""Name in the card of each file's SHA-256, which an agent that was handed on has."""
 
 
 class Agent(nn.Module):
@@ -146,13 +148,14 @@ def save_agent(agent: Agent, folder: Path, card: dict[str, Any]) -> None:
 
 
 def seal_agent(folder: Path) -> None:
-    """Add the SHA-256 of the weights to the card of the agent saved in ``folder``: from then on
-    :func:`load_agent` takes no others.
+    """Add the SHA-256 of the weights, and of the critic's if there are any, to the card of the agent saved in
+    ``folder``: from then on no others are taken.
 
-    Not part of saving: a run replaces the two files one after the other.
+    Not part of saving: a run replaces the files one after the other.
     """
     card = json.loads((folder / CARD_FILE).read_text())
-    _write_card(folder, {**card, WEIGHTS_DIGEST: _file_digest(folder / WEIGHTS_FILE)})
+    found = {key: _file_digest(folder / name) for name, key in DIGESTS.items() if (folder / name).is_file()}
+    _write_card(folder, {**card, **found})
 
 
 def _write_card(folder: Path, content: dict[str, Any]) -> None:
@@ -162,6 +165,16 @@ def _write_card(folder: Path, content: dict[str, Any]) -> None:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(folder: Path, name: str, card: Mapping[str, Any]) -> None:
+    """Raise UserError if the file ``name`` in ``folder`` is another than its ``card`` knows."""
+    key = DIGESTS[name]
+    if card.get(key, found := _file_digest(folder / name)) != found:
+        raise UserError(
+            f"agent: {folder / name} has SHA-256 {found[:12]}…, its card says {str(card[key])[:12]}…; "
+            "fetch all its files again"
+        )
 
 
 def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dict[str, Any]]:
@@ -182,11 +195,7 @@ def load_agent(folder: Path, hidden_size: int | None = None) -> tuple[Agent, dic
                 f"agent: {folder} was trained for hidden size {card['hidden_size']}, the LLM has "
                 f"{hidden_size}; use the LLM it was trained for ({card.get('llm', 'not recorded')})"
             )
-        if card.get(WEIGHTS_DIGEST, found := _file_digest(folder / WEIGHTS_FILE)) != found:
-            raise UserError(
-                f"agent: {folder / WEIGHTS_FILE} has SHA-256 {found[:12]}…, its card says "
-                f"{str(card[WEIGHTS_DIGEST])[:12]}…; fetch both files again"
-            )
+        check_digest(folder, WEIGHTS_FILE, card)
         agent = Agent(card["hidden_size"], config)
         agent.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mara.actors.calibration import GateOutcome, choose_gate, is_proved, try_gates
-from mara.actors.config import GateConfig
+from mara.actors.calibration import GateOutcome, choose_gate, is_proved, try_ways, ways_to_try
+from mara.actors.config import DecodingConfig
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.config import AgentUse, RunConfig
@@ -27,6 +27,7 @@ CALIBRATION_USES = (
     "decoding.max_new_tokens",
     "decoding.fallback",
     "decoding.threshold",
+    "decoding.num_compared",
     "decoding.mode",
     "decoding.window",
     "rollout.max_prompt_tokens",
@@ -43,9 +44,11 @@ COLUMNS = (
 def calibrate(
     folder: Path, config: AgentUse, prompts: Path, num_prompts: int, max_interventions: float
 ) -> GateOutcome | None:
-    """Try gates on the first ``num_prompts`` of ``prompts``, print and save what each does, name the best.
+    """Try ways to use the agent on the first ``num_prompts`` of ``prompts``, print and save what each does,
+    name the best.
 
-    It is named only if the interval of its gain is above 0.
+    By value where the agent has its critic, else behind gates. It is named only if the interval of its gain
+    is above 0.
 
     Raises:
         UserError: there is no agent or reward model, a head does not fit, or a score is not finite.
@@ -54,14 +57,15 @@ def calibrate(
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
     asked = load_source(prompts, "prompts")[:num_prompts]
     say(f"calibration: {len(asked)} prompts of {prompts}")
-    parts = load_parts(folder, config)
-    outcomes = try_gates(
+    parts = load_parts(folder, config, wants_critic=True)
+    outcomes = try_ways(
         parts.llm,
         parts.agent,
+        parts.critic,
+        ways_to_try(config.decoding, has_critic=parts.critic is not None),
         asked,
         parts.heads,
         config.score_weights,
-        config.decoding,
         config.evaluation.rows,
         config.rollout.max_prompt_tokens,
         progress=AnswerProgress().tell,
@@ -71,18 +75,19 @@ def calibrate(
     print_gates(outcomes, best)
     path = folder / GATES_FILE
     content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
-    gates = [asdict(outcome) | {"gate": outcome.gate.model_dump()} for outcome in outcomes]
-    chosen = None if best is None or not is_proved(best) else best.gate.model_dump()
-    write_whole(path, json.dumps(content | {"chosen": chosen, "gates": gates}, indent=2) + "\n")
+    rows = [_row(outcome) for outcome in outcomes]
+    chosen = None if best is None or not is_proved(best) else _row(best)["settings"]
+    write_whole(path, json.dumps(content | {"chosen": chosen, "tried": rows}, indent=2) + "\n")
     if best is None:
-        say("no gate steps in so seldom; raise --max-interventions")
+        say("none steps in so seldom; raise --max-interventions")
     elif not is_proved(best):
         say(
-            f"no gate is named: {len(asked)} prompts cannot tell the best gain, {best.gain:+.2f} ± "
+            f"none is named: {len(asked)} prompts cannot tell the best gain, {best.gain:+.2f} ± "
             f"{best.gain_error:.2f}, from none; give more (--num-prompts), or train the agent longer"
         )
     else:
-        say(f"use it with: {' '.join(gate_settings(best.gate)) or 'no gate'}")
+        settings = " ".join(steering_settings(best.decoding, config.decoding))
+        say(f"use it with: {settings or 'the settings that it has'}")
         say(
             f"it is the best of {len(outcomes)} on these {len(asked)} prompts, so it flatters itself: see "
             "what `mara eval` makes of it on held-out ones"
@@ -105,23 +110,46 @@ def find_prompts(config: AgentUse, given: Path | None) -> Path:
     raise UserError("--prompts is missing: an exported agent brings none; give a file of prompts")
 
 
-def gate_settings(gate: GateConfig) -> Sequence[str]:
-    """``key=value`` for each threshold that does something."""
-    changed: dict[str, Any] = gate.model_dump(exclude_defaults=True)
-    return [f"decoding.gate.{name}={value:g}" for name, value in changed.items()]
+def steering_settings(decoding: DecodingConfig, other: DecodingConfig) -> Sequence[str]:
+    """``key=value`` for each setting of how to use an agent that ``decoding`` has unlike ``other``."""
+    own, others = _steering(decoding), _steering(other)
+    if decoding.steering == "policy":
+        del own["min_advantage"]
+    return [
+        f"decoding.{name}={value:g}" if isinstance(value, float) else f"decoding.{name}={value}"
+        for name, value in own.items()
+        if value != others[name]
+    ]
+
+
+def _steering(decoding: DecodingConfig) -> dict[str, Any]:
+    """How an agent is used, by the name of the setting within ``decoding``."""
+    gate = {f"gate.{name}": value for name, value in decoding.gate.model_dump().items()}
+    return {"steering": decoding.steering, "min_advantage": decoding.min_advantage, **gate}
+
+
+def _row(outcome: GateOutcome) -> dict[str, Any]:
+    """An outcome for programs."""
+    row = asdict(outcome)
+    del row["decoding"]
+    return {"settings": _steering(outcome.decoding), **row}
 
 
 def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> None:
-    """One row for each gate; the first is open everywhere, the best has a star. Then what the columns are."""
-    table = Table(title="Agent behind each gate, against the LLM alone")
-    for column in ("", "gate", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
-        is_text = column in ("", "gate")
+    """One row for each way; in the first the agent decides everywhere, the best has a star. Then what the
+    columns are."""
+    table = Table(title="Agent in each way to use it, against the LLM alone")
+    for column in ("", "settings", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
+        is_text = column in ("", "settings")
         table.add_column(
             column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis"
         )
     for outcome in outcomes:
-        settings = [setting.removeprefix("decoding.gate.") for setting in gate_settings(outcome.gate)]
-        name = ", ".join(settings) or "none: asked everywhere"
+        settings = [
+            setting.removeprefix("decoding.").removeprefix("gate.")
+            for setting in steering_settings(outcome.decoding, DecodingConfig(min_advantage=0.0))
+        ]
+        name = ", ".join(settings) or "the agent decides everywhere"
         table.add_row(
             "*" if outcome is best else "",
             name,

@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mara.actors.decoding.policies import Gated, Plain, Policy, steered_by
-from mara.actors.evaluation import EvaluationReport, Outcome, answer_prompts, evaluate
+from mara.actors.decoding.policies import AnyPolicy, steered_by
+from mara.actors.evaluation import EvaluationReport, Outcome, Sample, answer_prompts, evaluate
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode
 from mara.actors.reward_models.loading import load_reward_model
-from mara.common.agent import Agent, load_agent
+from mara.common.agent import CRITIC_FILE, Agent, load_agent
 from mara.common.contracts import RewardModel
+from mara.common.critic import TwinCritic, load_critic
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.agent_card import (
@@ -94,7 +94,7 @@ def run_evaluation(
     parts = load_parts(folder, config, is_told=after_training)
     report = evaluate(
         parts.llm,
-        parts.agent,
+        steered_by(parts.agent, config.decoding, parts.critic),
         prompts,
         parts.heads,
         config.score_weights,
@@ -149,6 +149,8 @@ class Parts(NamedTuple):
 
     llm: LLM
     agent: Agent
+    critic: TwinCritic | None
+    """None where it is not asked for."""
     heads: dict[str, RewardHead]
     models: dict[str, Callable[[], RewardModel]]
     """Loads each of the reward models that are no heads."""
@@ -156,17 +158,18 @@ class Parts(NamedTuple):
     """How far the agent's training had come; None where its card does not tell."""
 
 
-def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Parts:
+def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False, wants_critic: bool = False) -> Parts:
     """The agent in ``folder`` with its LLM and reward heads, the LLM last: what is wrong shows at once.
 
-    With ``is_told`` heads of another LLM and an untrained agent are not told of.
+    With ``is_told`` heads of another LLM and an untrained agent are not told of. With ``wants_critic`` the
+    critic comes along if there is one, also where ``config`` does not go by value.
 
     Raises:
         UserError: there is no agent, or a part does not fit another.
     """
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
-    agent, card = _read_agent(folder, config, hidden_size)
+    agent, critic, card = _read_agent(folder, config, hidden_size, wants_critic=wants_critic)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.heads.items()}
     models: dict[str, Callable[[], RewardModel]] = {}
     for name, reward in config.reward_models.items():
@@ -179,7 +182,14 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False) -> Part
             warn_of_head(name, head.path, config.llm.model)
     llm = _load(config, say)
     on_device = {name: head.to(llm.device) for name, head in heads.items()}
-    return Parts(llm, agent.to(llm.device), on_device, models, card.get("training"))
+    return Parts(
+        llm,
+        agent.to(llm.device),
+        None if critic is None else critic.to(llm.device),
+        on_device,
+        models,
+        card.get("training"),
+    )
 
 
 def generate(folder: Path, config: AgentUse, prompt: str) -> None:
@@ -189,13 +199,15 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     check_unicode(prompt, "PROMPT")
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
-    agent, card = _read_agent(folder, config, hidden_size)
+    agent, critic, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
     warn_of_losing(folder)
     llm = _load(config, complain)  # Standard output is for the answers alone.
-    policies: dict[str, Policy | Plain | Gated] = {
+    policies: dict[str, AnyPolicy] = {
         "base": "greedy",
-        "agent": steered_by(agent.to(llm.device), config.decoding),
+        "agent": steered_by(
+            agent.to(llm.device), config.decoding, None if critic is None else critic.to(llm.device)
+        ),
     }
     prompts = [Prompt("prompt", prompt)]
     answers = answer_prompts(
@@ -267,7 +279,7 @@ def headline(report: EvaluationReport) -> dict[str, float]:
 
 def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None:
     """The report for people: preference, in all and by category, fluency, accepted positions up to
-    ``top_k``, and ``num_samples`` of the prompts with their answers, evenly spread."""
+    ``top_k``, and ``num_samples`` of the prompts with their answers, of every outcome in turn."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title=f"Agent against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)")
     for column in ("prompts", "judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
@@ -324,8 +336,7 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
             "Train it longer (learner.num_episodes).",
             highlight=False,
         )
-    places = np.linspace(0, len(report.samples) - 1, min(num_samples, len(report.samples))).astype(int)
-    for sample in (report.samples[place] for place in places):
+    for sample in of_each_outcome(report.samples, num_samples):
         console.rule(style="dim")
         console.print(f"prompt: {sample.prompt}", markup=False, highlight=False)
         console.print(f"({OUTCOMES[sample.outcome]})", highlight=False)
@@ -335,6 +346,27 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
     console.rule(style="dim")
 
 
+def of_each_outcome(samples: Sequence[Sample], number: int) -> list[Sample]:
+    """So many of the ``samples``, in their order: of each outcome as many as of the others, evenly spread."""
+    number = min(number, len(samples))
+    places = {
+        outcome: [place for place, sample in enumerate(samples) if sample.outcome == outcome]
+        for outcome in OUTCOMES
+    }
+    wanted = dict.fromkeys(places, 0)
+    while sum(wanted.values()) < number:
+        for outcome, of in places.items():
+            if wanted[outcome] < len(of) and sum(wanted.values()) < number:
+                wanted[outcome] += 1
+    # The middle of each of so many equal parts.
+    picked = [
+        of[(2 * part + 1) * len(of) // (2 * wanted[outcome])]
+        for outcome, of in places.items()
+        for part in range(wanted[outcome])
+    ]
+    return [samples[place] for place in sorted(picked)]
+
+
 def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
     """The share of each place that a candidate can have; the last of ``accepted_ranks`` is the rest."""
     *shares, rest = accepted_ranks
@@ -342,11 +374,18 @@ def _places(accepted_ranks: Sequence[float], top_k: int) -> list[str]:
     return [*places, f"later: {rest:.0%}"] if top_k > len(shares) else places
 
 
-def _read_agent(folder: Path, config: AgentUse, hidden_size: int) -> tuple[Agent, dict[str, Any]]:
-    """The agent in ``folder``, on the CPU, and its card. Read before the LLM: what is wrong shows at once."""
-    agent, card = load_agent(agent_folder(folder), hidden_size)
+def _read_agent(
+    folder: Path, config: AgentUse, hidden_size: int, *, wants_critic: bool = False
+) -> tuple[Agent, TwinCritic | None, dict[str, Any]]:
+    """The agent in ``folder``, on the CPU, its critic where ``config`` goes by value, and its card. Read
+    before the LLM: what is wrong shows at once."""
+    place = agent_folder(folder)
+    agent, card = load_agent(place, hidden_size)
+    critic = None
+    if config.decoding.steering == "value" or (wants_critic and (place / CRITIC_FILE).is_file()):
+        critic = load_critic(place, hidden_size).requires_grad_(False)
     warn_of_other_use(card, config)
-    return agent.requires_grad_(False), card
+    return agent.requires_grad_(False), critic, card
 
 
 def _load(config: AgentUse, tell: Callable[[str], None]) -> LLM:

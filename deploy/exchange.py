@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mara.actors.llm import PACKAGE_PREFIX
-from mara.common.agent import CARD_FILE, WEIGHTS_FILE, Agent, load_agent, save_agent, seal_agent
+from mara.common.agent import (
+    CARD_FILE,
+    CRITIC_FILE,
+    WEIGHTS_FILE,
+    Agent,
+    load_agent,
+    save_agent,
+    seal_agent,
+)
+from mara.common.critic import TwinCritic, load_critic, save_critic
 from mara.common.errors import UserError
 from mara.common.released import read_released_agent
 from mara.deploy.agent_card import use_card, warn_of_losing, warn_of_untrained
@@ -24,7 +33,8 @@ from mara.deploy.run_lock import who_runs
 
 
 def export_agent(run: Path, config: RunConfig, out: Path) -> None:
-    """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``.
+    """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``, with
+    its critic if it has one.
 
     Its card is that of the run's agent, with how it was trained (shaping and learner) and the SHA-256 of the
     weights.
@@ -35,7 +45,9 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     """
     check_out(out)
     process = who_runs(run)
-    agent, card = load_agent(agent_folder(run))
+    folder = agent_folder(run)
+    agent, card = load_agent(folder)
+    critic = load_critic(folder) if (folder / CRITIC_FILE).is_file() else None
     # A run replaces weights and card one after the other. Once it has trained, the evaluation alone is left;
     # one that was complete and goes on has the card of before.
     training = card.get("training") or {}
@@ -46,7 +58,7 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     warn_of_losing(run)
     _warn_of_local_llm(config.llm.model)
     settings = config.model_dump(mode="json", include={"shaping", "learner"})
-    _write(agent, {**card, "run": run.resolve().name, **settings}, out)
+    _write(agent, critic, {**card, "run": run.resolve().name, **settings}, out)
 
 
 def import_settings(llm: str, overrides: Sequence[str]) -> AgentUse:
@@ -77,7 +89,7 @@ def import_agent(file: Path, config: AgentUse, out: Path) -> None:
     _warn_of_local_llm(config.llm.model)
     source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     card = use_card(config, find_identity(config.llm)) | {"rewards": {}, "imported_from": source}
-    _write(agent, card, out)
+    _write(agent, None, card, out)
 
 
 def _warn_of_local_llm(model: str) -> None:
@@ -85,7 +97,7 @@ def _warn_of_local_llm(model: str) -> None:
         warn(f"llm.model={model} is a folder of this machine; on others give llm.model with the agent")
 
 
-def _write(agent: Agent, card: dict[str, Any], out: Path) -> None:
+def _write(agent: Agent, critic: TwinCritic | None, card: dict[str, Any], out: Path) -> None:
     """Make ``out``, which appears whole or not at all."""
     final = out.resolve()
     try:
@@ -95,8 +107,11 @@ def _write(agent: Agent, card: dict[str, Any], out: Path) -> None:
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         save_agent(agent, partial, card)
+        if critic is not None:
+            save_critic(critic, partial)
         seal_agent(partial)
         partial.rename(final)  # fails where somebody else has put something there
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    say(f"agent: {out / WEIGHTS_FILE}, its card: {out / CARD_FILE}")
+    beside = "" if critic is None else f", its critic: {out / CRITIC_FILE}"
+    say(f"agent: {out / WEIGHTS_FILE}{beside}, its card: {out / CARD_FILE}")

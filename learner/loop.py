@@ -431,7 +431,7 @@ class Learner:
         # While the ring is being filled again it knows only some of its rewards: the last checkpoint stands.
         learner = None if self._refilling else self
         save = self._saver.save if wait else self._saver.begin
-        save(self.sac.agent, {**self._agent_card, "training": trained}, learner)
+        save(self.sac.agent, self.sac.critic, {**self._agent_card, "training": trained}, learner)
 
     def _report(self) -> None:
         """Hand over one row: means since the last one, rates over that time, and totals."""

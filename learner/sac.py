@@ -19,10 +19,10 @@ from torch import nn
 from mara.common.agent import ACCEPT, REJECT, Agent, not_finite
 from mara.common.config import AgentConfig
 from mara.common.contracts import TransitionBatch
+from mara.common.critic import TwinCritic
 from mara.common.seeding import derive_seed
 from mara.learner import losses
 from mara.learner.config import SACConfig
-from mara.learner.critic import TwinCritic
 from mara.learner.graphs import StepGraphs
 
 

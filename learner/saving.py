@@ -3,7 +3,7 @@
 ::
 
     run folder/
-        agent/          the agent as others use it
+        agent/          the agent and its critic as others use them
         checkpoints/    where the learner goes on
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mara.common.agent import Agent, save_agent
+from mara.common.critic import TwinCritic, save_critic
 from mara.learner.checkpoint import Checkpointed, save_checkpoint
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -47,8 +48,11 @@ class Saver:
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
-    def save(self, agent: Agent, card: Mapping[str, Any], learner: Checkpointed | None) -> None:
-        """Write the agent with its card, and a checkpoint of ``learner`` if given; return when it is done.
+    def save(
+        self, agent: Agent, critic: TwinCritic, card: Mapping[str, Any], learner: Checkpointed | None
+    ) -> None:
+        """Write agent and critic with their card, and a checkpoint of ``learner`` if given; return when it is
+        done.
 
         Waits first for what :meth:`begin` began. If that failed, this is its second try.
         """
@@ -56,9 +60,11 @@ class Saver:
             self._thread.shutdown()
             self._thread = None
         self._writing = None
-        self._write(agent, card, learner)
+        self._write(agent, critic, card, learner)
 
-    def begin(self, agent: Agent, card: Mapping[str, Any], learner: Checkpointed | None) -> None:
+    def begin(
+        self, agent: Agent, critic: TwinCritic, card: Mapping[str, Any], learner: Checkpointed | None
+    ) -> None:
         """Copy what :meth:`save` would write, and write it in another thread.
 
         Does nothing while the one before is being written: its disk is slower than they come.
@@ -70,7 +76,8 @@ class Saver:
         if learner is not None:
             copied = _Copied(learner.gradient_step, learner.num_episodes, _copy(learner.state_dict()))
         self._thread = self._thread or ThreadPoolExecutor(1, "saver")
-        self._writing = self._thread.submit(self._write, copy.deepcopy(agent), dict(card), copied)
+        networks = copy.deepcopy((agent, critic))
+        self._writing = self._thread.submit(self._write, *networks, dict(card), copied)
 
     def check(self) -> None:
         """Raise what went wrong in the other thread, once. Returns at once."""
@@ -78,7 +85,11 @@ class Saver:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, agent: Agent, card: Mapping[str, Any], learner: Checkpointed | None) -> None:
+    def _write(
+        self, agent: Agent, critic: TwinCritic, card: Mapping[str, Any], learner: Checkpointed | None
+    ) -> None:
+        # Before the agent's card, by which a run counts as one that has an agent.
+        save_critic(critic, self._folder / AGENT_FOLDER)
         save_agent(agent, self._folder / AGENT_FOLDER, dict(card))
         if learner is not None:
             save_checkpoint(self._folder / CHECKPOINT_FOLDER, learner, self._num_checkpoints)

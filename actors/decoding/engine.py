@@ -12,7 +12,8 @@ accepted token costs one pass, and a rejected candidate one more or none, by how
 
 *Lazy* examines one candidate of every row in a pass: the fewest operations, best where arithmetic is dear.
 *Wide* examines several; each sees the text and itself. Where all of them are rejected the row widens. Both
-take the same decisions, with the same draws.
+take the same decisions, with the same draws. A row whose candidates are compared by value examines all of
+these in one pass, and takes one.
 
 Rows are independent: each has its own position, its own random stream and its own end. Active rows fill
 the front of the cache; a row that ends is replaced by the last one, and new prompts enter at the back.
@@ -33,7 +34,7 @@ from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
 from mara.actors.decoding.generation import Decision, Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import Answer, Gated, Plain, Policy, ask
+from mara.actors.decoding.policies import Answer, AnyPolicy, ValuePolicy, ask, goes_by_value
 from mara.actors.decoding.prefill import PASS_OVERHEAD_TOKENS, group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, prepare
@@ -65,8 +66,8 @@ class Engine:
         model: the causal language model, in evaluation mode.
         eos_ids: tokens that end an answer.
         config: truncation, length limit, fallback and mode.
-        policy: who decides where a request does not say: a :class:`Policy`, which may be :class:`Gated`, or
-            ``"greedy"`` or ``"sample"``, the plain LLM.
+        policy: who decides where a request does not say: a :class:`Policy` or :class:`ValuePolicy`, which may
+            be :class:`Gated`, or ``"greedy"`` or ``"sample"``, the plain LLM.
         num_rows: prompts decoded at the same time.
         max_prompt_tokens: the longest prompt that will be submitted.
         shared_prefix: tokens that most prompts begin with, such as a chat template's system message. They are
@@ -86,7 +87,7 @@ class Engine:
         model: Any,
         eos_ids: Iterable[int],
         config: DecodingConfig,
-        policy: Policy | Plain | Gated,
+        policy: AnyPolicy,
         num_rows: int,
         max_prompt_tokens: int,
         shared_prefix: Sequence[int] = (),
@@ -98,9 +99,15 @@ class Engine:
         self.max_prompt_tokens = max_prompt_tokens
         self._eos_ids = frozenset(eos_ids)
         self._device = model.device
-        # A plain policy asks nobody: one candidate is enough.
-        self._window, self._widest = (1, 1) if isinstance(policy, str) else config.candidates_a_pass
-        tunes = config.tunes_window and not isinstance(policy, str)
+        self._num_compared = min(config.num_compared, config.truncation.top_k)
+        if isinstance(policy, str):  # It asks nobody: one candidate is enough.
+            self._window, self._most_asked, self._widest = 1, 1, 1
+        elif goes_by_value(policy):
+            self._window = self._most_asked = self._widest = self._num_compared
+        else:
+            self._window, self._most_asked = config.candidates_a_pass
+            self._widest = max(self._most_asked, self._num_compared)  # Requests may go by value.
+        tunes = config.tunes_window and not (isinstance(policy, str) or goes_by_value(policy))
         self._tuner = WindowTuner(config.truncation.top_k) if tunes else None
         if config.compile and is_packed(model):
             raise ValueError("packed layers cannot be compiled; load the LLM with pack=False")
@@ -262,8 +269,7 @@ class Engine:
         if self._tuner is not None:
             self._window = self._tuner.window(len(rows))
         for row in rows:
-            width = min(self._window << row.misses, self._widest) if self._tuner is None else self._window
-            row.num_examined = min(width, row.num - row.rank) if row.undecided else 1
+            row.num_examined = min(self._width(row), row.num - row.rank) if row.undecided else 1
         num_rows, num_Q = len(rows), max(row.num_examined for row in rows)
         states_BQD = self._examine(rows, num_Q)
         taken = self._decide(rows, states_BQD)
@@ -278,7 +284,7 @@ class Engine:
         for number, (index, place) in enumerate(kept):
             row = rows[index]
             row.rank += place
-            if not (row.is_plain or row.is_closed):
+            if not (row.is_plain or row.is_closed or row.goes_by_value):
                 ranks.append(row.rank)
             if self._take(row, taken_BD[number]):
                 finished.append(index)
@@ -292,6 +298,12 @@ class Engine:
             self._tuner.taken(ranks)
             self._tuner.measured(num_rows, self._window, time.perf_counter() - started_s)
         return self._release(finished)
+
+    def _width(self, row: Row) -> int:
+        """Candidates that an undecided row examines, if it has so many."""
+        if row.goes_by_value:
+            return self._num_compared
+        return self._window if self._tuner is not None else min(self._window << row.misses, self._most_asked)
 
     def _examine(self, rows: list[Row], num_Q: int) -> torch.Tensor:
         """Hidden states [B, Q, D] of Q candidates of each row, from its own rank on."""
@@ -349,13 +361,14 @@ class Engine:
         for index, row in enumerate(rows):
             if row.retaken:
                 self._record_fallback(row, states_BQD[index, 0])
-        asked = [
-            (index, q) for index, row in enumerate(rows) if row.undecided for q in range(row.num_examined)
-        ]
+        undecided = [(index, row) for index, row in enumerate(rows) if row.undecided]
+        self._compare([(index, row) for index, row in undecided if row.goes_by_value], states_BQD, taken)
+        deciding = [(index, row) for index, row in undecided if not row.goes_by_value]
+        asked = [(index, q) for index, row in deciding for q in range(row.num_examined)]
         if not asked:
             return taken
         states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
-        draws = [draw for row in rows if row.undecided for draw in row.draws(row.num_examined)]
+        draws = [draw for _, row in deciding for draw in row.draws(row.num_examined)]
         answers = ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
         accepts = [
             answer.accept or self._is_overruled(rows[index], q, answer, states_ND[place])
@@ -363,12 +376,11 @@ class Engine:
         ]
         verdicts: list[tuple[int, Row, int, Verdict]] = []
         begin = 0
-        for index, row in enumerate(rows):
-            if row.undecided:
-                end = begin + row.num_examined
-                verdict = examine(accepts[begin:end], row.rank, row.num, self.config.fallback)
-                verdicts.append((index, row, begin, verdict))
-                begin = end
+        for index, row in deciding:
+            end = begin + row.num_examined
+            verdict = examine(accepts[begin:end], row.rank, row.num, self.config.fallback)
+            verdicts.append((index, row, begin, verdict))
+            begin = end
         # What was examined beyond a row's decision is dropped here: records keep what they point into alive.
         used = [begin + offset for _, _, begin, verdict in verdicts for offset in range(verdict.num_asked)]
         used_ND = states_ND if len(used) == len(asked) else states_ND[self._index(used)]
@@ -391,6 +403,31 @@ class Engine:
                 taken[index] = self._reject(row, states_BQD[index, 0])
         return taken
 
+    def _compare(
+        self, rows: list[tuple[int, Row]], states_BQD: torch.Tensor, taken: list[int | None]
+    ) -> None:
+        """Put what the ``rows`` take, which go by value, into ``taken``; records what was compared."""
+        for policy in {id(row.policy): row.policy for _, row in rows}.values():
+            assert isinstance(policy, ValuePolicy)
+            own = [(index, row) for index, row in rows if row.policy is policy]
+            places = [(index, q) for index, row in own for q in range(row.num_examined)]
+            states_ND = states_BQD[
+                self._index([index for index, _ in places]), self._index([q for _, q in places])
+            ]
+            compared = iter(zip(policy.values(states_ND), states_ND.unbind(), strict=True))
+            for index, row in own:
+                values, states = zip(*(next(compared) for _ in range(row.num_examined)), strict=True)
+                best = policy.choose(values)
+                if row.gate is not None and row.state_before_D is not None:
+                    best *= may_reject(row.gate, 0.0, states[0], row.state_before_D)
+                taken[index] = best
+                for rank, state_D in enumerate(states):
+                    accepted, rejected = (0.0, -np.inf) if rank == best else (-np.inf, 0.0)
+                    answer = Answer(rank == best, accepted, rejected, policy.version)
+                    row.generation.decisions.append(
+                        self._decision(row, state_D, rank, rank == best, answer, may_force=False)
+                    )
+
     @staticmethod
     def _is_overruled(row: Row, q: int, answer: Answer, state_D: torch.Tensor) -> bool:
         """Whether the row's gate takes the first candidate although the policy has rejected it."""
@@ -405,8 +442,10 @@ class Engine:
         rank: int,
         taken: bool,
         answer: Answer,
+        *,
+        may_force: bool = True,
     ) -> Decision:
-        forced = self.config.fallback == "last" and rank == row.num - 1
+        forced = may_force and self.config.fallback == "last" and rank == row.num - 1
         return Decision(
             state_D=state_D,
             action=int(taken),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mara.actors.config import GateConfig
-from mara.actors.decoding.policies import Gated, Plain, Policy
+from mara.actors.decoding.policies import AnyPolicy, Gated, Plain, Policy, ValuePolicy
 from mara.common.episode import FinishReason
 
 DRAWS_AT_A_TIME = 64
@@ -27,7 +27,7 @@ class Request:
     """Handed back with the answer."""
     max_new_tokens: int | None = None
     """Longest answer; at most the engine's own limit, which None stands for."""
-    policy: Policy | Plain | Gated | None = None
+    policy: AnyPolicy | None = None
     """Who decides about this answer. None: the engine's own."""
 
 
@@ -91,9 +91,9 @@ class Row:
         "state_before_D",
     )
 
-    def __init__(self, generation: Generation, limit: int, policy: Policy | Plain | Gated) -> None:
+    def __init__(self, generation: Generation, limit: int, policy: AnyPolicy) -> None:
         self.generation = generation
-        self.policy: Policy | Plain
+        self.policy: Policy | ValuePolicy | Plain
         self.gate: GateConfig | None
         self.policy, self.gate = policy if isinstance(policy, Gated) else (policy, None)
         self.limit = limit
@@ -128,6 +128,11 @@ class Row:
     @property
     def is_plain(self) -> bool:
         return isinstance(self.policy, str)
+
+    @property
+    def goes_by_value(self) -> bool:
+        """Its candidates are compared, not asked about one after the other."""
+        return isinstance(self.policy, ValuePolicy)
 
     def draws(self, num: int) -> list[float]:
         """The next ``num`` uniform draws of the row's own stream, float32 in [0, 1), without using them

@@ -1,17 +1,18 @@
-"""Who decides about a candidate: the agent, sampled or greedy. And how the plain LLM picks.
+"""Who decides about candidates: the agent, sampled or greedy, or its critic. And how the plain LLM picks.
 
 Legend: B rows, D hidden size, N candidates of any rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from mara.actors.config import DecodingConfig, GateConfig
 from mara.common.agent import ACCEPT, REJECT, Agent
+from mara.common.critic import TwinCritic
 
 
 class Decisions(NamedTuple):
@@ -56,6 +57,35 @@ class AgentPolicy:
         )
 
 
+class ValuePolicy:
+    """The critic compares the candidates of a position.
+
+    What a candidate is worth is the critic's value of accepting it, the mean of both heads: the return of the
+    text that goes on with it. Two candidates of a position differ in nothing else, so the difference is what
+    one gains over the other. The agent's own odds tell less: they weigh a candidate against those behind it,
+    as they are sampled in training.
+
+    Args:
+        min_advantage: by how much a candidate must exceed the first one.
+    """
+
+    version = 0
+
+    def __init__(self, critic: TwinCritic, min_advantage: float) -> None:
+        self.critic = critic
+        self.min_advantage = min_advantage
+
+    @torch.inference_mode()
+    def values(self, states_ND: torch.Tensor) -> list[float]:
+        """What taking each candidate is worth, by the LLM's hidden states at them."""
+        return self.critic(states_ND)[..., ACCEPT].mean(0).tolist()  # type: ignore[no-any-return]
+
+    def choose(self, values: Sequence[float]) -> int:
+        """Which of a position's candidates is taken, given what each is worth."""
+        best = max(range(len(values)), key=values.__getitem__)
+        return best if values[best] - values[0] >= self.min_advantage else 0
+
+
 Plain = Literal["greedy", "sample"]
 """The LLM without an agent: its most probable token, or one drawn from its candidate set at
 temperature 1. Neither asks anybody, so each token costs one forward pass."""
@@ -64,13 +94,36 @@ temperature 1. Neither asks anybody, so each token costs one forward pass."""
 class Gated(NamedTuple):
     """A policy that may step in only where its gate is open; elsewhere the LLM's first candidate is taken."""
 
-    policy: Policy
+    policy: Policy | ValuePolicy
     gate: GateConfig
 
 
-def steered_by(agent: Agent, decoding: DecodingConfig) -> Policy | Gated:
-    """How ``agent`` is used once it is trained: greedy, with the gate of ``decoding`` if it has one."""
-    policy = AgentPolicy(agent, decoding.threshold)
+AnyPolicy = Policy | ValuePolicy | Gated | Plain
+"""Whatever an answer's tokens may be chosen by."""
+
+
+def goes_by_value(policy: AnyPolicy) -> bool:
+    """Whether it compares candidates instead of deciding about one after the other."""
+    return isinstance(policy.policy if isinstance(policy, Gated) else policy, ValuePolicy)
+
+
+def most_demanding(policies: Iterable[AnyPolicy]) -> AnyPolicy:
+    """Which of these an engine for all of them is to be made for: a plain one by itself would allow one
+    candidate alone, one by value always as many as it compares."""
+    return min(policies, key=lambda policy: 2 if isinstance(policy, str) else int(goes_by_value(policy)))
+
+
+def steered_by(
+    agent: Agent, decoding: DecodingConfig, critic: TwinCritic | None = None
+) -> Policy | ValuePolicy | Gated:
+    """How ``agent`` is used once it is trained: greedy, with the gate of ``decoding`` if it has one.
+
+    ``critic`` is the agent's; needed where ``decoding`` steers by value.
+    """
+    policy: Policy | ValuePolicy = AgentPolicy(agent, decoding.threshold)
+    if decoding.steering == "value":
+        assert critic is not None
+        policy = ValuePolicy(critic, decoding.min_advantage)
     return policy if decoding.gate.is_open else Gated(policy, decoding.gate)
 
 
@@ -84,12 +137,12 @@ class Answer(NamedTuple):
 
 
 def ask(
-    policies: Sequence[Policy | Plain], states_ND: torch.Tensor, uniforms_N: torch.Tensor
+    policies: Sequence[Policy | ValuePolicy | Plain], states_ND: torch.Tensor, uniforms_N: torch.Tensor
 ) -> list[Answer]:
     """Each state's own policy decides about it; every policy is asked once for all of its states."""
     answers: list[Answer | None] = [None] * len(policies)
     for policy in {id(policy): policy for policy in policies}.values():
-        assert not isinstance(policy, str)
+        assert not isinstance(policy, str | ValuePolicy)
         places = [place for place, other in enumerate(policies) if other is policy]
         is_all = len(places) == len(policies)
         some = slice(None) if is_all else torch.tensor(places)

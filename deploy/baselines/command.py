@@ -328,12 +328,12 @@ def run_compute(folder: Path) -> Compute:
     from mara.actors.llm import load_llm
     from mara.actors.rollout import render_prompts
     from mara.common.agent import Agent
+    from mara.common.critic import TwinCritic
     from mara.deploy.baselines.compute import agent_compute, size_of
     from mara.deploy.hub import load_source
     from mara.deploy.plots import read_metrics
     from mara.deploy.recorder import METRICS_FILE
     from mara.deploy.run_folder import load_run
-    from mara.learner.critic import TwinCritic
 
     config = load_run(folder)
     try:

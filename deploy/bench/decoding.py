@@ -18,10 +18,11 @@ from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Request
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import AgentPolicy, Gated, Policy, steered_by
+from mara.actors.decoding.policies import AgentPolicy, AnyPolicy, steered_by
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.packing import is_packed
 from mara.common.agent import Agent
+from mara.common.critic import TwinCritic
 from mara.deploy.bench.figures import Figure, in_turn, machine
 from mara.deploy.bench.paper_procedure import answer
 
@@ -45,6 +46,8 @@ class Subject:
     agent_name: str
     prompts: list[list[int]]
     """At least as many as the largest batch."""
+    critic: TwinCritic | None = None
+    """The agent's, on the same device; needed where decoding goes by value."""
 
 
 @dataclass(slots=True)
@@ -83,7 +86,7 @@ def _decode_figure(
     subject: Subject, decoding: DecodingConfig, batch: int, num_rounds: int, progress: Progress
 ) -> Figure:
     prompts = sorted(subject.prompts[: max(8, 2 * batch)], key=len)
-    policy = steered_by(subject.agent, decoding)
+    policy = steered_by(subject.agent, decoding, subject.critic)
     engine = _make_engine(subject, decoding, policy, batch, prompts)
     plain = _Generate(subject, batch, decoding.max_new_tokens)
     aligned, generated = _Work(), _Work()
@@ -246,7 +249,7 @@ class _Generate:
 def _make_engine(
     subject: Subject,
     decoding: DecodingConfig,
-    policy: Policy | Gated,
+    policy: AnyPolicy,
     rows: int,
     prompts: Sequence[list[int]],
 ) -> Engine:
@@ -272,6 +275,7 @@ def _described(subject: Subject, engine: Engine, peer_model: Any) -> dict[str, A
         "new_tokens": engine.config.max_new_tokens,
         "top_k": engine.config.truncation.top_k,
         "top_p": engine.config.truncation.top_p,
+        "steering": engine.config.steering,
         "mode": engine.config.mode,
         "compile": engine.config.compile,
         "cache_bytes_per_row": engine.cache_nbytes // engine.num_rows,

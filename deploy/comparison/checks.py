@@ -14,7 +14,8 @@ from mara.actors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from mara.actors.config import LLMConfig
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
-from mara.common.agent import CARD_FILE, WEIGHTS_FILE, load_agent
+from mara.common.agent import CARD_FILE, CRITIC_FILE, WEIGHTS_FILE, load_agent
+from mara.common.critic import load_critic
 from mara.common.errors import UserError
 from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
 from mara.deploy.comparison.config import (
@@ -207,8 +208,13 @@ def _check_agent(name: str, system: AgentSystem, config: ComparisonConfig) -> st
     folder = agent_folder(system.path)
     _, card = _in_field(field, lambda: load_agent(folder, find_hidden_size(llm)))
     warn_of_untrained(card)
-    warn_of_other_use(card, AgentUse(llm=llm, decoding=system.steering(config.decoding)))
-    return _digest((folder / WEIGHTS_FILE).read_bytes() + (folder / CARD_FILE).read_bytes())
+    decoding = system.used_in(config.decoding)
+    files = [WEIGHTS_FILE, CARD_FILE]
+    if decoding.steering == "value":
+        _in_field(field, lambda: load_critic(folder, find_hidden_size(llm)))
+        files.append(CRITIC_FILE)
+    warn_of_other_use(card, AgentUse(llm=llm, decoding=decoding))
+    return _digest(b"".join((folder / name).read_bytes() for name in files))
 
 
 def _check_judges(config: ComparisonConfig) -> dict[str, str]:

@@ -61,10 +61,14 @@ class AgentSystem(Config):
     """As ``decoding.threshold``, for this system. None: that one."""
     gate: GateConfig | None = None
     """As ``decoding.gate``, for this system. None: that one."""
+    steering: Literal["policy", "value"] | None = None
+    """As ``decoding.steering``, for this system. None: that one."""
+    min_advantage: float | None = Field(default=None, ge=0)
+    """As ``decoding.min_advantage``, for this system. None: that one."""
 
-    def steering(self, decoding: DecodingConfig) -> DecodingConfig:
+    def used_in(self, decoding: DecodingConfig) -> DecodingConfig:
         """``decoding`` with the settings of this system's own."""
-        own = {"threshold": self.threshold, "gate": self.gate}
+        own = {name: getattr(self, name) for name in ("threshold", "gate", "steering", "min_advantage")}
         return decoding.model_copy(update={name: value for name, value in own.items() if value is not None})
 
 
@@ -332,6 +336,8 @@ def _mistakes(config: ComparisonConfig) -> Iterator[str]:
                 yield f"systems.{name}.of={system.of} is not a system; there are {known}"
             if _depth(systems, name) < 0:
                 yield f"systems.{name}.of={system.of} comes back to itself; correct a system that answers"
+        if isinstance(system, AgentSystem) and (conflict := system.used_in(config.decoding).conflict):
+            yield f"systems.{name}: {conflict}"
         if isinstance(system, BestOfNSystem):
             field, scoring = f"systems.{name}.judges", config.scoring_judges
             yield from _bad_judges(config, field, system.judges)

@@ -17,6 +17,7 @@ from mara.actors.decoding.policies import steered_by
 from mara.actors.llm import LLM
 from mara.common.agent import load_agent
 from mara.common.contracts import Conversation
+from mara.common.critic import load_critic
 from mara.deploy.comparison.config import (
     AgentSystem,
     BestOfNSystem,
@@ -209,9 +210,13 @@ class ComparisonHost:
             case LLMSystem(sampling=sampling):
                 return System("sample" if sampling else "greedy")
             case AgentSystem() as system:
-                agent, _ = load_agent(agent_folder(system.path), llm.hidden_size)
+                folder, decoding = agent_folder(system.path), system.used_in(config.decoding)
+                agent, _ = load_agent(folder, llm.hidden_size)
                 agent.to(llm.device).requires_grad_(False)
-                return System(steered_by(agent, system.steering(config.decoding)))
+                critic = None
+                if decoding.steering == "value":
+                    critic = load_critic(folder, llm.hidden_size).to(llm.device).requires_grad_(False)
+                return System(steered_by(agent, decoding, critic))
             case BestOfNSystem(n=n, judges=judges):
                 return System("sample", n, self._judges(loaded).weighted(judges))
             case CorrectorSystem(chat_template=chat_template):

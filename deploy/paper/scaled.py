@@ -79,7 +79,8 @@ def _figure3_scaled(seed: int) -> Iterator[Step]:
     for top_k in (3, 5, 10):
         for top_p in (0.8, 0.9, 0.95):
             sets = f"decoding.truncation.top_k={top_k} decoding.truncation.top_p={top_p}"
-            command = f"mara eval {_scaled_agent(seed, 'quickstart')} {sets} evaluation.num_prompts=60"
+            agent = f"{_scaled_agent(seed, 'quickstart')} decoding.steering=policy"
+            command = f"mara eval {agent} {sets} evaluation.num_prompts=60"
             yield Step(command, of=training.command)
 
 

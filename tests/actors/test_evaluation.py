@@ -10,11 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mara.actors.calibration import choose_gate, is_proved, try_gates
+from mara.actors.calibration import choose_gate, is_proved, try_ways
 from mara.actors.config import DecodingConfig, GateConfig, LLMConfig, TruncationConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AgentPolicy, Plain, Policy
+from mara.actors.decoding.policies import AgentPolicy, Plain, Policy, steered_by
 from mara.actors.evaluation import (
     EvaluationReport,
     ScoredAnswer,
@@ -29,6 +29,7 @@ from mara.actors.llm import LLM, load_llm
 from mara.actors.prompts import Prompt
 from mara.common.agent import Agent
 from mara.common.config import AgentConfig
+from mara.common.critic import TwinCritic
 from mara.common.errors import UserError
 from mara.common.seeding import derive_seed
 
@@ -127,7 +128,7 @@ def run(
 ) -> EvaluationReport:
     return evaluate(
         llm,
-        make_agent(),
+        steered_by(make_agent(), decoding),
         prompts,
         HEADS,
         WEIGHTS,
@@ -268,13 +269,13 @@ class Jitter(RewardHead):
 def test_answers_of_the_same_tokens_are_ties_however_their_scores_were_rounded(llm):
     prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
     agent = make_agent(seed=2, bias=0.0)
-    policies = {"base": "greedy", "agent": AgentPolicy(agent, threshold=0.4)}
-    answers = answer_prompts(llm, prompts, DECODING, policies, 7, 60)
+    policy = AgentPolicy(agent, threshold=0.4)
+    answers = answer_prompts(llm, prompts, DECODING, {"base": "greedy", "agent": policy}, 7, 60)
     pairs = zip(answers["base"], answers["agent"], strict=True)
     num_same = sum(base.response_ids == guided.response_ids for base, guided in pairs)
     assert 0 < num_same < len(prompts)
     heads = {name: Jitter(HeadShape(hidden_size=32, width=0)) for name in WEIGHTS}
-    report = evaluate(llm, agent, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
+    report = evaluate(llm, policy, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
     for name, rate in report.preference.items():
         assert rate.ties == (num_same if name != "joint" else len(prompts))
 
@@ -329,15 +330,20 @@ def test_systems_that_are_answered_together_answer_as_each_does_alone(llm, rows)
     assert len({str(ids) for ids in texts.values()}) == len(policies)
 
 
-def test_a_gate_is_judged_as_the_evaluation_judges_and_the_best_that_is_seldom_enough_is_chosen(llm):
+def test_ways_to_use_an_agent_are_judged_as_the_evaluation_judges_and_the_best_is_chosen(llm):
     agent = make_agent(seed=2, bias=0.0)
     prompts = [Prompt(f"{n} {text}", text * (n + 1)) for n in range(3) for text in TEXTS]
-    shut = GateConfig(min_confidence=0.99)
-    half = GateConfig(max_first_probability=0.3)
-    dense, *gated = try_gates(
-        llm, agent, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60, gates=[half, shut]
-    )
-    report = evaluate(llm, agent, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
+    changes = [
+        {},
+        {"gate": GateConfig(max_first_probability=0.3)},
+        {"gate": GateConfig(min_confidence=0.99)},
+        {"steering": "value", "min_advantage": 1e6},
+    ]
+    ways = [DECODING.model_copy(update=change) for change in changes]
+    critic = TwinCritic(32, (16, 8))
+    dense, *gated = try_ways(llm, agent, critic, ways, prompts, HEADS, WEIGHTS, rows=7, max_prompt_tokens=60)
+    policy = steered_by(agent, DECODING)
+    report = evaluate(llm, policy, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
     assert dense.joint == report.preference["joint"]
     assert dense.perplexity == pytest.approx(report.fluency["agent"].perplexity)
     answers = answer_prompts(
@@ -365,8 +371,9 @@ def test_a_gate_is_judged_as_the_evaluation_judges_and_the_best_that_is_seldom_e
     assert dense.gain_error == pytest.approx(1.96 * np.std(gain_N, ddof=1) / len(prompts) ** 0.5)
     changed = [rank > 0 for one in answers["agent"] for rank in one.accepted_ranks]
     assert dense.interventions == sum(changed) / sum(len(one.response_ids) for one in answers["agent"])
-    # A gate that is never open leaves the LLM's own answers.
-    assert gated[1].interventions == 0 and gated[1].joint.ties == len(prompts) and gated[1].gain == 0
+    # A gate that is never open leaves the LLM's own answers, and so does a bar that no value reaches.
+    for shut in gated[1:]:
+        assert shut.interventions == 0 and shut.joint.ties == len(prompts) and shut.gain == 0
     assert 0 < gated[0].interventions < dense.interventions
     best = replace(gated[0], gain=0.5, interventions=0.1)
     outcomes = [

@@ -14,6 +14,7 @@ from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.common.agent import Agent, save_agent
 from mara.common.config import AgentConfig
+from mara.common.critic import TwinCritic, save_critic
 from mara.deploy.agent_card import agent_card
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config, load_config
@@ -50,7 +51,7 @@ def config(config_path: Path) -> RunConfig:
 
 @pytest.fixture
 def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
-    """A run folder with a random agent, and its configuration."""
+    """A run folder with a random agent and critic, and its configuration."""
     for seed, name in enumerate(("helpful", "cost")):
         head = RewardHead(HeadShape(hidden_size=32, width=8)).requires_grad_(False)
         for parameter in head.parameters():
@@ -71,6 +72,9 @@ def tiny_run(tmp_path: Path, llm_folder: Path) -> tuple[Path, RunConfig]:
     torch.manual_seed(0)
     agent = Agent(32, AgentConfig(widths=(16, 8)))
     torch.nn.init.normal_(agent.output_linear.weight, std=4.0)
+    critic = TwinCritic(32, (16, 8))
+    torch.nn.init.normal_(critic.output_linear.weight_HIO, std=4.0)
+    save_critic(critic, folder / AGENT_FOLDER)
     config = load_config(tmp_path / "tiny.yaml")
     card = agent_card(config, preflight(config), "run-1")
     training = {"gradient_steps": 40, "policy_steps": 30, "episodes": 20, "complete": True}

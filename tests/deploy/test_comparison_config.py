@@ -127,11 +127,17 @@ def test_another_llm_has_neither_the_revision_nor_the_file_of_the_base(path: Pat
 def test_an_agent_may_have_a_threshold_and_a_gate_of_its_own(path: Path) -> None:
     changes = ["systems.a.kind=agent", "systems.a.path=x", "decoding.threshold=0.4"]
     config = load_comparison(path, changes)
-    assert config.systems["a"].steering(config.decoding) == config.decoding
+    assert config.systems["a"].used_in(config.decoding) == config.decoding
     config = load_comparison(path, [*changes, "systems.a.threshold=0.7", "systems.a.gate.min_salience=0.1"])
-    found = config.systems["a"].steering(config.decoding)
+    found = config.systems["a"].used_in(config.decoding)
     assert (found.threshold, found.gate.min_salience) == (0.7, 0.1)
     assert config.decoding.threshold == 0.4 and found.truncation == config.decoding.truncation
+    by_value = [*changes, "systems.a.steering=value", "systems.a.min_advantage=0.3"]
+    config = load_comparison(path, by_value)
+    found = config.systems["a"].used_in(config.decoding)
+    assert (found.steering, found.min_advantage, config.decoding.steering) == ("value", 0.3, "policy")
+    with pytest.raises(UserError, match=r"systems\.a: gate\.min_confidence=0\.8 asks the agent"):
+        load_comparison(path, [*by_value, "decoding.gate.min_confidence=0.8"])
 
 
 def test_a_template_is_filled_in_one_go() -> None:

@@ -9,18 +9,20 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from mara.actors.calibration import CANDIDATES
+from mara.actors.calibration import ADVANTAGES, GATES
+from mara.actors.evaluation import Sample
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.actors.reward_models.config import FunctionRewardConfig
-from mara.common.agent import Agent, save_agent
+from mara.common.agent import CRITIC_FILE, Agent, save_agent
 from mara.common.config import AgentConfig
+from mara.common.critic import TwinCritic, save_critic
 from mara.common.errors import UserError
 from mara.deploy.calibration import GATES_FILE
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
-from mara.deploy.evaluation import AnswerProgress, generate, run_evaluation
+from mara.deploy.evaluation import AnswerProgress, generate, of_each_outcome, run_evaluation
 from mara.deploy.exchange import export_agent
 from mara.deploy.plots import CANDIDATES_PLOT
 from mara.deploy.run_folder import REPORT_FILE, load_run, load_use
@@ -244,28 +246,59 @@ def test_what_is_missing_is_said_before_the_llm_is_loaded(tiny_run, no_loading):
             run_evaluation(folder, config.model_copy(update={"rewards": rewards}))
 
 
-def test_calibrating_names_the_settings_of_the_chosen_gate_and_they_can_be_used(tiny_run, monkeypatch):
+@pytest.mark.parametrize(
+    ("has_critic", "most", "num_tried"), [(True, 1.0, len(ADVANTAGES)), (False, 0.9, len(GATES))]
+)
+def test_calibrating_names_the_best_settings_and_they_can_be_used(
+    tiny_run, monkeypatch, has_critic, most, num_tried
+):
     folder, config = tiny_run
-    given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions"]
-    result = CliRunner().invoke(app, [*given, "0.9"])
+    if not has_critic:
+        (folder / AGENT_FOLDER / CRITIC_FILE).unlink()
+    given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions", str(most)]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0 and "joint rate: answers better" in result.output, result.output
-    assert "no gate is named: 1 prompts cannot tell the best gain" in result.output
+    assert "none is named: 1 prompts cannot tell the best gain" in result.output
     assert json.loads((folder / GATES_FILE).read_text())["chosen"] is None
     monkeypatch.setattr("mara.deploy.calibration.is_proved", lambda outcome: True)
-    result = CliRunner().invoke(app, [*given, "0.9"])
+    # The least open way counts as the best: the first, which has nothing to set, cannot.
+    monkeypatch.setattr("mara.deploy.calibration.choose_gate", lambda outcomes, most: outcomes[-1])
+    result = CliRunner().invoke(app, given)
     content = json.loads((folder / GATES_FILE).read_text())
-    dense, *others = content["gates"]
+    dense, *others = content["tried"]
     assert content["prompts"] == config.prompts.train.name
-    assert dense["interventions"] > 0 and len(others) == len(CANDIDATES)
-    chosen = next(gate for gate in content["gates"] if gate["gate"] == content["chosen"])
-    assert chosen["interventions"] <= 0.9 * dense["interventions"]
+    assert dense["interventions"] > 0 and len(others) == num_tried
+    assert dense["settings"]["steering"] == "policy"
+    assert {row["settings"]["steering"] for row in others} == {"value" if has_critic else "policy"}
     (line,) = [line for line in result.output.splitlines() if line.startswith("use it with: ")]
     settings = line.removeprefix("use it with: ").split()
     run_evaluation(folder, load_run(folder, settings))
-    report = json.loads((folder / REPORT_FILE).read_text())
-    assert report["settings"]["decoding"]["gate"] == content["chosen"]
-    result = CliRunner().invoke(app, [*given, "0.9", "decoding.gate.min_confidence=0.5"])
+    used = json.loads((folder / REPORT_FILE).read_text())["settings"]["decoding"]
+    chosen = content["chosen"]
+    assert chosen == others[-1]["settings"]
+    assert (used["steering"], used["min_advantage"]) == (chosen["steering"], chosen["min_advantage"])
+    assert used["gate"] == {
+        name.removeprefix("gate."): value for name, value in chosen.items() if name.startswith("gate.")
+    }
+    result = CliRunner().invoke(app, [*given, "decoding.gate.min_confidence=0.5"])
     assert result.exit_code == 2 and "decoding.gate.min_confidence changes nothing here" in result.output
+
+
+def test_by_value_an_agent_without_its_critic_is_refused_in_one_line(tiny_run):
+    folder, _ = tiny_run
+    given = [str(folder), "decoding.steering=value", "decoding.min_advantage=0"]
+    by_value = CliRunner().invoke(app, ["eval", *given])
+    assert by_value.exit_code == 0, by_value.output
+    critic = folder / AGENT_FOLDER / CRITIC_FILE
+    save_critic(TwinCritic(64, (16, 8)), folder / AGENT_FOLDER)
+    for damage, says in (
+        (lambda: None, "was trained for hidden size 64, the LLM has 32"),
+        (lambda: critic.write_bytes(critic.read_bytes()[:-9]), "cannot be read"),
+        (critic.unlink, "is missing; set decoding.steering=policy"),
+    ):
+        damage()
+        result = CliRunner().invoke(app, ["eval", *given])
+        assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
 
 
 LATER = "def score(p, r):\n    if 'sky' in p[0]: return [0.0] * len(p)\n"
@@ -335,3 +368,12 @@ def test_how_long_all_answers_take_is_not_guessed_from_the_first(monkeypatch, ca
     assert "1/200" in second and "ETA" not in second
     assert "10/200" in third and "ETA" in third
     assert "20/20" in last and "ETA" not in last
+
+
+def test_the_examples_shown_are_of_every_outcome_and_spread_over_the_prompts():
+    outcomes = ["mixed"] * 40 + ["worse"] + ["same"] * 50 + ["better"] * 9
+    samples = [Sample(str(n), "", "", outcome, {}, {}) for n, outcome in enumerate(outcomes)]
+    shown = [sample.id for sample in of_each_outcome(samples, 6)]
+    assert shown == ["10", "30", "40", "66", "93", "97"]
+    assert [sample.id for sample in of_each_outcome(samples, 2)] == ["40", "95"]
+    assert of_each_outcome(samples, 1000) == samples and of_each_outcome([], 3) == []

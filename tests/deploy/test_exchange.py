@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from mara.actors.config import LLMConfig
 from mara.common.agent import Agent, load_agent, save_agent
 from mara.common.config import AgentConfig
+from mara.common.critic import TwinCritic, save_critic
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.model_shape import find_identity
@@ -50,12 +51,16 @@ def test_an_exported_agent_is_the_runs_own_and_its_card_tells_what_it_was_traine
     tiny_run: Run, exported: Path, tmp_path: Path
 ) -> None:
     folder, config = tiny_run
-    assert sorted(path.name for path in exported.iterdir()) == ["agent.json", "agent.safetensors"]
+    names = ["agent.json", "agent.safetensors", "critic.safetensors"]
+    assert sorted(path.name for path in exported.iterdir()) == names
+    critic = (exported / "critic.safetensors").read_bytes()
+    assert critic == (folder / AGENT_FOLDER / "critic.safetensors").read_bytes()
     assert [path.name for path in exported.parent.iterdir()] == ["on"]
     content = (exported / "agent.safetensors").read_bytes()
     assert content == (folder / AGENT_FOLDER / "agent.safetensors").read_bytes()
     card = json.loads((exported / "agent.json").read_text())
     assert card["weights_sha256"] == hashlib.sha256(content).hexdigest()
+    assert card["critic_sha256"] == hashlib.sha256(critic).hexdigest()
     assert (card["hidden_size"], card["agent"]["widths"]) == (32, [16, 8])
     num_parameters = sum(value.numel() for value in load_file(exported / "agent.safetensors").values())
     assert (card["num_parameters"], card["dtype"], card["run_id"]) == (num_parameters, "float32", "run-1")
@@ -165,9 +170,15 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     other, card = load_agent(exported)
     with torch.no_grad():
         other.output_linear.bias.add_(1.0)
+    own = (exported / "agent.safetensors").read_bytes()
     save_agent(other, exported, card)
     _, lines = mara("generate", exported, "why", status=2)
     assert len(lines) == 1 and "its card says" in lines[0]
+    (exported / "agent.safetensors").write_bytes(own)
+    save_critic(TwinCritic(32, (16, 8)), exported)
+    mara("generate", exported, "why")
+    _, lines = mara("generate", exported, "why", "decoding.steering=value", status=2)
+    assert len(lines) == 1 and "critic.safetensors has SHA-256" in lines[0]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"llm": "tiny"}', '{"llm": {}}'])

@@ -111,6 +111,13 @@ def test_the_twins_have_the_ratios_of_the_paper_and_the_settings_of_the_quicksta
         pytest.approx([0, 1 / 2, 2 / 3, 1], abs=1e-3)
     )
     assert {sum(pair) for pair in weights} == {sum(quickstart.score_weights.values())}
+    for name in ("table3", "table5"):
+        *_, compared = (settings_of(step) for step in find_twin(name, seed=0).steps())
+        as_paper = {"steering": "policy"}
+        assert compared.decoding == quickstart.decoding.model_copy(update=as_paper)
+    assert all(
+        "decoding.steering=policy" in step.command for step in [*find_twin("figure3", seed=0).steps()][1:]
+    )
     *_, compared = (settings_of(step) for step in find_twin("table3", seed=0).steps())
     assert isinstance(compared, ComparisonConfig)
     assert compared.llm_of("mara") == compared.llm_of("base")

@@ -23,6 +23,7 @@ from mara.buffer.memory import MemoryEpisodeLog, MemoryEpisodeReader, MemoryWeig
 from mara.common.agent import Agent, load_agent
 from mara.common.config import AgentConfig
 from mara.common.contracts import ReadCounts, TransitionBatch
+from mara.common.critic import load_critic
 from mara.common.episode import Episode
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.learner import saving
@@ -521,6 +522,8 @@ def assert_saved(folder: Path, learner: Learner, gradient_steps: int) -> None:
     """The agent and a checkpoint lie there, as the learner holds them now."""
     agent, card = load_agent(folder / "agent", hidden_size=D)
     torch.testing.assert_close(agent.state_dict(), learner.sac.agent.state_dict(), rtol=0, atol=0)
+    critic = load_critic(folder / "agent", hidden_size=D)
+    torch.testing.assert_close(critic.state_dict(), learner.sac.critic.state_dict(), rtol=0, atol=0)
     assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())
     assert card["training"]["gradient_steps"] == gradient_steps
     state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())["state"]
@@ -803,6 +806,8 @@ def test_the_saved_agent_is_the_trained_one_with_its_card(make_episode: EpisodeM
     learner.run()
     agent, card = load_agent(tmp_path / "agent", hidden_size=D)
     torch.testing.assert_close(agent.state_dict(), learner.sac.agent.state_dict(), rtol=0, atol=0)
+    critic = load_critic(tmp_path / "agent", hidden_size=D)
+    torch.testing.assert_close(critic.state_dict(), learner.sac.critic.state_dict(), rtol=0, atol=0)
     assert card["llm"] == "tiny"
     expected = {"gradient_steps": 8, "policy_steps": 8, "episodes": 4, "complete": True}
     assert card["training"] == expected

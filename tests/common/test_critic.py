@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mara.learner.critic import TwinCritic
+from mara.common.critic import TwinCritic
 
 
 def plain_head(critic: TwinCritic, head: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,8 +193,14 @@ def check_writable(field: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{field}={str(folder)[:80]}: {reason}; choose another") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{field}={folder}: {existing} is not a folder that can be written; choose another")
+    try:
+        # Permissions do not tell everything: root has them in /proc, too.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{field}={folder}: {existing} is not a folder that can be written; choose another"
+        ) from error
 
 
 def check_out(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import time
@@ -169,6 +170,11 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     else:
         pairs, data = dpo_pairs(llm, read, config)
     _say_data(config, data)
+    if math.ceil(len(pairs) / config.batch_size) * config.num_epochs == 1:
+        raise UserError(
+            f"{len(pairs)} pairs make a single step of batch_size={config.batch_size}, and its learning rate "
+            "is 0; give more pairs, a smaller batch_size or more num_epochs"
+        )
     from mara.deploy.baselines.training import train_aligner, train_dpo
 
     # Both answers are read by DPO, and the better one alone by the corrector, whose prompt has the other.
@@ -248,11 +254,6 @@ def _save(config: BaselineConfig, outcome: _Outcome, out: Path) -> None:
             "steps; lower it, or use llm.dtype=float32"
         )
     if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
-        if outcome.num_steps == 1:
-            raise UserError(
-                f"batch_size={config.batch_size}: the adapter is as it began after 1 step, whose learning "
-                "rate is 0; train on more, or in smaller batches"
-            )
         raise UserError(
             f"the adapter is as it began after {outcome.num_steps} steps: nothing told one answer from "
             "another; look at the pairs or the rewards, and at learning_rate"

@@ -151,6 +151,11 @@ class RLHFSettings(BaselineConfig):
         ):
             if value % (of := getattr(self, part)):
                 raise ValueError(f"{name}={value} is no multiple of {part}={of}")
+        if self.num_answers == self.batch_size:
+            raise ValueError(
+                f"num_answers={self.num_answers} are a single step of batch_size={self.batch_size}, and its "
+                "learning rate is 0; give more answers"
+            )
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("rewards: every weight is 0; give at least one another value")
         return self

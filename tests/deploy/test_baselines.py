@@ -120,6 +120,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named(
         (["dpo", "--pairs", "p.jsonl", "--pairs", "./p.jsonl"], "p.jsonl is given twice"),
         (["aligner", "--pairs", "p.jsonl", "template=better: {response}"], "template has no {prompt}"),
         (["rlhf", "num_answers=30"], "num_answers=30 is no multiple of answers_at_once=40"),
+        (["rlhf", "num_answers=20", "answers_at_once=20"], "num_answers=20 are a single step"),
         (["rlhf", "--prompts", "absent.jsonl"], "absent.jsonl cannot be read"),
         (["rlhf", "rewards.helpful.path=absent"], "rewards.helpful.path"),
         (["compute", "absent"], "absent"),

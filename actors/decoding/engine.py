@@ -29,18 +29,17 @@ import numpy as np
 import torch
 
 from mara.actors.config import DecodingConfig
-from mara.actors.decoding.acceptance import Verdict, examine, may_ask, may_reject
+from mara.actors.decoding.acceptance import decide, may_ask
 from mara.actors.decoding.candidates import truncate
 from mara.actors.decoding.forward import Forward, Tokens
-from mara.actors.decoding.generation import Decision, Generation, Request, Row
+from mara.actors.decoding.generation import Generation, Request, Row
 from mara.actors.decoding.logits import make_logit_head
-from mara.actors.decoding.policies import Answer, AnyPolicy, ValuePolicy, ask, goes_by_value
+from mara.actors.decoding.policies import AnyPolicy, goes_by_value
 from mara.actors.decoding.prefill import PASS_OVERHEAD_TOKENS, group_by_length
 from mara.actors.decoding.slots import SlotCache
 from mara.actors.decoding.support import check_supported, prepare
 from mara.actors.decoding.tuning import WindowTuner
 from mara.actors.packing import is_packed
-from mara.common.agent import ACCEPT
 
 COMPILER = "inductor"
 """Backend of torch.compile for passes with fixed shapes."""
@@ -272,7 +271,7 @@ class Engine:
             row.num_examined = min(self._width(row), row.num - row.rank) if row.undecided else 1
         num_rows, num_Q = len(rows), max(row.num_examined for row in rows)
         states_BQD = self._examine(rows, num_Q)
-        taken = self._decide(rows, states_BQD)
+        taken = decide(rows, states_BQD, self.config.fallback)
         kept = [(index, place) for index, place in enumerate(taken) if place is not None]
         self._keep(rows, kept)
         taken_BD = states_BQD[
@@ -354,147 +353,6 @@ class Engine:
             if row.policy == "sample":
                 weights = np.exp(np.array(row.full_logprobs))
                 row.rank = int(row.rng.choice(num, p=weights / weights.sum()))
-
-    def _decide(self, rows: list[Row], states_BQD: torch.Tensor) -> list[int | None]:
-        """Which of the examined candidates each row takes, if any; records the decisions."""
-        taken: list[int | None] = [0] * len(rows)
-        for index, row in enumerate(rows):
-            if row.retaken:
-                self._record_fallback(row, states_BQD[index, 0])
-        undecided = [(index, row) for index, row in enumerate(rows) if row.undecided]
-        self._compare([(index, row) for index, row in undecided if row.goes_by_value], states_BQD, taken)
-        deciding = [(index, row) for index, row in undecided if not row.goes_by_value]
-        asked = [(index, q) for index, row in deciding for q in range(row.num_examined)]
-        if not asked:
-            return taken
-        states_ND = states_BQD[self._index([index for index, _ in asked]), self._index([q for _, q in asked])]
-        draws = [draw for _, row in deciding for draw in row.draws(row.num_examined)]
-        answers = ask([rows[index].policy for index, _ in asked], states_ND, torch.tensor(draws))
-        accepts = [
-            answer.accept or self._is_overruled(rows[index], q, answer, states_ND[place])
-            for place, ((index, q), answer) in enumerate(zip(asked, answers, strict=True))
-        ]
-        verdicts: list[tuple[int, Row, int, Verdict]] = []
-        begin = 0
-        for index, row in deciding:
-            end = begin + row.num_examined
-            verdict = examine(accepts[begin:end], row.rank, row.num, self.config.fallback)
-            verdicts.append((index, row, begin, verdict))
-            begin = end
-        # What was examined beyond a row's decision is dropped here: records keep what they point into alive.
-        used = [begin + offset for _, _, begin, verdict in verdicts for offset in range(verdict.num_asked)]
-        used_ND = states_ND if len(used) == len(asked) else states_ND[self._index(used)]
-        states = iter(used_ND.unbind())
-        for index, row, begin, verdict in verdicts:
-            row.use_draws(verdict.num_asked)
-            for offset in range(verdict.num_asked):
-                place = begin + offset
-                row.generation.decisions.append(
-                    self._decision(
-                        row,
-                        next(states),
-                        row.rank + offset,
-                        offset == verdict.taken,
-                        answers[place],
-                    )
-                )
-            taken[index] = verdict.taken
-            if verdict.taken is None:
-                taken[index] = self._reject(row, states_BQD[index, 0])
-        return taken
-
-    def _compare(
-        self, rows: list[tuple[int, Row]], states_BQD: torch.Tensor, taken: list[int | None]
-    ) -> None:
-        """Put what the ``rows`` take, which go by value, into ``taken``; records what was compared."""
-        for policy in {id(row.policy): row.policy for _, row in rows}.values():
-            assert isinstance(policy, ValuePolicy)
-            own = [(index, row) for index, row in rows if row.policy is policy]
-            places = [(index, q) for index, row in own for q in range(row.num_examined)]
-            states_ND = states_BQD[
-                self._index([index for index, _ in places]), self._index([q for _, q in places])
-            ]
-            compared = iter(zip(policy.values(states_ND), states_ND.unbind(), strict=True))
-            for index, row in own:
-                values, states = zip(*(next(compared) for _ in range(row.num_examined)), strict=True)
-                best = policy.choose(values)
-                if row.gate is not None and row.state_before_D is not None:
-                    best *= may_reject(row.gate, 0.0, states[0], row.state_before_D)
-                taken[index] = best
-                for rank, state_D in enumerate(states):
-                    accepted, rejected = (0.0, -np.inf) if rank == best else (-np.inf, 0.0)
-                    answer = Answer(rank == best, accepted, rejected, policy.version)
-                    row.generation.decisions.append(
-                        self._decision(row, state_D, rank, rank == best, answer, may_force=False)
-                    )
-
-    @staticmethod
-    def _is_overruled(row: Row, q: int, answer: Answer, state_D: torch.Tensor) -> bool:
-        """Whether the row's gate takes the first candidate although the policy has rejected it."""
-        if row.gate is None or row.state_before_D is None or row.rank + q > 0:
-            return False
-        return not may_reject(row.gate, answer.reject_logprob, state_D, row.state_before_D)
-
-    def _decision(
-        self,
-        row: Row,
-        state_D: torch.Tensor,
-        rank: int,
-        taken: bool,
-        answer: Answer,
-        *,
-        may_force: bool = True,
-    ) -> Decision:
-        forced = may_force and self.config.fallback == "last" and rank == row.num - 1
-        return Decision(
-            state_D=state_D,
-            action=int(taken),
-            rank=rank,
-            num_candidates=row.num,
-            position=len(row.generation.response_ids),
-            forced=forced,
-            reference_logprob=row.reference_logprobs[rank],
-            accept_logprob=0.0 if forced else answer.accept_logprob,
-            reject_logprob=-np.inf if forced else answer.reject_logprob,
-            policy_version=answer.policy_version,
-        )
-
-    def _reject(self, row: Row, first_state_D: torch.Tensor) -> int | None:
-        """All examined candidates were rejected: go on to the next ones, more of them at a time.
-
-        When all of the set were rejected, the first is taken in their place. If it was among those examined,
-        whose states are ``first_state_D`` and so on, that is done at once (0 is returned), else in the next
-        pass.
-        """
-        began_at = row.rank
-        row.rank += row.num_examined
-        row.misses += 1
-        if row.rank < row.num:
-            return None
-        row.rank, row.retaken = 0, True
-        if began_at > 0:
-            return None
-        self._record_fallback(row, first_state_D)
-        return 0
-
-    def _record_fallback(self, row: Row, state_D: torch.Tensor) -> None:
-        """The first candidate is taken because all were rejected: a decision that nobody was asked about."""
-        decisions = row.generation.decisions
-        decisions.append(
-            Decision(
-                state_D=state_D.clone(),
-                action=ACCEPT,
-                rank=0,
-                num_candidates=row.num,
-                position=len(row.generation.response_ids),
-                forced=True,
-                reference_logprob=row.reference_logprobs[0],
-                accept_logprob=0.0,
-                reject_logprob=-np.inf,
-                # The rejection that left nothing else decided this.
-                policy_version=decisions[-1].policy_version,
-            )
-        )
 
     def _keep(self, rows: list[Row], kept: list[tuple[int, int]]) -> None:
         """Move the keys and values of taken candidates to the slot behind the row's text."""

@@ -16,6 +16,7 @@ NO_PACKAGES = echo "mara: error: the package index did not give all packages; lo
 help:
 	@echo "make quickstart   train an agent for SmolLM2-135M and compare it with the plain LLM (3 minutes"
 	@echo "                  on two cores that multiply bfloat16, 8 to 11 on slow ones)"
+	@echo "make setup        set up .venv, which the others do by themselves"
 	@echo "make test         run the tests (a few minutes)"
 	@echo "make check        formatter, linter, type checker and tests: what CI runs"
 	@echo "make format       let the formatter and the linter mend what they can"

@@ -35,8 +35,8 @@ GATES = tuple(
     ]
 )
 """Gates that are tried on an agent without a critic."""
-ADVANTAGES = (0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6)
-"""Values of ``decoding.min_advantage`` that are tried on an agent with its critic. Every gate was worse."""
+ADVANTAGES = (0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.6)
+"""Values of ``decoding.min_advantage`` that are tried on an agent with its critic."""
 
 
 @dataclass(frozen=True, slots=True)

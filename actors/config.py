@@ -113,7 +113,8 @@ class DecodingConfig(Config):
     """Candidates a row examines at first in wide mode; all of them rejected, twice as many, and so on.
     Usual range 2–8: over 95 % of acceptances are among the first three."""
     compile: bool = False
-    """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto), compiled by torch.
+    """Decode in passes of one shape (all rows; the window, also where ``mode`` is auto; a second one where
+    agents by value are decoded beside others), compiled by torch.
     Takes minutes at the start; pays for long runs on a GPU, where passes are replayed as CUDA graphs with it
     or without."""
 

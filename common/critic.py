@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from torch import nn
 from mara.common.agent import (
     CARD_FILE,
     CRITIC_FILE,
+    DIGESTS,
+    WEIGHTS_FILE,
     check_digest,
     full_precision,
     normalised_linear,
@@ -86,6 +89,15 @@ def save_critic(critic: TwinCritic, folder: Path) -> None:
         save_file(tensors, partial)
 
 
+def _read_card(folder: Path) -> dict[str, Any]:
+    """The agent's card; empty where it cannot be read, of which its own loading tells."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
 def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
     """Return the critic saved beside the agent in ``folder``.
 
@@ -93,20 +105,20 @@ def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
         UserError: there is none, it is damaged or not the one that the agent's card names, or it was trained
             for an LLM of another hidden size than ``hidden_size``.
     """
-    path = folder / CRITIC_FILE
-    if not path.is_file():
+    path, card = folder / CRITIC_FILE, _read_card(folder)
+    # A card that was sealed without a critic knows of none: what lies there is another agent's.
+    if not path.is_file() or (DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card):
         raise UserError(
-            f"decoding.steering=value needs the critic, and {path} is missing; set decoding.steering=policy, "
-            "or train the agent again"
+            f"decoding.steering=value needs the agent's critic, and {folder} has none of it; set "
+            "decoding.steering=policy, or train the agent again"
         )
     try:
         tensors = load_file(path)
         _, first, second = tensors["linear2.weight_HIO"].shape
         critic = TwinCritic(len(tensors["ln.weight"]), (first, second))
         critic.load_state_dict(tensors)
-        if (folder / CARD_FILE).is_file():
-            check_digest(folder, CRITIC_FILE, json.loads((folder / CARD_FILE).read_text()))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        check_digest(folder, CRITIC_FILE, card)
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"agent: {path} cannot be read ({reason}); save it again") from error
     if hidden_size is not None and len(critic.ln.weight) != hidden_size:

@@ -57,7 +57,9 @@ def calibrate(
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
     asked = load_source(prompts, "prompts")[:num_prompts]
     say(f"calibration: {len(asked)} prompts of {prompts}")
-    parts = load_parts(folder, config, wants_critic=True)
+    # The critic is welcome, not needed: without it there are gates to try.
+    as_asked = config.decoding.model_copy(update={"steering": "policy"})
+    parts = load_parts(folder, config.model_copy(update={"decoding": as_asked}), wants_critic=True)
     outcomes = try_ways(
         parts.llm,
         parts.agent,
@@ -78,8 +80,8 @@ def calibrate(
     rows = [_row(outcome) for outcome in outcomes]
     chosen = None if best is None or not is_proved(best) else _row(best)["settings"]
     write_whole(path, json.dumps(content | {"chosen": chosen, "tried": rows}, indent=2) + "\n")
-    if best is None:
-        say("none steps in so seldom; raise --max-interventions")
+    if best is None or best.interventions == 0:
+        say("none that steps in at all does so this seldom; raise --max-interventions")
     elif not is_proved(best):
         say(
             f"none is named: {len(asked)} prompts cannot tell the best gain, {best.gain:+.2f} ± "
@@ -92,7 +94,14 @@ def calibrate(
             f"it is the best of {len(outcomes)} on these {len(asked)} prompts, so it flatters itself: see "
             "what `mara eval` makes of it on held-out ones"
         )
-    say(f"gates: {path}")
+    top = max(outcomes, key=lambda outcome: outcome.gain)
+    if best is not None and top.gain > best.gain:
+        least = top.interventions / max(outcomes[0].interventions, 1e-9)
+        say(
+            f"more is gained beyond the limit: {top.gain:+.2f} with "
+            f"{_name(top.decoding)} at {least:.2f} times the interventions (--max-interventions)"
+        )
+    say(f"tried: {path}")
     return best
 
 
@@ -128,6 +137,13 @@ def _steering(decoding: DecodingConfig) -> dict[str, Any]:
     return {"steering": decoding.steering, "min_advantage": decoding.min_advantage, **gate}
 
 
+def _name(decoding: DecodingConfig) -> str:
+    """A way for people."""
+    settings = steering_settings(decoding, DecodingConfig(min_advantage=0.0))
+    short = [setting.removeprefix("decoding.").removeprefix("gate.") for setting in settings]
+    return ", ".join(short) or "by policy everywhere"
+
+
 def _row(outcome: GateOutcome) -> dict[str, Any]:
     """An outcome for programs."""
     row = asdict(outcome)
@@ -145,14 +161,9 @@ def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> No
             column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis"
         )
     for outcome in outcomes:
-        settings = [
-            setting.removeprefix("decoding.").removeprefix("gate.")
-            for setting in steering_settings(outcome.decoding, DecodingConfig(min_advantage=0.0))
-        ]
-        name = ", ".join(settings) or "the agent decides everywhere"
         table.add_row(
             "*" if outcome is best else "",
-            name,
+            _name(outcome.decoding),
             f"{outcome.interventions:.1%}",
             f"{outcome.joint.rate:+.1%}",
             f"{outcome.joint.low:+.1%} to {outcome.joint.high:+.1%}",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mara.actors.config import DecodingConfig
 from mara.actors.decoding.policies import AnyPolicy, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, Sample, answer_prompts, evaluate
 from mara.actors.heads import RewardHead
@@ -220,8 +221,20 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
         complain(f"answers are cut at {limit} tokens; add decoding.max_new_tokens=NUMBER for longer ones")
 
 
-def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
+IDLE = {
+    "policy": (("min_advantage", "num_compared"), "add decoding.steering=value"),
+    "value": (
+        ("threshold", "fallback", "window"),
+        "the bar is decoding.min_advantage; or add decoding.steering=policy",
+    ),
+}
+"""By steering: settings within ``decoding`` that change nothing, and the remedy."""
+
+
+def check_used(overrides: Sequence[str], used: Sequence[str], decoding: DecodingConfig | None = None) -> None:
     """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
+
+    Those that change nothing as ``decoding``, if given, steers the agent are refused as well.
 
     Raises:
         UserError: one line for each; names the key alone, for a value may be a password.
@@ -232,6 +245,11 @@ def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
         raise UserError(
             "\n".join(f"{key} changes nothing here; settings that do: {', '.join(used)}" for key in unused)
         )
+    if decoding is None:
+        return
+    names, remedy = IDLE[decoding.steering]
+    if idle := [key for key in keys if key in {f"decoding.{name}" for name in names}]:
+        raise UserError("\n".join(f"{key} changes nothing by {decoding.steering}; {remedy}" for key in idle))
 
 
 def used_settings(config: AgentUse) -> dict[str, Any]:
@@ -332,8 +350,8 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
         )
     if report.accepted_ranks[0] == 1.0:
         console.print(
-            "The agent accepted the LLM's first candidate everywhere: its answers are the LLM's own. "
-            "Train it longer (learner.num_episodes).",
+            "The LLM's first candidate was taken everywhere: the answers are the LLM's own. Train the agent "
+            "longer (learner.num_episodes), or by value lower decoding.min_advantage.",
             highlight=False,
         )
     for sample in of_each_outcome(report.samples, num_samples):

@@ -36,8 +36,8 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``, with
     its critic if it has one.
 
-    Its card is that of the run's agent, with how it was trained (shaping and learner) and the SHA-256 of the
-    weights.
+    Its card is that of the run's agent, with how it was trained (shaping and learner) and the SHA-256 of its
+    weights and the critic's.
 
     Raises:
         UserError: the run's training goes on, its agent cannot be read, or ``out`` has something in it or
@@ -79,6 +79,8 @@ def import_agent(file: Path, config: AgentUse, out: Path) -> None:
             in it or cannot be written.
     """
     check_out(out)
+    if config.decoding.steering == "value":
+        raise UserError("decoding.steering=value needs a critic, and the authors released none; leave it out")
     agent = read_released_agent(file)
     hidden_size = find_hidden_size(config.llm)
     if agent.hidden_size != hidden_size:

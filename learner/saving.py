@@ -88,7 +88,7 @@ class Saver:
     def _write(
         self, agent: Agent, critic: TwinCritic, card: Mapping[str, Any], learner: Checkpointed | None
     ) -> None:
-        # Before the agent's card, by which a run counts as one that has an agent.
+        # First: whoever finds an agent's card finds its critic.
         save_critic(critic, self._folder / AGENT_FOLDER)
         save_agent(agent, self._folder / AGENT_FOLDER, dict(card))
         if learner is not None:

@@ -19,6 +19,8 @@ Fallback = Literal["last", "first"]
 
 CERTAIN = Answer(accept=True, accept_logprob=0.0, reject_logprob=-math.inf, policy_version=0)
 """Of a candidate that is taken without any chance in it; the other of one that is not."""
+NO_STATE = torch.empty(0)
+"""Nothing is trained on what was compared by value, and the states of all candidates would fill a GPU."""
 REFUSED = Answer(accept=False, accept_logprob=-math.inf, reject_logprob=0.0, policy_version=0)
 
 
@@ -131,20 +133,20 @@ def _ask(
 
 def _compare(rows: Sequence[tuple[int, Row]], states_BQD: torch.Tensor, taken: list[int | None]) -> None:
     """Put what the ``rows`` take, whose policies compare the candidates, into ``taken``; records them all."""
-    for policy in {id(row.policy): row.policy for _, row in rows}.values():
-        assert isinstance(policy, ValuePolicy)
-        own = [(index, row) for index, row in rows if row.policy is policy]
-        states_ND = _states_of(own, states_BQD)
-        compared = iter(zip(policy.values(states_ND), states_ND.unbind(), strict=True))
-        for index, row in own:
-            values, states = zip(*(next(compared) for _ in range(row.num_examined)), strict=True)
-            best = policy.choose(values)
-            if row.gate is not None and row.state_before_D is not None:
-                best *= may_reject(row.gate, 0.0, states[0], row.state_before_D)
+    of_critics: dict[int, list[tuple[int, Row, ValuePolicy]]] = {}
+    for index, row in rows:
+        assert isinstance(row.policy, ValuePolicy)
+        of_critics.setdefault(id(row.policy.critic), []).append((index, row, row.policy))
+    for own in of_critics.values():
+        *_, policy = own[0]
+        values = iter(policy.values(_states_of([(index, row) for index, row, _ in own], states_BQD)))
+        for index, row, policy in own:
+            best = policy.choose([next(values) for _ in range(row.num_examined)])
+            if best > 0 and row.gate is not None and row.state_before_D is not None:
+                best *= may_reject(row.gate, 0.0, states_BQD[index, 0], row.state_before_D)
             taken[index] = best
-            for rank, state_D in enumerate(states):
-                answer = CERTAIN if rank == best else REFUSED
-                _record(row, state_D, rank, rank == best, False, answer)
+            for rank in range(row.num_examined):
+                _record(row, NO_STATE, rank, rank == best, False, CERTAIN if rank == best else REFUSED)
 
 
 def _states_of(rows: Sequence[tuple[int, Row]], states_BQD: torch.Tensor) -> torch.Tensor:

@@ -208,6 +208,9 @@ class Engine:
     def _check_requests(self, requests: Sequence[Request]) -> None:
         if len(requests) > self.num_free:
             raise ValueError(f"{len(requests)} requests for {self.num_free} free rows")
+        by_value = [request for request in requests if request.policy and goes_by_value(request.policy)]
+        if by_value and self._widest < self._num_compared:
+            raise ValueError("the engine was made for a plain policy: its passes have no room to compare in")
         lengths = [len(request.prompt_ids) for request in requests]
         if min(lengths) < 1 or max(lengths) > self.max_prompt_tokens:
             raise ValueError(
@@ -327,7 +330,7 @@ class Engine:
     def _shape(self, num_rows: int, num_Q: int) -> tuple[int, int]:
         """The fixed shape, rows and candidates, that has room for these."""
         rows, width = self.num_rows, self._window
-        # The compiler takes minutes for each shape, so there is only one.
+        # The compiler takes minutes for each shape: one is enough unless rows by value are among others.
         while not self.config.compile and rows // ROWS_STEP >= num_rows:
             rows //= ROWS_STEP
         while width < num_Q:

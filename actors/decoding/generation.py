@@ -36,6 +36,7 @@ class Decision:
     """One accept-or-reject decision, as in :class:`mara.common.episode.Episode`."""
 
     state_D: torch.Tensor
+    """Empty of a candidate that was compared by value."""
     action: int
     rank: int
     num_candidates: int

@@ -30,6 +30,8 @@ PAPER_SETS = (
     "decoding.truncation.temperature=0.8",
 )
 """The candidate sets of the paper's experiments."""
+BY_POLICY = "decoding.steering=policy"
+"""Rollouts accept and reject however the agent is used later."""
 
 
 def decode(
@@ -53,7 +55,7 @@ def rollout(
     Raises:
         UserError: the run has no agent or too few prompts, or a setting is wrong.
     """
-    config = _settings(run, [NEW_TOKENS, *PAPER_SETS, *overrides], json_file)
+    config = _settings(run, [NEW_TOKENS, BY_POLICY, *PAPER_SETS, *overrides], json_file)
     if config.decoding.fallback != "last":
         raise UserError("decoding.fallback=first: the paper takes the last; set it to last")
     subject = _subject(run, config, peer_prompts)
@@ -63,9 +65,9 @@ def rollout(
 
 
 def _settings(run: Path, overrides: Sequence[str], json_file: Path | None) -> RunConfig:
-    check_used(overrides, BENCH_USES)
     check_json_path(json_file)
     config = load_run(run, overrides)
+    check_used(overrides, BENCH_USES, config.decoding)
     check_agent(run)
     return config
 

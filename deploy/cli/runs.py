@@ -36,7 +36,10 @@ Trusted = Annotated[
 def train(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one: quickstart."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML file, or the name of a shipped one: quickstart, paper/llama-3.1-8b, …",
+        ),
     ] = None,
     overrides: TrainOverrides = None,
     resume: Annotated[
@@ -169,7 +172,7 @@ def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bo
     check_called(run, settings, is_trusted=trust)
     from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
 
-    check_used(overrides, EVALUATION_USES)
+    check_used(overrides, EVALUATION_USES, settings.decoding)
     if (process := who_runs(run)) is not None:
         warn(f"{run} goes on ({process}); what is judged is the agent that it saved last")
     with steady_output():
@@ -227,7 +230,7 @@ def generate(
         from mara.deploy.evaluation import GENERATION_USES, check_used
         from mara.deploy.evaluation import generate as answer
 
-        check_used(overrides, GENERATION_USES)
+        check_used(overrides, GENERATION_USES, settings.decoding)
         with steady_output():
             answer(run, settings, prompt)
 
@@ -242,11 +245,11 @@ def calibrate(
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=8, help="Use the first so many.")] = 100,
     max_interventions: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="How often the gate may step in, against the agent without one."),
+        typer.Option(min=0.0, help="How often it may step in at most, against the same agent by policy."),
     ] = 0.5,
     trust: Trusted = False,
 ) -> None:
-    """Find where the agent should step in: thresholds that keep its gain at fewer interventions."""
+    """Find how to use the agent: settings that gain most at so many interventions at most."""
     with reported_errors():
         from mara.deploy.run_folder import check_agent, check_called, load_use
 

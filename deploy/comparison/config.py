@@ -336,8 +336,20 @@ def _mistakes(config: ComparisonConfig) -> Iterator[str]:
                 yield f"systems.{name}.of={system.of} is not a system; there are {known}"
             if _depth(systems, name) < 0:
                 yield f"systems.{name}.of={system.of} comes back to itself; correct a system that answers"
-        if isinstance(system, AgentSystem) and (conflict := system.used_in(config.decoding).conflict):
-            yield f"systems.{name}: {conflict}"
+        if isinstance(system, AgentSystem):
+            used = system.used_in(config.decoding)
+            if used.conflict is not None:
+                yield f"systems.{name}: {used.conflict}"
+            unused = {
+                "value": ("threshold", system.threshold),
+                "policy": ("min_advantage", system.min_advantage),
+            }
+            setting, value = unused[used.steering]
+            if value is not None:
+                yield (
+                    f"systems.{name}.{setting} changes nothing by {used.steering}; leave it out, or give the "
+                    "system another steering"
+                )
         if isinstance(system, BestOfNSystem):
             field, scoring = f"systems.{name}.judges", config.scoring_judges
             yield from _bad_judges(config, field, system.judges)

@@ -158,6 +158,13 @@ def test_a_higher_bar_steps_in_less_often_and_an_unreachable_one_never(llama):
     assert [g.response_ids for g in by_bar[2]] == [g.response_ids for g in answers("greedy")]
 
 
+def test_an_engine_for_the_plain_llm_has_no_room_to_compare_in(llama):
+    engine = Engine(llama, [], DecodingConfig(max_new_tokens=4), "greedy", 1, 3)
+    (request,) = make_requests(1, [3])
+    with pytest.raises(ValueError, match="made for a plain policy"):
+        engine.admit([replace(request, policy=ValuePolicy(make_critic(llama.config.hidden_size), 0.1))])
+
+
 def test_equal_values_leave_the_likelier_candidate():
     policy = ValuePolicy(make_critic(8), 0.0)
     assert policy.choose([1.0, 1.0, 0.5]) == 0

@@ -233,6 +233,16 @@ def test_what_makes_another_comparison_is_named(
     ]
     assert "systems.new.kind is another" in changed("systems.new.kind=llm")
     assert changed("judges.cost.weight=-2") == ["judges.cost.weight is another"]
+    by_value = "systems.mara.steering=value"
+    as_before = changes(identity(by_value), identity(by_value))
+    before_by_value = identity(by_value)
+    critic = run / "agent" / "critic.safetensors"
+    content = bytearray(critic.read_bytes())
+    content[-1] ^= 1
+    critic.write_bytes(content)
+    assert changed() == as_before == []
+    now = changes(before_by_value, identity(by_value))
+    assert now == ["the content of systems.mara.path has changed"]
     answers = path.parent / "answers.jsonl"
     answers.write_text(answers.read_text().replace("what so", "what no"))
     shutil.copy(path.parent / "helpful" / "head.safetensors", path.parent / "cost" / "head.safetensors")

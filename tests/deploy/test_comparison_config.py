@@ -136,6 +136,12 @@ def test_an_agent_may_have_a_threshold_and_a_gate_of_its_own(path: Path) -> None
     config = load_comparison(path, by_value)
     found = config.systems["a"].used_in(config.decoding)
     assert (found.steering, found.min_advantage, config.decoding.steering) == ("value", 0.3, "policy")
+    for given, steering, says in (
+        ("threshold=0.7", "value", r"systems\.a\.threshold changes nothing by value"),
+        ("min_advantage=0.2", "policy", r"systems\.a\.min_advantage changes nothing by policy"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_comparison(path, [*changes, f"systems.a.{given}", f"systems.a.steering={steering}"])
     with pytest.raises(UserError, match=r"systems\.a: gate\.min_confidence=0\.8 asks the agent"):
         load_comparison(path, [*by_value, "decoding.gate.min_confidence=0.8"])
 

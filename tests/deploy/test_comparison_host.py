@@ -69,6 +69,14 @@ def test_an_agent_steers_the_llm_that_its_system_names(
     assert answers(both, "mara") not in (answers(both, "elsewhere"), answers(both, "base"))
 
 
+def test_an_agent_steers_as_its_system_says(path: Path) -> None:
+    settings = ["kind=agent", f"path={path.parent / 'run'}", "steering=value", "min_advantage=0"]
+    config = load_comparison(path, [f"systems.by_value.{setting}" for setting in settings])
+    never = load_comparison(path, ["systems.mara.steering=value", "systems.mara.min_advantage=1e6"])
+    assert answers(config, "by_value") not in (answers(config, "mara"), answers(config, "base"))
+    assert answers(never, "mara") == answers(config, "base")
+
+
 def test_an_answer_of_several_that_were_all_refused_says_so(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,12 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     mara("generate", exported, "why")
     _, lines = mara("generate", exported, "why", "decoding.steering=value", status=2)
     assert len(lines) == 1 and "critic.safetensors has SHA-256" in lines[0]
+    # One that was put beside an agent that was handed on without any.
+    card = json.loads((exported / "agent.json").read_text())
+    del card["critic_sha256"]
+    (exported / "agent.json").write_text(json.dumps(card))
+    _, lines = mara("generate", exported, "why", "decoding.steering=value", status=2)
+    assert len(lines) == 1 and "needs the agent's critic" in lines[0]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"llm": "tiny"}', '{"llm": {}}'])
@@ -300,6 +306,8 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert "hidden size 32" in line and "has 64" in line
     _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, "run.seed=3", status=2)
     assert "run.seed changes nothing here" in line
+    _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, "decoding.steering=value", status=2)
+    assert "needs a critic, and the authors released none" in line
     pth.write_bytes(b"not torch at all")
     _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, status=2)
     assert "fetch it again" in line

@@ -98,8 +98,8 @@ def calibrate(
     if best is not None and top.gain > best.gain:
         least = top.interventions / max(outcomes[0].interventions, 1e-9)
         say(
-            f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {least:.2f} times "
-            f"the interventions (--max-interventions) and a perplexity of {top.perplexity:.2f}"
+            f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {least:.2f} "
+            f"times the interventions (--max-interventions) and a perplexity of {top.perplexity:.2f}"
         )
     say(f"tried: {path}")
     return best

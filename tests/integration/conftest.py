@@ -40,7 +40,7 @@ prompts: {train: prompts.jsonl}
 rewards:
   helpful: {path: helpful, weight: 1.0}
   harmless: {path: harmless, weight: 0.5}
-decoding: {max_new_tokens: 8, truncation: {top_k: 4}}
+decoding: {max_new_tokens: 8, truncation: {top_k: 4}, steering: value, min_advantage: 0}
 agent: {widths: [16, 8]}
 rollout: {num_actors: 2, rows: 4, num_cpus: 0.5}
 shaping: {discount: 1.0}

@@ -14,6 +14,7 @@ import pytest
 
 from mara.buffer.server import EmbeddedServer
 from mara.common.agent import load_agent
+from mara.common.critic import load_critic
 from mara.deploy.run_folder import load_run
 
 Start = Callable[..., Any]
@@ -149,6 +150,7 @@ def check_metrics(rows: list[dict[str, float]], wanted: int) -> None:
 def check_what_is_saved(folder: Path, output: str, wanted: int) -> None:
     agent, card = load_agent(folder / "agent", hidden_size=32)
     assert agent.config.widths == (16, 8)
+    load_critic(folder / "agent", hidden_size=32)
     assert (card["training"]["episodes"], card["training"]["complete"]) == (wanted, True)
     assert (folder / "checkpoints" / "latest" / "tensors.safetensors").is_file()
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))

@@ -17,7 +17,7 @@ import torch
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AnyPolicy, most_demanding
+from mara.actors.decoding.policies import AnyPolicy, goes_by_value, most_demanding
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation, RewardModel
@@ -121,13 +121,19 @@ class Answerer:
         yield from self._best(in_order)
 
     def _requests(self, questions: Sequence[Question]) -> Iterator[Request]:
-        """Longest first: the batch then empties evenly, and its prefills are of like length."""
+        """Longest first: the batch then empties evenly, and its prefills are of like length. Those by value
+        before all others: a pass is as wide as its widest row."""
         rendered: dict[tuple[str, bool], list[int]] = {}
         for question in questions:
             text, in_chat = self._text_of(question)
             if (text, in_chat) not in rendered:
                 rendered[text, in_chat] = self._render(question, text, in_chat)
-        for question in sorted(questions, key=lambda asked: -len(rendered[self._text_of(asked)])):
+
+        def turn(question: Question) -> tuple[bool, int]:
+            by_value = goes_by_value(self.systems[question.system].policy)
+            return not by_value, -len(rendered[self._text_of(question)])
+
+        for question in sorted(questions, key=turn):
             system = self.systems[question.system]
             for number in range(system.num_candidates):
                 several = (question.system, number) if system.num_candidates > 1 else ()

@@ -17,7 +17,7 @@ import numpy as np
 from mara.actors.config import DecodingConfig
 from mara.actors.decoding.engine import Engine
 from mara.actors.decoding.generation import Generation, Request
-from mara.actors.decoding.policies import AnyPolicy, most_demanding
+from mara.actors.decoding.policies import AnyPolicy, goes_by_value, most_demanding
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM
@@ -219,8 +219,13 @@ def answer_prompts(
         max(map(len, rendered.values())),
         common_prefix(list(rendered.values())),
     )
-    # Longest first: the batch then empties evenly and its prefills are of like length.
+    # Longest first: the batch then empties evenly and its prefills are of like length. Those by value come
+    # before all others: a pass is as wide as its widest row, so few of them cost as much as many.
     order = sorted(range(len(prompts)), key=lambda index: -len(rendered[prompts[index].id]))
+    in_turn = sorted(
+        ((index, system, policy) for index in order for system, policy in policies.items()),
+        key=lambda turn: not goes_by_value(turn[2]),
+    )
     requests = (
         Request(
             rendered[prompts[index].id],
@@ -228,8 +233,7 @@ def answer_prompts(
             tag=(system, index),
             policy=policy,
         )
-        for index in order
-        for system, policy in policies.items()
+        for index, system, policy in in_turn
     )
     progress(0, num_answers)
     answers: dict[str, list[ScoredAnswer | None]] = {system: [None] * len(prompts) for system in policies}

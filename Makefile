@@ -14,7 +14,7 @@ NO_PACKAGES = echo "mara: error: the package index did not give all packages; lo
 	"another index in PIP_INDEX_URL, and give the command again" >&2; exit 2
 
 help:
-	@echo "make quickstart   train an agent for SmolLM2-135M and compare it with the plain LLM (3 minutes"
+	@echo "make quickstart   train an agent for SmolLM2-135M and compare it with the plain LLM (4 minutes"
 	@echo "                  on two cores that multiply bfloat16, 8 to 11 on slow ones)"
 	@echo "make setup        set up .venv, which the others do by themselves"
 	@echo "make test         run the tests (a few minutes)"

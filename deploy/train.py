@@ -89,6 +89,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                 pause = progress.wait_out("the learner of the run before to end")
                 start = exits.enter_context(take_run_folder(config, checked, resumed, pause))
                 folder = start.folder
+                before = folder.with_name(LATEST).resolve().name
                 recorder = Recorder(folder, config, display.say, start.record.wandb_id, start.position)
                 exits.callback(recorder.close)
                 display.say(f"run folder: {folder}")
@@ -127,7 +128,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
         except KeyboardInterrupt:
             say(f"no evaluation; `mara eval {folder}` does it later")
         finally:
-            _print_places(folder, recorder, is_evaluated=figures is not None)
+            _print_places(folder, recorder, before, is_evaluated=figures is not None)
             if reason is None and (doubt := why_doubtful(view, figures or {})) is not None:
                 warn(doubt)
             if (remedy := how_to_go_on(summary, folder)) is not None:
@@ -406,8 +407,11 @@ def _evaluate(
     return figures
 
 
-def _print_places(folder: Path, recorder: Recorder, *, is_evaluated: bool) -> None:
-    """Say where everything is that this start has saved; an earlier one may have left a report."""
+def _print_places(folder: Path, recorder: Recorder, before: str, *, is_evaluated: bool) -> None:
+    """Say where everything is that this start has saved; an earlier one may have left a report.
+
+    ``before`` is the folder that was the latest until now, by its name.
+    """
     places = [
         ("agent", folder / AGENT_FOLDER),
         ("checkpoints", folder / CHECKPOINT_FOLDER),
@@ -419,9 +423,10 @@ def _print_places(folder: Path, recorder: Recorder, *, is_evaluated: bool) -> No
         ("logs", folder / LOGS),
     ]
     latest = folder.with_name(LATEST)
-    if latest.resolve() == folder.resolve():
-        places.insert(0, ("run", latest))
+    is_other = before not in (LATEST, folder.name)
     say("saved:")
+    if latest.resolve() == folder.resolve():
+        say(f"  {'run':<16} {latest}{f' (which was {before} until now)' if is_other else ''}")
     for what, path in places:
         if path is not None and path.exists():
             say(f"  {what:<16} {path}")

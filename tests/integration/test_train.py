@@ -169,7 +169,9 @@ def check_that_its_episodes_train_the_same_other_agent_every_time(
     store = tmp_path / "store"
     (first / "replay").rename(store)
     with EmbeddedServer(512 << 20, store) as server:
-        again = ended_well(mara(f"replay.from={first}", f"replay.redis_url={server.url}", *ON_ITS_EPISODES))
+        command = mara(f"replay.from={first}", f"replay.redis_url={server.url}", *ON_ITS_EPISODES)
+        again = ended_well(command)
+    assert f"(which was {first.name} until now)" in command.text
     assert weights_of(again) != weights_of(first)
     _, card = load_agent(again / "agent", hidden_size=32)
     last = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])

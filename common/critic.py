@@ -109,8 +109,8 @@ def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
     # A card that was sealed without a critic knows of none: what lies there is another agent's.
     if not path.is_file() or (DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card):
         raise UserError(
-            f"decoding.steering=value needs the agent's critic, and {folder} has none of it; set "
-            "decoding.steering=policy, or train the agent again"
+            f"decoding.steering=value needs the agent's critic, and there is none in {folder}; add "
+            "decoding.steering=policy, or export or train the agent again"
         )
     try:
         tensors = load_file(path)
@@ -120,7 +120,7 @@ def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
         check_digest(folder, CRITIC_FILE, card)
     except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"agent: {path} cannot be read ({reason}); save it again") from error
+        raise UserError(f"agent: {path} cannot be read ({reason}); export or train it again") from error
     if hidden_size is not None and len(critic.ln.weight) != hidden_size:
         raise UserError(
             f"agent: {path} was trained for hidden size {len(critic.ln.weight)}, the LLM has {hidden_size}; "

@@ -115,7 +115,7 @@ def run_evaluation(
     path = place / REPORT_FILE
     kept = set_report_aside(place)
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print_report(report, config.decoding.truncation.top_k, config.evaluation.num_samples)
+    print_report(report, config.decoding, config.evaluation.num_samples)
     say(f"report: {path}" + (f" (the earlier one is now {kept.name})" if kept else ""))
     # By name: a name has the time at which the report was made.
     earlier = sorted(place.glob(f"{path.stem}-*{path.suffix}"))
@@ -295,11 +295,16 @@ def headline(report: EvaluationReport) -> dict[str, float]:
     return figures
 
 
-def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None:
-    """The report for people: preference, in all and by category, fluency, accepted positions up to
-    ``top_k``, and ``num_samples`` of the prompts with their answers, of every outcome in turn."""
+def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples: int) -> None:
+    """The report for people: preference, in all and by category, fluency, places of the tokens taken, up to
+    the last that ``decoding`` allows, and ``num_samples`` of the prompts with their answers, of every outcome
+    in turn."""
     console = Console(width=None if Console().is_terminal else 110)
-    table = Table(title=f"Agent against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)")
+    by_value = decoding.steering == "value"
+    how = f"by value, bar {decoding.min_advantage:g}" if by_value else "by policy"
+    table = Table(
+        title=f"Agent ({how}) against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)"
+    )
     for column in ("prompts", "judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
         table.add_column(column, justify="left" if column in ("prompts", "judge") else "right")
     groups = {f"all {report.num_prompts}": report.preference}
@@ -338,11 +343,15 @@ def print_report(report: EvaluationReport, top_k: int, num_samples: int) -> None
             f"{value.eos_share:.0%}",
         )
     console.print(table)
-    console.print(
-        f"Accepted candidate by its place: {', '.join(_places(report.accepted_ranks, top_k))}; "
-        f"{report.decisions_per_token:.2f} decisions a token; {report.forced_share:.0%} of the decided "
-        "tokens were forced (all others rejected)."
-    )
+    places = ", ".join(_places(report.accepted_ranks, decoding.truncation.top_k))
+    asked = f"{report.decisions_per_token:.2f}"
+    if by_value:
+        console.print(f"Candidate taken by its place: {places}; {asked} candidates compared a token.")
+    else:
+        console.print(
+            f"Accepted candidate by its place: {places}; {asked} decisions a token; "
+            f"{report.forced_share:.0%} of the decided tokens were forced (all others rejected)."
+        )
     if report.forced_share > MUCH_FORCED:
         console.print(
             "So many are a sign of too little training: train it longer (learner.num_episodes).",

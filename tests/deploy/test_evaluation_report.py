@@ -4,12 +4,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mara.actors.config import DecodingConfig, TruncationConfig
 from mara.actors.evaluation import CategoryRates, EvaluationReport, Fluency, Sample, preference_rate
 from mara.deploy.evaluation import headline, print_report, report_json
 
 
+def decoding(top_k: int, **settings: object) -> DecodingConfig:
+    return DecodingConfig(truncation=TruncationConfig(top_k=top_k)).model_copy(update=settings)
+
+
 def shown_places(top_k: int, capsys: pytest.CaptureFixture[str]) -> str:
-    print_report(make_report(), top_k, num_samples=0)
+    print_report(make_report(), decoding(top_k), num_samples=0)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "by its place" in line]
     return line.partition("place: ")[2].partition(";")[0]
 
@@ -51,9 +56,19 @@ def make_report() -> EvaluationReport:
     )
 
 
+def test_the_table_says_how_the_agent_was_used(capsys):
+    print_report(make_report(), decoding(5), num_samples=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Agent (by policy)" in shown and "5% of the decided tokens were forced" in shown
+    print_report(make_report(), decoding(5, steering="value", min_advantage=0.2), num_samples=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Agent (by value, bar 0.2)" in shown and "1.40 candidates compared a token" in shown
+    assert "forced" not in shown
+
+
 def test_many_forced_tokens_are_told_with_the_remedy(capsys):
     for share, is_told in ((0.25, False), (0.26, True)):
-        print_report(replace(make_report(), forced_share=share), top_k=5, num_samples=0)
+        print_report(replace(make_report(), forced_share=share), decoding(5), num_samples=0)
         assert ("train it longer (learner.num_episodes)" in capsys.readouterr().out) == is_told
 
 
@@ -98,13 +113,13 @@ def test_the_headline_sets_the_agents_perplexity_against_the_sampled_llms():
 
 
 def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys):
-    print_report(make_report(), top_k=40, num_samples=2)
+    print_report(make_report(), decoding(40), num_samples=2)
     shown = capsys.readouterr().out
     assert "the agent's answer is worse by all rewards" in shown
     for expected in ("+50.0%", "-50.0%", "3.00", "1: 70%", "Because [bold]so[/bold].", "2 odd [red]"):
         assert expected in shown
     assert [line for line in shown.splitlines() if line.startswith("prompt: ")] == [
-        "prompt: Why [not] 0?",
+        "prompt: Why [not] 1?",
         "prompt: Why [not] 3?",
     ]
 
@@ -112,7 +127,7 @@ def test_the_report_for_people_shows_rates_fluency_and_the_text_as_it_is(capsys)
 def test_a_category_of_all_prompts_is_not_shown_beside_them(capsys):
     report = make_report()
     print_report(
-        replace(report, categories={"each": CategoryRates(4, report.preference)}), top_k=5, num_samples=0
+        replace(report, categories={"each": CategoryRates(4, report.preference)}), decoding(5), num_samples=0
     )
     assert "each" not in capsys.readouterr().out
 
@@ -124,16 +139,16 @@ def test_only_places_that_a_candidate_can_have_are_shown(capsys):
 
 
 def test_an_agent_that_changes_nothing_is_said_to(capsys):
-    told = "its answers are the LLM's own"
+    told = "the answers are the LLM's own"
     report = make_report()
     for ranks, is_told in (([1.0, 0, 0, 0, 0, 0], True), (report.accepted_ranks, False)):
-        print_report(replace(report, accepted_ranks=ranks), top_k=5, num_samples=0)
+        print_report(replace(report, accepted_ranks=ranks), decoding(5), num_samples=0)
         assert (told in capsys.readouterr().out) == is_told
 
 
 def test_where_all_answers_tie_no_interval_is_claimed(capsys):
     report = replace(make_report(), preference={"joint": preference_rate([np.zeros(4)])})
     for num_different, told in ((0, "no answer differs"), (2, "all tie")):
-        print_report(replace(report, num_different=num_different), top_k=5, num_samples=0)
+        print_report(replace(report, num_different=num_different), decoding(5), num_samples=0)
         shown = capsys.readouterr().out
         assert told in shown and "to +0.0%" not in shown

@@ -70,7 +70,7 @@ def test_what_an_earlier_start_left_is_not_called_saved(
 ) -> None:
     for name in ("report.json", "config.yaml"):
         (tmp_path / name).touch()
-    _print_places(tmp_path, SimpleNamespace(wandb_folder=None), is_evaluated=is_evaluated)
+    _print_places(tmp_path, SimpleNamespace(wandb_folder=None), "latest", is_evaluated=is_evaluated)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["settings", str(tmp_path / "config.yaml")] for line in lines)
     assert any("report.json" in line for line in lines) == is_evaluated

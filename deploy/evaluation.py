@@ -302,47 +302,8 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     console = Console(width=None if Console().is_terminal else 110)
     by_value = decoding.steering == "value"
     how = f"by value, bar {decoding.min_advantage:g}" if by_value else "by policy"
-    table = Table(
-        title=f"Agent ({how}) against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)"
-    )
-    for column in ("prompts", "judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
-        table.add_column(column, justify="left" if column in ("prompts", "judge") else "right")
-    groups = {f"all {report.num_prompts}": report.preference}
-    # One category that holds every prompt would repeat the rows of all.
-    if any(group.num_prompts < report.num_prompts for group in report.categories.values()):
-        groups |= {
-            f"{group.num_prompts} {name}": group.preference for name, group in report.categories.items()
-        }
-    for who, rates in groups.items():
-        for number, (judge, rate) in enumerate(rates.items()):
-            interval = rate.interval() if report.num_different else "no answer differs"
-            counts = (str(rate.wins), str(rate.ties), str(rate.losses))
-            # Text: a category may hold what rich takes for markup.
-            table.add_row(Text("" if number else who), judge, f"{rate.rate:+.1%}", interval, *counts)
-        table.add_section()
-    console.print(table)
-    table = Table(title="Is it still language?")
-    for column in (
-        "system",
-        "perplexity",
-        "distinct-1",
-        "distinct-2",
-        "distinct-3",
-        "tokens",
-        "ended itself",
-    ):
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for system, value in report.fluency.items():
-        table.add_row(
-            SYSTEMS[system],
-            f"{value.perplexity:.2f}",
-            f"{value.distinct_1:.3f}",
-            f"{value.distinct_2:.3f}",
-            f"{value.distinct_3:.3f}",
-            f"{value.mean_tokens:.1f}",
-            f"{value.eos_share:.0%}",
-        )
-    console.print(table)
+    console.print(_rates_table(report, how))
+    console.print(_fluency_table(report))
     places = ", ".join(_places(report.accepted_ranks, decoding.truncation.top_k))
     asked = f"{report.decisions_per_token:.2f}"
     if by_value:
@@ -371,6 +332,54 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
             scores = ", ".join(f"{name} {value:+.2f}" for name, value in sample.scores[system].items())
             console.print(f"{system} ({scores}): {answer.strip()}", markup=False, highlight=False)
     console.rule(style="dim")
+
+
+def _rates_table(report: EvaluationReport, how: str) -> Table:
+    """Preference rates, of all prompts and by category; ``how`` the agent was used."""
+    table = Table(
+        title=f"Agent ({how}) against the LLM alone, {report.num_prompts} held-out prompts (Eq. 12)"
+    )
+    for column in ("prompts", "judge", "preference rate", "95 % interval", "wins", "ties", "losses"):
+        table.add_column(column, justify="left" if column in ("prompts", "judge") else "right")
+    groups = {f"all {report.num_prompts}": report.preference}
+    # One category that holds every prompt would repeat the rows of all.
+    if any(group.num_prompts < report.num_prompts for group in report.categories.values()):
+        groups |= {
+            f"{group.num_prompts} {name}": group.preference for name, group in report.categories.items()
+        }
+    for who, rates in groups.items():
+        for number, (judge, rate) in enumerate(rates.items()):
+            interval = rate.interval() if report.num_different else "no answer differs"
+            counts = (str(rate.wins), str(rate.ties), str(rate.losses))
+            # Text: a category may hold what rich takes for markup.
+            table.add_row(Text("" if number else who), judge, f"{rate.rate:+.1%}", interval, *counts)
+        table.add_section()
+    return table
+
+
+def _fluency_table(report: EvaluationReport) -> Table:
+    table = Table(title="Is it still language?")
+    for column in (
+        "system",
+        "perplexity",
+        "distinct-1",
+        "distinct-2",
+        "distinct-3",
+        "tokens",
+        "ended itself",
+    ):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for system, value in report.fluency.items():
+        table.add_row(
+            SYSTEMS[system],
+            f"{value.perplexity:.2f}",
+            f"{value.distinct_1:.3f}",
+            f"{value.distinct_2:.3f}",
+            f"{value.distinct_3:.3f}",
+            f"{value.mean_tokens:.1f}",
+            f"{value.eos_share:.0%}",
+        )
+    return table
 
 
 def of_each_outcome(samples: Sequence[Sample], number: int) -> list[Sample]:

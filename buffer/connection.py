@@ -161,6 +161,15 @@ def check_stores(config: ReplayConfig, num_actors: int, run_id: str | None = Non
             check_memory(client, config.redis_urls[shards[0]], needed_bytes, own_bytes)
 
 
+def _signed(count: int) -> int:
+    """What a server meant by ``count``, printed as 64 bit without a sign.
+
+    Its data are its memory less what it keeps beside them. The two are counted one after the other, and on a
+    server that holds next to nothing the difference may fall below zero.
+    """
+    return count - (1 << 64) if count >= 1 << 63 else count
+
+
 def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: int = 0) -> None:
     """Refuse a server that would evict episodes, or that has less room than ``needed_bytes``.
 
@@ -189,7 +198,7 @@ def check_memory(client: redis.Redis, url: str, needed_bytes: int, own_bytes: in
             f"has maxmemory {limit_bytes}, this run needs {needed_bytes} bytes",
             "raise it or lower replay.log_max_bytes",
         )
-    others_bytes = int(memory.get("used_memory_dataset", 0)) - own_bytes
+    others_bytes = _signed(int(memory.get("used_memory_dataset", 0))) - own_bytes
     if limit_bytes and others_bytes > _EMPTY_BYTES and others_bytes + needed_bytes > limit_bytes:
         raise _error(
             ADDRESS_SETTING,

@@ -20,7 +20,7 @@ import redis
 import torch
 
 from mara.buffer.config import ReplayConfig
-from mara.buffer.connection import check_memory, check_stores, connect
+from mara.buffer.connection import _signed, check_memory, check_stores, connect
 from mara.buffer.keys import keys_of
 from mara.buffer.log import RedisEpisodeLog
 from mara.buffer.runs import delete_run, stored_bytes
@@ -201,6 +201,12 @@ def test_what_earlier_runs_left_on_a_server_takes_its_room(
         check_memory(client, own_server.url, 60 << 20, old_bytes)
         assert delete_run(client, "old") == 20 + 3
         check_memory(client, own_server.url, 60 << 20)
+
+
+@pytest.mark.parametrize(("printed", "bytes_"), [(0, 0), (5 << 20, 5 << 20), (18446744073709375070, -176546)])
+def test_what_a_server_counts_below_zero_is_no_room_that_others_take(printed: int, bytes_: int) -> None:
+    # The last is what a server really printed just after its only run was deleted.
+    assert _signed(printed) == bytes_
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "noeviction"])

@@ -135,6 +135,13 @@ class DecodingConfig(Config):
         return None
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that change nothing in how an agent is used, by ``steering``."""
+        if self.steering == "policy":
+            return "min_advantage", "num_compared"
+        return "threshold", "fallback", "window"
+
+    @property
     def tunes_window(self) -> bool:
         """Whether the candidates of a pass follow from measurements."""
         return self.mode == "auto" and not self.compile

@@ -304,13 +304,23 @@ def _types_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[Any]:
 
 
 def _is_required(model: type[BaseModel], key: str) -> bool:
-    group, _, name = key.rpartition(".")
-    groups = _types_at(model, group.split("."))
-    return any(
-        field.is_required()
-        for of in groups
-        if isinstance(of, type) and issubclass(of, BaseModel) and (field := _fields(of).get(name)) is not None
-    )
+    return any(field.is_required() for field in _fields_at(model, key.split(".")))
+
+
+def _fields_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[FieldInfo]:
+    """The settings that a dotted key may mean: one, or one of each kind of group."""
+    *group, name = parts
+    for of in _types_at(model, group) if group else (model,):
+        if isinstance(of, type) and issubclass(of, BaseModel) and name in _fields(of):
+            yield _fields(of)[name]
+
+
+def _usual_range(model: type[BaseModel], parts: Sequence[str]) -> str | None:
+    """The usual range of a setting, as its documentation names it."""
+    for field in _fields_at(model, parts):
+        if found := re.search(r"Usual\s+range\s+(\S*[^\s.;,])", field.description or ""):
+            return found[1].replace("–", " to ")
+    return None
 
 
 def _values(kind: Any) -> list[type[BaseModel]]:
@@ -368,7 +378,9 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
                 message = detail["msg"].removeprefix("Value error, ")
                 yield hide_passwords(message if not path or path in message else f"{path}: {message}")
             case _:
-                yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}"
+                usual = _usual_range(model, [str(part) for part in location])
+                remedy = "" if usual is None else f"; usual is {usual}"
+                yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}{remedy}"
 
 
 def _without_tag(

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mara.actors.config import DecodingConfig
-from mara.actors.decoding.policies import AnyPolicy, steered_by
+from mara.actors.decoding.policies import AnyPolicy, critic_used_in, steered_by
 from mara.actors.evaluation import EvaluationReport, Outcome, Sample, answer_prompts, evaluate
 from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
@@ -221,16 +221,6 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
         complain(f"answers are cut at {limit} tokens; add decoding.max_new_tokens=NUMBER for longer ones")
 
 
-IDLE = {
-    "policy": (("min_advantage", "num_compared"), "add decoding.steering=value"),
-    "value": (
-        ("threshold", "fallback", "window"),
-        "the bar is decoding.min_advantage; or add decoding.steering=policy",
-    ),
-}
-"""By steering: settings within ``decoding`` that change nothing, and the remedy."""
-
-
 def check_used(overrides: Sequence[str], used: Sequence[str], decoding: DecodingConfig | None = None) -> None:
     """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
 
@@ -247,8 +237,11 @@ def check_used(overrides: Sequence[str], used: Sequence[str], decoding: Decoding
         )
     if decoding is None:
         return
-    names, remedy = IDLE[decoding.steering]
-    if idle := [key for key in keys if key in {f"decoding.{name}" for name in names}]:
+    if idle := [key for key in keys if key in {f"decoding.{name}" for name in decoding.idle}]:
+        remedy = {
+            "policy": "add decoding.steering=value",
+            "value": "the bar is decoding.min_advantage; or add decoding.steering=policy",
+        }[decoding.steering]
         raise UserError("\n".join(f"{key} changes nothing by {decoding.steering}; {remedy}" for key in idle))
 
 
@@ -417,8 +410,8 @@ def _read_agent(
     before the LLM: what is wrong shows at once."""
     place = agent_folder(folder)
     agent, card = load_agent(place, hidden_size)
-    critic = None
-    if config.decoding.steering == "value" or (wants_critic and (place / CRITIC_FILE).is_file()):
+    critic = critic_used_in(config.decoding, place, hidden_size)
+    if critic is None and wants_critic and (place / CRITIC_FILE).is_file():
         critic = load_critic(place, hidden_size).requires_grad_(False)
     warn_of_other_use(card, config)
     return agent.requires_grad_(False), critic, card

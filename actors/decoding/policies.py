@@ -6,13 +6,14 @@ Legend: B rows, D hidden size, N candidates of any rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from mara.actors.config import DecodingConfig, GateConfig
 from mara.common.agent import ACCEPT, REJECT, Agent
-from mara.common.critic import TwinCritic
+from mara.common.critic import TwinCritic, load_critic
 
 
 class Decisions(NamedTuple):
@@ -111,6 +112,17 @@ def most_demanding(policies: Iterable[AnyPolicy]) -> AnyPolicy:
     """Which of these an engine for all of them is to be made for: a plain one by itself would allow one
     candidate alone, one by value always as many as it compares."""
     return min(policies, key=lambda policy: 2 if isinstance(policy, str) else int(goes_by_value(policy)))
+
+
+def critic_used_in(decoding: DecodingConfig, folder: Path, hidden_size: int) -> TwinCritic | None:
+    """The critic of the agent in ``folder``, on the CPU, where ``decoding`` steers by value.
+
+    Raises:
+        UserError: it does, and the critic is missing, damaged or of an LLM of another hidden size.
+    """
+    if decoding.steering == "policy":
+        return None
+    return load_critic(folder, hidden_size).requires_grad_(False)
 
 
 def steered_by(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mara.actors.decoding.policies import critic_used_in
 from mara.actors.llm import LLM, load_llm
 from mara.actors.rollout import render_prompts
 from mara.common.agent import load_agent
-from mara.common.critic import load_critic
 from mara.common.errors import UserError
 from mara.deploy.agent_card import warn_of_untrained
 from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
@@ -84,8 +84,7 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
     check_context(config)
     hidden_size = find_hidden_size(config.llm)
     agent, card = load_agent(run / AGENT_FOLDER, hidden_size)
-    by_value = config.decoding.steering == "value"
-    critic = load_critic(run / AGENT_FOLDER, hidden_size) if by_value else None
+    critic = critic_used_in(config.decoding, run / AGENT_FOLDER, hidden_size)
     warn_of_untrained(card)
     say("loading the LLM")
     llm: LLM = load_llm(config.llm, pack=not config.decoding.compile)
@@ -98,5 +97,5 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
         agent=agent.requires_grad_(False).to(llm.device),
         agent_name=run.resolve().name,
         prompts=list(rendered.values()),
-        critic=None if critic is None else critic.requires_grad_(False).to(llm.device),
+        critic=None if critic is None else critic.to(llm.device),
     )

@@ -12,10 +12,10 @@ import torch
 
 from mara.actors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from mara.actors.config import LLMConfig
+from mara.actors.decoding.policies import critic_used_in
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
 from mara.common.agent import CARD_FILE, CRITIC_FILE, WEIGHTS_FILE, load_agent
-from mara.common.critic import load_critic
 from mara.common.errors import UserError
 from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
 from mara.deploy.comparison.config import (
@@ -210,8 +210,7 @@ def _check_agent(name: str, system: AgentSystem, config: ComparisonConfig) -> st
     warn_of_untrained(card)
     decoding = system.used_in(config.decoding)
     files = [WEIGHTS_FILE, CARD_FILE]
-    if decoding.steering == "value":
-        _in_field(field, lambda: load_critic(folder, find_hidden_size(llm)))
+    if _in_field(field, lambda: critic_used_in(decoding, folder, find_hidden_size(llm))) is not None:
         files.append(CRITIC_FILE)
     warn_of_other_use(card, AgentUse(llm=llm, decoding=decoding))
     return _digest(b"".join((folder / name).read_bytes() for name in files))

@@ -340,16 +340,12 @@ def _mistakes(config: ComparisonConfig) -> Iterator[str]:
             used = system.used_in(config.decoding)
             if used.conflict is not None:
                 yield f"systems.{name}: {used.conflict}"
-            unused = {
-                "value": ("threshold", system.threshold),
-                "policy": ("min_advantage", system.min_advantage),
-            }
-            setting, value = unused[used.steering]
-            if value is not None:
-                yield (
-                    f"systems.{name}.{setting} changes nothing by {used.steering}; leave it out, or give the "
-                    "system another steering"
-                )
+            for setting in used.idle:
+                if getattr(system, setting, None) is not None:
+                    yield (
+                        f"systems.{name}.{setting} changes nothing by {used.steering}; leave it out, or give "
+                        "the system another steering"
+                    )
         if isinstance(system, BestOfNSystem):
             field, scoring = f"systems.{name}.judges", config.scoring_judges
             yield from _bad_judges(config, field, system.judges)

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from mara.actors.adapters import load_adapted
 from mara.actors.answering import Answerer, Question, System, TimedAnswer
 from mara.actors.config import LLMConfig
-from mara.actors.decoding.policies import steered_by
+from mara.actors.decoding.policies import critic_used_in, steered_by
 from mara.actors.llm import LLM
 from mara.common.agent import load_agent
 from mara.common.contracts import Conversation
-from mara.common.critic import load_critic
 from mara.deploy.comparison.config import (
     AgentSystem,
     BestOfNSystem,
@@ -213,10 +212,8 @@ class ComparisonHost:
                 folder, decoding = agent_folder(system.path), system.used_in(config.decoding)
                 agent, _ = load_agent(folder, llm.hidden_size)
                 agent.to(llm.device).requires_grad_(False)
-                critic = None
-                if decoding.steering == "value":
-                    critic = load_critic(folder, llm.hidden_size).to(llm.device).requires_grad_(False)
-                return System(steered_by(agent, decoding, critic))
+                critic = critic_used_in(decoding, folder, llm.hidden_size)
+                return System(steered_by(agent, decoding, None if critic is None else critic.to(llm.device)))
             case BestOfNSystem(n=n, judges=judges):
                 return System("sample", n, self._judges(loaded).weighted(judges))
             case CorrectorSystem(chat_template=chat_template):

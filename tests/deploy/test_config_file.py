@@ -102,6 +102,21 @@ def test_the_printed_configuration_loads_to_the_same_settings(minimal: Path, tmp
     assert load_config(printed) == config
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decoding.min_advantage=-0.1", "must be greater than or equal to 0; usual is 0.05 to 0.3"),
+        ("decoding.gate.min_salience=5", "must be less than or equal to 2; usual is 0 to 0.5"),
+        ("rewards.helpful.weight=heavy", "must be a valid number; usual is -2 to 2"),
+        ("decoding.threshold=2", "must be less than 1"),
+    ],
+)
+def test_a_number_that_is_out_of_range_is_refused_with_the_usual_range(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(find_config("quickstart"), [override])
+    assert str(caught.value).endswith(f": {message}")
+
+
 def test_an_override_takes_the_place_of_the_value_in_the_file(minimal: Path) -> None:
     config = load_config(minimal, ["learner.sac.policy_learning_rate=1e-4", "agent.widths=32,16"])
     assert config.learner.sac.policy_learning_rate == 1e-4

@@ -352,23 +352,13 @@ def _rates_table(report: EvaluationReport, how: str) -> Table:
 
 def _fluency_table(report: EvaluationReport) -> Table:
     table = Table(title="Is it still language?")
-    for column in (
-        "system",
-        "perplexity",
-        "distinct-1",
-        "distinct-2",
-        "distinct-3",
-        "tokens",
-        "ended itself",
-    ):
+    for column in ("system", "perplexity", "distinct-1, -2, -3", "tokens", "ended itself"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for system, value in report.fluency.items():
         table.add_row(
             SYSTEMS[system],
             f"{value.perplexity:.2f}",
-            f"{value.distinct_1:.3f}",
-            f"{value.distinct_2:.3f}",
-            f"{value.distinct_3:.3f}",
+            f"{value.distinct_1:.3f}, {value.distinct_2:.3f}, {value.distinct_3:.3f}",
             f"{value.mean_tokens:.1f}",
             f"{value.eos_share:.0%}",
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mara.common.agent import CARD_FILE
+from mara.common.agent import CARD_FILE, WEIGHTS_FILE
 from mara.common.errors import UserError
 from mara.common.files import flush_to_disk, write_whole
 from mara.deploy.config import AgentUse, RunConfig
@@ -235,6 +235,11 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     if not folder.exists():
         raise UserError(f"{folder} does not exist; give the folder of a run, which `mara train` makes")
+    if (folder / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"{folder} has the weights of an agent without its card ({CARD_FILE}), which says what LLM it is "
+            "for; get all the files of the export"
+        )
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
     check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))

@@ -155,6 +155,14 @@ def take_one_gpu(config: LLMConfig) -> LLMConfig:
     return config.model_copy(update={"device": "cuda"})
 
 
+def _check_steps(num_pairs: int, config: PairsConfig) -> None:
+    if math.ceil(num_pairs / config.batch_size) * config.num_epochs == 1:
+        raise UserError(
+            f"{num_pairs} pairs to train on make a single step of batch_size={config.batch_size}, and its "
+            "learning rate is 0; give more pairs, a larger share, a smaller batch_size or more num_epochs"
+        )
+
+
 def _on_pairs(config: PairsConfig) -> _Outcome:
     from mara.actors.llm import load_llm
     from mara.deploy.baselines.compute import count_logits, pairs_compute
@@ -162,6 +170,7 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     from mara.deploy.model_shape import find_identity
 
     read = read_pairs(config)
+    _check_steps(len(read.pairs[: config.num_pairs]), config)
     say(f"{config.method}: loading {config.llm.model}")
     llm = load_llm(take_one_gpu(config.llm), pack=False)
     revision = find_identity(config.llm).commit
@@ -170,11 +179,7 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     else:
         pairs, data = dpo_pairs(llm, read, config)
     _say_data(config, data)
-    if math.ceil(len(pairs) / config.batch_size) * config.num_epochs == 1:
-        raise UserError(
-            f"{len(pairs)} pairs make a single step of batch_size={config.batch_size}, and its learning rate "
-            "is 0; give more pairs, a smaller batch_size or more num_epochs"
-        )
+    _check_steps(len(pairs), config)  # Some of them were too long, or no pairs.
     from mara.deploy.baselines.training import train_aligner, train_dpo
 
     # Both answers are read by DPO, and the better one alone by the corrector, whose prompt has the other.

@@ -23,7 +23,11 @@ from mara.common.seeding import derive_seed
 from mara.deploy.baselines.config import AlignerSettings, Data, PairsConfig
 from mara.deploy.comparison.config import fill_template
 
-SHARED, OTHER_PART, TOO_LONG = "an answer to more than two prompts", "of another part", "prompt too long"
+SHARED, OTHER_PART, TOO_LONG = (
+    "an answer to more than two prompts",
+    "outside of share, or in held_out",
+    "prompt too long",
+)
 SAME, NOT_DRAWN = "no two different answers", "beyond num_pairs"
 
 

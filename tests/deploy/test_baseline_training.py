@@ -246,7 +246,7 @@ def test_rlhf_raises_the_reward_of_what_is_sampled(llm_folder: Path, tmp_path: P
             ["num_epochs=2", "learning_rate=1e38"],
             "learning_rate=1e+38: the adapter is not finite after 2 steps",
         ),
-        (["batch_size=16"], "pairs make a single step of batch_size=16"),
+        (["batch_size=16"], "pairs to train on make a single step of batch_size=16"),
     ],
 )
 def test_an_adapter_of_no_use_is_told_and_not_kept(

@@ -164,6 +164,9 @@ def test_a_run_that_goes_on_or_has_no_agent_is_not_exported(tiny_run: Run, tmp_p
     _, lines = mara("export", tmp_path, "--out", tmp_path / "out", status=2)
     assert "is not a run folder" in lines[0]
     assert not (tmp_path / "out").exists()
+    (tmp_path / f"out-True-{wanted}" / "agent.json").unlink()
+    _, lines = mara("generate", tmp_path / f"out-True-{wanted}", "hello", status=2)
+    assert "has the weights of an agent without its card (agent.json)" in lines[0]
 
 
 def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> None:

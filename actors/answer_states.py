@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mara.actors.decoding.candidates import log_totals
 from mara.actors.llm import LLM
 
 Ids = Sequence[int]
@@ -136,7 +137,7 @@ def _decode(
         logits_BV = logit_head(last_BD)
         top = torch.topk(logits_BV, min(most, logits_BV.shape[-1]))
         values_BK = top.values.float().cpu()
-        totals_B = logits_BV.float().logsumexp(-1).cpu()
+        totals_B = log_totals(logits_BV).cpu()
         probs_BK = torch.exp(values_BK - totals_B[:, None])
         places = [samplers[row].draw(values_BK[i], probs_BK[i], generator) for i, row in enumerate(running)]
         tokens = top.indices.cpu()[torch.arange(len(running)), places].tolist()

@@ -1,10 +1,11 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mara.actors.config import TruncationConfig
-from mara.actors.decoding.candidates import truncate
+from mara.actors.decoding.candidates import log_totals, truncate
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +59,7 @@ def test_of_tokens_tied_at_the_border_the_lowest_ids_are_candidates():
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 5),
-    vocabulary=st.integers(1, 60),
+    vocabulary=st.one_of(st.integers(1, 60), st.integers(200, 2000)),
     top_k=st.integers(1, 70),
     levels=st.integers(1, 12),
 )
@@ -69,6 +70,23 @@ def test_the_order_is_by_logit_and_then_by_id_however_many_are_equal(seed, rows,
     for row in range(rows):
         expected = sorted(range(vocabulary), key=lambda token: (-float(logits[row, token]), token))[:top_k]
         assert found.ids_BK[row].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [262_144, 100_003, 64 * 41, 63, 1])
+def test_of_a_vocabulary_of_any_size_the_whole_counts(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(3)).mul(5).to(dtype)
+    logits[4] = -torch.inf
+    logits[4, -1] = 2.0
+    before, totals = logits.clone(), torch.logsumexp(logits.double(), -1)
+    found = truncate(logits, TruncationConfig(top_k=40, top_p=1.0))
+    ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    k = min(40, vocabulary)
+    assert torch.equal(found.ids_BK, ids[:, :k])
+    expected = ordered[:, :k].double() - totals[:, None]
+    torch.testing.assert_close(found.full_logprobs_BK.double(), expected, atol=3e-5, rtol=0)
+    torch.testing.assert_close(log_totals(logits).double(), totals, atol=3e-5, rtol=0)
+    assert torch.equal(logits, before)
 
 
 def test_one_certain_token_is_the_only_candidate():

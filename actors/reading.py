@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mara.actors.answer_states import read_answers
+from mara.actors.decoding.candidates import log_totals
 from mara.actors.heads import answer_ids
 from mara.actors.llm import LLM
 from mara.common.contracts import Conversation
@@ -61,9 +62,9 @@ def read_responses(llm: LLM, conversations: Sequence[Conversation]) -> list[Read
     for place, (said, response) in enumerate(zip(conversations, responses, strict=True)):
         states_LD, logprob = found[place], 0.0
         if response:
-            logits_NV = logit_head(states_LD[:-1].to(llm.device)).float()
+            logits_NV = logit_head(states_LD[:-1].to(llm.device))
             tokens_N1 = torch.tensor(response, device=llm.device)[:, None]
-            logprob = float(torch.log_softmax(logits_NV, -1).gather(1, tokens_N1).sum())
+            logprob = float((logits_NV.gather(1, tokens_N1)[:, 0] - log_totals(logits_NV)).sum())
         if not math.isfinite(logprob):
             raise UserError(
                 f"llm.model: the probabilities of the text {said.response[:40]!r} are not finite; try "

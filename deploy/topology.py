@@ -434,6 +434,9 @@ def _environment(num_threads: int, num_gpus: float) -> dict[str, Any]:
     """Numeric libraries read these when they are loaded: too late to set them inside the process."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     variables = {**dict.fromkeys(names, str(num_threads)), "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        if name in os.environ:  # A worker on another machine would not know it.
+            variables[name] = os.environ[name]
     if num_gpus == 0:  # Ray leaves all GPUs visible then, and one that is taken is missing in its accounts.
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return {"env_vars": variables}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -46,7 +47,18 @@ def _mara(
     pass
 
 
+def _bound_spinning() -> None:
+    """Let threads of OpenMP that wait for others of their process sleep soon, unless the user says otherwise.
+
+    Without a bound they keep their cores while the others wait for one, on a machine with other work
+    (`docs/decisions.md`). Must be there before torch is loaded; Ray's processes get it from here.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def main() -> None:
     """Entry point of the console script."""
     open_missing_descriptors()
+    _bound_spinning()
     app()

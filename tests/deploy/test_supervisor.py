@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from mara.actors.reward_models.config import FunctionRewardConfig
 from mara.common.errors import UserError
+from mara.deploy.cli import main
 from mara.deploy.config import RunConfig
 from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates, fleet_metrics
@@ -303,6 +305,23 @@ def test_reward_models_come_before_the_learner_where_there_are_gpus(config: RunC
 def test_a_process_without_a_gpu_sees_none() -> None:
     hidden, given = (_environment(1, num_gpus)["env_vars"] for num_gpus in (0, 0.5))
     assert hidden["CUDA_VISIBLE_DEVICES"] == "" and "CUDA_VISIBLE_DEVICES" not in given
+
+
+def test_processes_wait_for_their_threads_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # What the command sets is taken back after the test, too.
+        monkeypatch.delenv(name)
+    assert not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(_environment(2, 0)["env_vars"])
+    monkeypatch.setattr("sys.argv", ["mara", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert _environment(2, 0)["env_vars"]["GOMP_SPINCOUNT"] == os.environ["GOMP_SPINCOUNT"]
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with pytest.raises(SystemExit):
+        main()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    assert _environment(2, 0)["env_vars"]["OMP_WAIT_POLICY"] == "active"
 
 
 def test_a_learner_that_must_have_a_gpu_and_gets_none_is_a_mistake(config: RunConfig) -> None:

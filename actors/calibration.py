@@ -17,6 +17,7 @@ from mara.actors.evaluation import (
     Progress,
     ScoredAnswer,
     answer_prompts,
+    interventions,
     preference_rate,
     score_texts,
 )
@@ -139,12 +140,11 @@ def _outcome(
         difference_N = (np.array([answer.scores[name] for answer in answers]) - base_N) * differs_N
         differences.append(np.sign(weight) * difference_N)
         gain_N += weight * difference_N / max(float(base_N.std()), 1e-9) / sum(map(abs, weights.values()))
-    tokens = sum(len(answer.response_ids) for answer in answers)
     return GateOutcome(
         decoding=decoding,
         joint=preference_rate(differences),
         gain=float(gain_N.mean()),
         gain_error=1.96 * float(gain_N.std(ddof=1)) / len(gain_N) ** 0.5 if len(gain_N) > 1 else 0.0,
-        interventions=sum(rank > 0 for answer in answers for rank in answer.accepted_ranks) / max(1, tokens),
+        interventions=interventions(answers),
         perplexity=float(np.exp(-np.concatenate([answer.token_logprobs for answer in answers]).mean())),
     )

@@ -140,6 +140,8 @@ class EvaluationReport:
     decisions_per_token: float
     forced_share: float
     """Decided tokens at which every other candidate, or every one, was rejected."""
+    interventions: float
+    """Share of all the agent's tokens that are not the LLM's first candidate."""
     samples: list[Sample] = field(default_factory=list)
     """Every prompt, in the order of their file."""
     categories: dict[str, CategoryRates] = field(default_factory=dict)
@@ -147,6 +149,12 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def interventions(answers: Sequence[ScoredAnswer]) -> float:
+    """Share of the tokens of all ``answers`` that are not the LLM's first candidate."""
+    num_tokens = sum(len(answer.response_ids) for answer in answers)
+    return sum(rank > 0 for answer in answers for rank in answer.accepted_ranks) / max(1, num_tokens)
 
 
 Progress = Callable[[int, int], None]
@@ -418,6 +426,7 @@ def _report(
         accepted_ranks=(ranks / max(1, len(taken))).tolist(),
         decisions_per_token=num_decisions / max(1, num_tokens),
         forced_share=sum(answer.num_forced for answer in answers["agent"]) / max(1, len(taken)),
+        interventions=interventions(answers["agent"]),
         samples=[
             Sample(
                 id=prompt.id,

@@ -285,6 +285,7 @@ def headline(report: EvaluationReport) -> dict[str, float]:
     )
     figures["eval/decisions_per_token"] = report.decisions_per_token
     figures[FORCED_SHARE] = report.forced_share
+    figures["eval/interventions"] = report.interventions
     return figures
 
 
@@ -299,6 +300,9 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     console.print(_fluency_table(report))
     places = ", ".join(_places(report.accepted_ranks, decoding.truncation.top_k))
     asked = f"{report.decisions_per_token:.2f}"
+    console.print(
+        f"{report.interventions:.1%} of all tokens are not the LLM's first candidate.", highlight=False
+    )
     if by_value:
         console.print(f"Candidate taken by its place: {places}; {asked} candidates compared a token.")
     else:

@@ -218,6 +218,8 @@ def test_a_report_has_the_numbers_that_its_answers_have(llm, fallback):
     assert report.forced_share == pytest.approx(forced / len(taken))
     num_tokens = sum(len(one.response_ids) for one in answers["agent"])
     assert report.decisions_per_token == pytest.approx(len(decisions) / num_tokens)
+    changed = sum(decision.rank > 0 for decision in taken)
+    assert 0 < changed < num_tokens and report.interventions == pytest.approx(changed / num_tokens)
 
     assert [Prompt(sample.id, sample.prompt, sample.category) for sample in report.samples] == PROMPTS
     for index, sample in enumerate(report.samples):

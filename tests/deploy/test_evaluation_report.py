@@ -37,6 +37,7 @@ def make_report() -> EvaluationReport:
         accepted_ranks=[0.7, 0.1, 0.1, 0.05, 0.03, 0.02],
         decisions_per_token=1.4,
         forced_share=0.05,
+        interventions=0.176,
         samples=[
             Sample(
                 f"q{number}",
@@ -60,6 +61,7 @@ def test_the_table_says_how_the_agent_was_used(capsys):
     print_report(make_report(), decoding(5), num_samples=0)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by policy)" in shown and "5% of the decided tokens were forced" in shown
+    assert "17.6% of all tokens are not the LLM's first candidate" in shown
     print_report(make_report(), decoding(5, steering="value", min_advantage=0.2), num_samples=0)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by value, bar 0.2)" in shown and "1.40 candidates compared a token" in shown

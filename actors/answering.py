@@ -20,6 +20,7 @@ from mara.actors.decoding.generation import Generation, Request
 from mara.actors.decoding.policies import AnyPolicy, goes_by_value, most_demanding
 from mara.actors.decoding.prefill import common_prefix
 from mara.actors.llm import LLM
+from mara.common.agent import ACCEPT
 from mara.common.contracts import Conversation, RewardModel
 from mara.common.episode import FinishReason
 from mara.common.errors import UserError
@@ -54,6 +55,8 @@ class TimedAnswer:
     """From the reading of the prompt to the end of the answer, in a batch with others; of several answers,
     of which this is the best, the sum, and the scoring."""
     finish_reason: FinishReason
+    num_changed: int
+    """Tokens that are not the LLM's first candidate, by an agent's decision; 0 where none decided."""
     score: float | None = None
     """By which it was the best; None where nothing was chosen, or none could be scored."""
 
@@ -73,6 +76,7 @@ class System:
 class _Draft(NamedTuple):
     response: str
     generation: Generation
+    num_changed: int
 
 
 @dataclass(slots=True)
@@ -109,7 +113,8 @@ class Answerer:
             question, number = generation.request.tag
             _check_finite(generation, question)
             progress(len(generation.response_ids))
-            draft = _Draft(self.llm.decode(generation.response_ids), generation)
+            num_changed = sum(made.action == ACCEPT and made.rank > 0 for made in generation.decisions)
+            draft = _Draft(self.llm.decode(generation.response_ids), generation, num_changed)
             generation.token_states.clear()
             generation.decisions.clear()
             if self.systems[question.system].num_candidates == 1:
@@ -213,6 +218,7 @@ def _timed(
         num_tokens=len(generation.response_ids),
         seconds=seconds + question.seconds_before,
         finish_reason=generation.finish_reason,
+        num_changed=draft.num_changed,
         score=score,
     )
 

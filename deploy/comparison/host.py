@@ -229,5 +229,6 @@ def _answer_row(answer: TimedAnswer) -> dict[str, Any]:
         "tokens": answer.num_tokens,
         "seconds": round(answer.seconds, 4),
         "finish_reason": answer.finish_reason,
+        "changed": answer.num_changed,
     }
     return row if answer.score is None else {**row, "score": answer.score}

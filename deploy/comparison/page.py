@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from mara.deploy.comparison.report import Report
 MISSING = "–"
 NOT_RATES = ("a", "b", "dataset", "category", "num_prompts")
 """Keys of a pair in the report that name no judge."""
-FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+Figure = tuple[str, str, Callable[[Any], str]]
+FIGURES: tuple[Figure, ...] = (
     ("perplexity", "perplexity", "{:.2f}".format),
     ("relevance", "relevance", "{:.2f}".format),
     ("distinct-1", "distinct_1", "{:.3f}".format),
     ("distinct-2", "distinct_2", "{:.3f}".format),
     ("distinct-3", "distinct_3", "{:.3f}".format),
     ("repeated 4-grams", "repetition", "{:.1%}".format),
+    ("changed", "interventions", "{:.1%}".format),
     ("tokens", "mean_tokens", "{:.1f}".format),
     ("ended itself", "eos_share", "{:.0%}".format),
     ("tokens/s", "tokens_per_s", "{:.1f}".format),
 )
 """Heading, key in the report, and how the number is written."""
+NOT_IN_SUMMARY = ("distinct_1", "distinct_3")
+"""Keys of figures for which a terminal has no room."""
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -60,7 +65,9 @@ def markdown(report: Report, *, is_summary: bool = False) -> str:
     environment = _environment(is_html=False)
     environment.filters["cell"] = _cell
     environment.filters["indented"] = _indented
-    return environment.get_template("report.md.j2").render(**_content(report), is_summary=is_summary)
+    return environment.get_template("report.md.j2").render(
+        **_content(report, is_summary=is_summary), is_summary=is_summary
+    )
 
 
 def html(report: Report) -> str:
@@ -79,14 +86,15 @@ def _environment(*, is_html: bool) -> Environment:
     )
 
 
-def _content(report: Report) -> dict[str, Any]:
+def _content(report: Report, *, is_summary: bool = False) -> dict[str, Any]:
+    figures = [of for of in FIGURES if not (is_summary and of[1] in NOT_IN_SUMMARY)]
     return {
         "report": report,
         "juries": report["juries"],
         "rates": list(_rates(report["pairs"])),
         "category_rates": list(_rates(report["categories"])),
-        "headings": [heading for heading, _, _ in FIGURES],
-        "figures": _figures,
+        "headings": [heading for heading, _, _ in figures],
+        "figures": partial(_figures, figures),
         "score": _score,
         "settings": yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True, width=100),
     }
@@ -111,8 +119,8 @@ def _score(value: float | None) -> str:
     return MISSING if value is None else f"{value:+.3f}"
 
 
-def _figures(system: dict[str, Any]) -> list[str]:
-    return [MISSING if system[key] is None else form(system[key]) for _, key, form in FIGURES]
+def _figures(figures: Sequence[Figure], system: dict[str, Any]) -> list[str]:
+    return [MISSING if system[key] is None else form(system[key]) for _, key, form in figures]
 
 
 def _cell(text: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mara.actors.evaluation import distinct, preference_rate
 from mara.actors.prompts import Prompt
-from mara.deploy.comparison.config import LIKELIHOOD, ComparisonConfig
+from mara.deploy.comparison.config import LIKELIHOOD, AgentSystem, ComparisonConfig
 from mara.deploy.comparison.results import Results, Row
 
 REPEATED = 4
@@ -156,6 +156,9 @@ class _Found:
             "distinct_2": distinct(words, 2),
             "distinct_3": distinct(words, 3),
             "repetition": repetition(words),
+            "interventions": _interventions(answers)
+            if isinstance(self._config.systems[name], AgentSystem)
+            else None,
             "mean_tokens": num_tokens / len(answers),
             "mean_words": float(np.mean([len(of_one) for of_one in words])),
             "num_empty": sum(not text.strip() for text in texts),
@@ -200,6 +203,15 @@ def _relevance(likelihoods: Sequence[Row]) -> float | None:
     num_tokens = sum(row["num_tokens"] for row in compared)
     gained = sum(row["logprob"] - row["logprob_elsewhere"] for row in compared)
     return gained / num_tokens if num_tokens else None
+
+
+def _interventions(answers: Sequence[Row]) -> float | None:
+    """Share of the tokens that are not the LLM's first candidate; None if there is no token, or where an
+    earlier version, which did not count them, made answers."""
+    num_tokens = sum(answer["tokens"] for answer in answers)
+    if not num_tokens or any("changed" not in answer for answer in answers):
+        return None
+    return float(sum(answer["changed"] for answer in answers) / num_tokens)
 
 
 def _mean(scores_N: np.ndarray) -> float | None:

@@ -76,7 +76,10 @@ def test_systems_that_share_an_engine_answer_as_a_comparison_of_a_run_does(llm):
         one = wanted[answer.question.system][number]
         assert answer.response == llm.decode(one.response_ids)
         assert (answer.num_tokens, answer.finish_reason) == (len(one.response_ids), one.finish_reason)
+        assert answer.num_changed == sum(rank > 0 for rank in one.accepted_ranks)
         assert answer.seconds > 0 and answer.score is None
+    changed = {answer.question.system: answer.num_changed for answer in found}
+    assert changed["base"] == changed["base_sampled"] == 0 < sum(answer.num_changed for answer in found)
 
 
 def test_an_answer_is_handed_over_when_it_is_finished(llm):
@@ -177,7 +180,7 @@ def test_the_best_of_several_took_the_time_of_all_and_of_the_scoring(llm, monkey
     times = [(1.0, 3.0), (2.0, 6.0)]
     drafts = {
         question: [
-            _Draft("a" * number, Generation(Request([1], 0), began, response_ids=[1], finished_at_s=ended))
+            _Draft("a" * number, Generation(Request([1], 0), began, response_ids=[1], finished_at_s=ended), 0)
             for number, (began, ended) in enumerate(times)
         ]
         for question in questions

@@ -72,6 +72,7 @@ def results(tmp_path: Path) -> Results:
                 row = {"id": prompt.id, "prompt": prompt.prompt, "response": text}
                 known = {"tokens": 4 + place, "seconds": 2.0, "finish_reason": "eos" if place else "length"}
                 unknown = dict.fromkeys(known)
+                known["changed"] = place if system == "mara" else 0
                 results.add_answer("mine", system, row | (unknown if system == "theirs" else known))
                 for judge, scores in SCORES.items():
                     score = {"id": prompt.id, "score": scores[system][place]}
@@ -181,6 +182,17 @@ def test_each_system_has_its_figures(report: Report) -> None:
     assert base["tokens_per_s"] == pytest.approx((4 + 5 + 6 + 7) / 8)
     assert base["mean_scores"] == {"helpful": 1.0, "cost": 0.0, "unused": 0.5}
     assert (theirs["eos_share"], theirs["tokens_per_s"]) == (None, None)
+    assert base["interventions"] is None is theirs["interventions"]
+    assert report["systems"]["mine"]["mara"]["interventions"] == pytest.approx(6 / (4 + 5 + 6 + 7))
+    assert "| 27.3% |" in markdown(report)
+
+
+def test_answers_of_a_version_that_counted_no_changes_have_no_share_of_them(
+    config: ComparisonConfig, results: Results
+) -> None:
+    path = results.folder / "answers" / "mine" / "mara.jsonl"
+    path.write_text(path.read_text().replace('"changed"', '"other"', 1))
+    assert make_report(config, results)["systems"]["mine"]["mara"]["interventions"] is None
 
 
 def test_a_repetition_is_four_words_that_an_answer_had_before() -> None:
@@ -276,7 +288,10 @@ def test_all_three_files_are_written_and_the_tables_are_shown(report: Report, tm
     assert json.loads(paths[0].read_text()) == json.loads(json.dumps(report))
     print_summary(report)
     shown = capsys.readouterr().out
-    assert "helpful" in shown and "+25.0%" in shown and "perplexity" in shown and "By category" not in shown
+    assert "helpful" in shown and "+25.0%" in shown and "By category" not in shown
+    for heading in ("perplexity", "relevance", "distinct-2", "changed"):  # whole words in one line
+        assert heading in shown
+    assert "distinct-1" not in shown and "distinct-1" in paths[1].read_text()
 
 
 def test_prompts_without_categories_have_no_table_of_them(config, results) -> None:

@@ -201,8 +201,8 @@ class ShapingConfig(Config):
     of that time made it: no waiting until value has travelled back through hundreds of updates, but blind
     to how the policy changed since, and without the entropy bonus of later decisions."""
     discount: float = Field(default=0.99, ge=0, le=1)
-    """γ. The paper: 0.99. 1 keeps a late score in sight of early decisions. With short answers
-    less learns faster (the quickstart has 0.75). Usual range 0.7–1."""
+    """γ. The paper: 0.99. 1 keeps a late score in sight of early decisions; a short horizon
+    keeps an agent from stock phrases (the quickstart has 0.75). Usual range 0.7–1."""
     discount_per: Literal["decision", "accepted_token"] = "decision"
     """What γ is applied for. With ``accepted_token`` a rejection costs no discount, so the return does not
     depend on how many candidates were turned down."""

@@ -107,8 +107,9 @@ def try_ways(
 
 def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> GateOutcome | None:
     """The one with the largest gain among those that intervene at most ``max_interventions`` times as often
-    as the first of ``outcomes``, where the agent decides everywhere. None: none intervenes so seldom."""
-    limit = max_interventions * outcomes[0].interventions
+    as the first of ``outcomes``, where the agent decides everywhere; of all if that never intervenes.
+    None: none intervenes so seldom."""
+    limit = max_interventions * outcomes[0].interventions if outcomes[0].interventions else np.inf
     return max(
         (outcome for outcome in outcomes if outcome.interventions <= limit),
         key=lambda outcome: outcome.gain,

@@ -139,7 +139,7 @@ class DecodingConfig(Config):
         """Settings that change nothing in how an agent is used, by ``steering``."""
         if self.steering == "policy":
             return "min_advantage", "num_compared"
-        return "threshold", "fallback", "window"
+        return "threshold", "fallback", "mode", "window"
 
     @property
     def tunes_window(self) -> bool:

@@ -138,8 +138,9 @@ class EvaluationReport:
     accepted_ranks: list[float]
     """Share of the agent's decided tokens by the rank of the candidate taken; the last entry is the rest."""
     decisions_per_token: float
-    forced_share: float
-    """Decided tokens at which every other candidate, or every one, was rejected."""
+    forced_share: float | None
+    """Decided tokens at which every other candidate, or every one, was rejected. None by value, where nothing
+    is rejected."""
     interventions: float
     """Share of all the agent's tokens that are not the LLM's first candidate."""
     samples: list[Sample] = field(default_factory=list)
@@ -195,7 +196,7 @@ def evaluate(
     answers = answer_prompts(llm, prompts, decoding, policies, rows, max_prompt_tokens, seed, progress, heads)
     for name, load in models.items():
         score_texts(name, load(), llm, prompts, answers)
-    return _report(llm, prompts, answers, weights, seed)
+    return _report(llm, prompts, answers, weights, seed, by_value=goes_by_value(agent))
 
 
 def answer_prompts(
@@ -211,7 +212,8 @@ def answer_prompts(
 ) -> dict[str, list[ScoredAnswer]]:
     """One answer by each of the ``policies`` to each prompt, in the prompts' order, scored by ``heads``.
 
-    All are answered together: a prompt is read once for all policies, and its answers are rounded alike.
+    All are answered together, those by value first (a pass is as wide as its widest row). A prompt is read
+    once for all policies that are not, and their answers are rounded alike.
 
     Raises:
         UserError: a prompt is too long, or a head or the LLM gives a number that is not finite.
@@ -387,6 +389,8 @@ def _report(
     answers: Mapping[str, Sequence[ScoredAnswer]],
     weights: Mapping[str, float],
     seed: int,
+    *,
+    by_value: bool,
 ) -> EvaluationReport:
     texts = {
         system: [llm.decode(answer.response_ids) for answer in of_system]
@@ -414,6 +418,7 @@ def _report(
     ranks = np.bincount(taken, minlength=NUM_RANKS + 1)
     num_tokens = sum(len(answer.response_ids) for answer in answers["agent"])
     num_decisions = sum(answer.num_decisions for answer in answers["agent"])
+    num_forced = sum(answer.num_forced for answer in answers["agent"])
     return EvaluationReport(
         num_prompts=len(prompts),
         num_different=int(differs_N.sum()),
@@ -425,7 +430,7 @@ def _report(
         },
         accepted_ranks=(ranks / max(1, len(taken))).tolist(),
         decisions_per_token=num_decisions / max(1, num_tokens),
-        forced_share=sum(answer.num_forced for answer in answers["agent"]) / max(1, len(taken)),
+        forced_share=None if by_value else num_forced / max(1, len(taken)),
         interventions=interventions(answers["agent"]),
         samples=[
             Sample(

@@ -98,19 +98,28 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
-    """Return the critic saved beside the agent in ``folder``.
+def has_critic(folder: Path) -> bool:
+    """Whether the agent in ``folder`` has a critic. What lies beside an agent whose card was sealed without
+    one is another agent's."""
+    card = _read_card(folder)
+    is_sealed_without = DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card
+    return (folder / CRITIC_FILE).is_file() and not is_sealed_without
+
+
+def load_critic(
+    folder: Path, hidden_size: int | None = None, setting: str = "decoding.steering"
+) -> TwinCritic:
+    """Return the critic saved beside the agent in ``folder``; ``setting`` is what asks for it.
 
     Raises:
         UserError: there is none, it is damaged or not the one that the agent's card names, or it was trained
             for an LLM of another hidden size than ``hidden_size``.
     """
     path, card = folder / CRITIC_FILE, _read_card(folder)
-    # A card that was sealed without a critic knows of none: what lies there is another agent's.
-    if not path.is_file() or (DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card):
+    if not has_critic(folder):
         raise UserError(
-            f"decoding.steering=value needs the agent's critic, and there is none in {folder}; add "
-            "decoding.steering=policy, or export or train the agent again"
+            f"{setting}=value needs the agent's critic, and there is none in {folder}; add "
+            f"{setting}=policy, or export or train the agent again"
         )
     try:
         tensors = load_file(path)
@@ -120,7 +129,10 @@ def load_critic(folder: Path, hidden_size: int | None = None) -> TwinCritic:
         check_digest(folder, CRITIC_FILE, card)
     except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"agent: {path} cannot be read ({reason}); export or train it again") from error
+        raise UserError(
+            f"agent: {path} cannot be read ({reason}); export or train it again, or remove it and go by "
+            "policy"
+        ) from error
     if hidden_size is not None and len(critic.ln.weight) != hidden_size:
         raise UserError(
             f"agent: {path} was trained for hidden size {len(critic.ln.weight)}, the LLM has {hidden_size}; "

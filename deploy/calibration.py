@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ def calibrate(
     Raises:
         UserError: there is no agent or reward model, a head does not fit, or a score is not finite.
     """
+    if not math.isfinite(max_interventions):
+        raise UserError(
+            f"--max-interventions={max_interventions} is no number of times; 100 shuts nothing out"
+        )
     if not any(config.score_weights.values()):
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
     asked = load_source(prompts, "prompts")[:num_prompts]
@@ -80,29 +85,39 @@ def calibrate(
     rows = [_row(outcome) for outcome in outcomes]
     chosen = None if best is None or not is_proved(best) else _row(best)["settings"]
     write_whole(path, json.dumps(content | {"chosen": chosen, "tried": rows}, indent=2) + "\n")
-    if best is None or best.interventions == 0:
-        say("none that steps in at all does so this seldom; raise --max-interventions")
+    for line in findings(outcomes, best, config.decoding, len(asked)):
+        say(line)
+    say(f"tried: {path}")
+    return best
+
+
+def findings(
+    outcomes: Sequence[GateOutcome], best: GateOutcome | None, decoding: DecodingConfig, num_prompts: int
+) -> Iterator[str]:
+    """What to do with ``outcomes``, of which ``best`` was chosen, for an agent used as ``decoding``."""
+    top = max(outcomes, key=lambda outcome: outcome.gain)
+    if best is None or (best.interventions == 0 and top.gain > best.gain):
+        yield "none that steps in at all does so this seldom; raise --max-interventions"
+    elif best.interventions == 0:
+        yield "none gains anything on these prompts; train the agent longer"
     elif not is_proved(best):
-        say(
-            f"none is named: {len(asked)} prompts cannot tell the best gain, {best.gain:+.2f} ± "
+        yield (
+            f"none is named: {num_prompts} prompts cannot tell the best gain, {best.gain:+.2f} ± "
             f"{best.gain_error:.2f}, from none; give more (--num-prompts), or train the agent longer"
         )
     else:
-        settings = " ".join(steering_settings(best.decoding, config.decoding))
-        say(f"use it with: {settings or 'the settings that it has'}")
-        say(
-            f"it is the best of {len(outcomes)} on these {len(asked)} prompts, so it flatters itself: see "
+        settings = " ".join(steering_settings(best.decoding, decoding))
+        yield f"use it with: {settings or 'the settings that it has'}"
+        yield (
+            f"it is the best of {len(outcomes)} on these {num_prompts} prompts, so it flatters itself: see "
             "what `mara eval` makes of it on held-out ones"
         )
-    top = max(outcomes, key=lambda outcome: outcome.gain)
     if best is not None and top.gain > best.gain:
-        least = top.interventions / max(outcomes[0].interventions, 1e-9)
-        say(
-            f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {least:.2f} "
+        times = top.interventions / outcomes[0].interventions
+        yield (
+            f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {times:.2f} "
             f"times the interventions (--max-interventions) and a perplexity of {top.perplexity:.2f}"
         )
-    say(f"tried: {path}")
-    return best
 
 
 def find_prompts(config: AgentUse, given: Path | None) -> Path:

@@ -315,11 +315,16 @@ def _fields_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[FieldIn
             yield _fields(of)[name]
 
 
+_NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+_USUAL_RANGE = re.compile(rf"Usual\s+range\s+{_NUMBER}–{_NUMBER}[.;:]")
+"""Not where a unit, a condition or another range follows."""
+
+
 def _usual_range(model: type[BaseModel], parts: Sequence[str]) -> str | None:
-    """The usual range of a setting, as its documentation names it."""
+    """The usual range of a setting, where its documentation names one by two plain numbers."""
     for field in _fields_at(model, parts):
-        if found := re.search(r"Usual\s+range\s+(\S*[^\s.;,])", field.description or ""):
-            return found[1].replace("–", " to ")
+        if found := _USUAL_RANGE.search(field.description or ""):
+            return f"{found[1]} to {found[2]}"
     return None
 
 

@@ -20,9 +20,9 @@ from mara.actors.heads import RewardHead
 from mara.actors.llm import LLM, load_llm, resolve_device
 from mara.actors.prompts import Prompt, check_unicode
 from mara.actors.reward_models.loading import load_reward_model
-from mara.common.agent import CRITIC_FILE, Agent, load_agent
+from mara.common.agent import Agent, load_agent
 from mara.common.contracts import RewardModel
-from mara.common.critic import TwinCritic, load_critic
+from mara.common.critic import TwinCritic, has_critic, load_critic
 from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.agent_card import (
@@ -238,10 +238,9 @@ def check_used(overrides: Sequence[str], used: Sequence[str], decoding: Decoding
     if decoding is None:
         return
     if idle := [key for key in keys if key in {f"decoding.{name}" for name in decoding.idle}]:
-        remedy = {
-            "policy": "add decoding.steering=value",
-            "value": "the bar is decoding.min_advantage; or add decoding.steering=policy",
-        }[decoding.steering]
+        other = "value" if decoding.steering == "policy" else "policy"
+        bar = "the bar is decoding.min_advantage; or " if "decoding.threshold" in idle else ""
+        remedy = f"{bar}add decoding.steering={other}"
         raise UserError("\n".join(f"{key} changes nothing by {decoding.steering}; {remedy}" for key in idle))
 
 
@@ -284,7 +283,8 @@ def headline(report: EvaluationReport) -> dict[str, float]:
         report.fluency["agent"].perplexity / report.fluency["base_sampled"].perplexity
     )
     figures["eval/decisions_per_token"] = report.decisions_per_token
-    figures[FORCED_SHARE] = report.forced_share
+    if report.forced_share is not None:
+        figures[FORCED_SHARE] = report.forced_share
     figures["eval/interventions"] = report.interventions
     return figures
 
@@ -303,14 +303,14 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     console.print(
         f"{report.interventions:.1%} of all tokens are not the LLM's first candidate.", highlight=False
     )
-    if by_value:
+    if report.forced_share is None:
         console.print(f"Candidate taken by its place: {places}; {asked} candidates compared a token.")
     else:
         console.print(
             f"Accepted candidate by its place: {places}; {asked} decisions a token; "
             f"{report.forced_share:.0%} of the decided tokens were forced (all others rejected)."
         )
-    if report.forced_share > MUCH_FORCED:
+    if report.forced_share is not None and report.forced_share > MUCH_FORCED:
         console.print(
             "So many are a sign of too little training: train it longer (learner.num_episodes).",
             highlight=False,
@@ -405,7 +405,7 @@ def _read_agent(
     place = agent_folder(folder)
     agent, card = load_agent(place, hidden_size)
     critic = critic_used_in(config.decoding, place, hidden_size)
-    if critic is None and wants_critic and (place / CRITIC_FILE).is_file():
+    if critic is None and wants_critic and has_critic(place):
         critic = load_critic(place, hidden_size).requires_grad_(False)
     warn_of_other_use(card, config)
     return agent.requires_grad_(False), critic, card

@@ -19,7 +19,7 @@ from mara.common.agent import (
     save_agent,
     seal_agent,
 )
-from mara.common.critic import TwinCritic, load_critic, save_critic
+from mara.common.critic import TwinCritic, has_critic, load_critic, save_critic
 from mara.common.errors import UserError
 from mara.common.released import read_released_agent
 from mara.deploy.agent_card import use_card, warn_of_losing, warn_of_untrained
@@ -47,7 +47,7 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     process = who_runs(run)
     folder = agent_folder(run)
     agent, card = load_agent(folder)
-    critic = load_critic(folder) if (folder / CRITIC_FILE).is_file() else None
+    critic = load_critic(folder) if has_critic(folder) else None
     # A run replaces weights and card one after the other. Once it has trained, the evaluation alone is left;
     # one that was complete and goes on has the card of before.
     training = card.get("training") or {}

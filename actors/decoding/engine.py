@@ -298,6 +298,7 @@ class Engine:
             self._propose([row for row, _ in going_on], states_BD)
         if self._tuner is not None:
             self._tuner.taken(ranks)
+        if self._tuner is not None and num_Q <= self._window:  # Rows by value may have made it wider.
             self._tuner.measured(num_rows, self._window, time.perf_counter() - started_s)
         return self._release(finished)
 

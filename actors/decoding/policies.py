@@ -114,15 +114,17 @@ def most_demanding(policies: Iterable[AnyPolicy]) -> AnyPolicy:
     return min(policies, key=lambda policy: 2 if isinstance(policy, str) else int(goes_by_value(policy)))
 
 
-def critic_used_in(decoding: DecodingConfig, folder: Path, hidden_size: int) -> TwinCritic | None:
-    """The critic of the agent in ``folder``, on the CPU, where ``decoding`` steers by value.
+def critic_used_in(
+    decoding: DecodingConfig, folder: Path, hidden_size: int, setting: str = "decoding.steering"
+) -> TwinCritic | None:
+    """The critic of the agent in ``folder``, on the CPU, where ``decoding`` steers by value (``setting``).
 
     Raises:
         UserError: it does, and the critic is missing, damaged or of an LLM of another hidden size.
     """
     if decoding.steering == "policy":
         return None
-    return load_critic(folder, hidden_size).requires_grad_(False)
+    return load_critic(folder, hidden_size, setting).requires_grad_(False)
 
 
 def steered_by(

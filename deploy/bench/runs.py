@@ -58,6 +58,8 @@ def rollout(
     config = _settings(run, [NEW_TOKENS, BY_POLICY, *PAPER_SETS, *overrides], json_file)
     if config.decoding.fallback != "last":
         raise UserError("decoding.fallback=first: the paper takes the last; set it to last")
+    if config.decoding.steering == "value":
+        raise UserError("decoding.steering=value: rollouts are sampled by the policy; leave it out")
     subject = _subject(run, config, peer_prompts)
     report(
         bench_rollout(subject, config.decoding, config.rollout.rows, num_rounds, peer_prompts, say), json_file

@@ -210,7 +210,12 @@ def _check_agent(name: str, system: AgentSystem, config: ComparisonConfig) -> st
     warn_of_untrained(card)
     decoding = system.used_in(config.decoding)
     files = [WEIGHTS_FILE, CARD_FILE]
-    if _in_field(field, lambda: critic_used_in(decoding, folder, find_hidden_size(llm))) is not None:
+    if (
+        _in_field(
+            field, lambda: critic_used_in(decoding, folder, find_hidden_size(llm), f"systems.{name}.steering")
+        )
+        is not None
+    ):
         files.append(CRITIC_FILE)
     warn_of_other_use(card, AgentUse(llm=llm, decoding=decoding))
     return _digest(b"".join((folder / name).read_bytes() for name in files))

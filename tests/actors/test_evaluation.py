@@ -387,6 +387,8 @@ def test_ways_to_use_an_agent_are_judged_as_the_evaluation_judges_and_the_best_i
     assert choose_gate(outcomes, 0.5) is best
     assert choose_gate(outcomes, 0.9) is outcomes[3]
     assert choose_gate(outcomes, 0.1) is None
+    # Of an agent that never steps in by itself no share can be taken.
+    assert choose_gate([replace(dense, gain=0.0, interventions=0.0), *outcomes[1:]], 0.5) is outcomes[3]
     assert is_proved(replace(best, gain=0.5, gain_error=0.4))
     for gain, error in ((0.5, 0.6), (-0.5, 0.1), (0.5, 0.0), (0.0, 0.0)):
         assert not is_proved(replace(best, gain=gain, gain_error=error))

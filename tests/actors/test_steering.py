@@ -158,6 +158,38 @@ def test_a_higher_bar_steps_in_less_often_and_an_unreachable_one_never(llama):
     assert [g.response_ids for g in by_bar[2]] == [g.response_ids for g in answers("greedy")]
 
 
+@pytest.mark.parametrize("mode", ["auto", "wide"])
+def test_agents_of_several_critics_and_bars_answer_together_as_alone(llama, mode):
+    hidden_size = llama.config.hidden_size
+    critics = [make_critic(hidden_size, seed) for seed in (0, 1)]
+    policies = [
+        *(ValuePolicy(critic, bar) for critic in critics for bar in (0.0, 0.08)),
+        Gated(ValuePolicy(critics[1], 0.0), GateConfig(max_first_probability=0.5)),
+        AgentPolicy(make_agent(hidden_size), threshold=0.5),
+        "greedy",
+    ]
+    config = DecodingConfig(
+        truncation=TruncationConfig(top_k=5, top_p=1.0), max_new_tokens=8, num_compared=4, mode=mode
+    )
+    asked = make_requests(2, [3, 5, 7, 9])
+
+    def answers(of, rows):
+        requests = [
+            replace(request, policy=policies[number], tag=(number, request.tag))
+            for request in asked
+            for number in of
+        ]
+        engine = Engine(llama, [EOS], config, most_demanding(policies), rows, 9)
+        return {found.request.tag: found.response_ids for found in engine.generate(requests)}
+
+    together = answers(range(len(policies)), 5)
+    alone = {tag: ids for number in range(len(policies)) for tag, ids in answers([number], 1).items()}
+    assert together == alone
+    # Each of them says something else, or the wrong one's values would not be seen.
+    said = [[together[number, request.tag] for request in asked] for number in range(len(policies))]
+    assert all(one != other for one, other in itertools.combinations(said, 2))
+
+
 def test_an_engine_for_the_plain_llm_has_no_room_to_compare_in(llama):
     engine = Engine(llama, [], DecodingConfig(max_new_tokens=4), "greedy", 1, 3)
     (request,) = make_requests(1, [3])

@@ -109,6 +109,9 @@ def test_the_printed_configuration_loads_to_the_same_settings(minimal: Path, tmp
         ("decoding.gate.min_salience=5", "must be less than or equal to 2; usual is 0 to 0.5"),
         ("rewards.helpful.weight=heavy", "must be a valid number; usual is -2 to 2"),
         ("decoding.threshold=2", "must be less than 1"),
+        # Units and conditions behind a range would be lost.
+        ("replay.log_max_bytes=1", "must be greater than or equal to 16384"),
+        ("rollout.max_unscored=0", "must be greater than or equal to 1"),
     ],
 )
 def test_a_number_that_is_out_of_range_is_refused_with_the_usual_range(override: str, message: str) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mara.actors.calibration import ADVANTAGES, GATES
-from mara.actors.evaluation import Sample
+from mara.actors.calibration import ADVANTAGES, GATES, GateOutcome, choose_gate
+from mara.actors.config import DecodingConfig
+from mara.actors.evaluation import Sample, preference_rate
 from mara.actors.head_config import HeadShape
 from mara.actors.heads import RewardHead, save_head
 from mara.actors.reward_models.config import FunctionRewardConfig
-from mara.common.agent import CRITIC_FILE, Agent, save_agent
+from mara.common.agent import CARD_FILE, CRITIC_FILE, WEIGHTS_FILE, Agent, save_agent
 from mara.common.config import AgentConfig
-from mara.common.critic import TwinCritic, save_critic
+from mara.common.critic import TwinCritic, has_critic, save_critic
 from mara.common.errors import UserError
-from mara.deploy.calibration import GATES_FILE
+from mara.deploy.calibration import GATES_FILE, findings
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
@@ -305,6 +308,47 @@ def test_settings_of_the_other_way_to_steer_are_refused(tiny_run, given, says):
         assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
 
 
+def outcome(gain: float, interventions: float, bar: float | None = None) -> GateOutcome:
+    steering = {"steering": "policy"} if bar is None else {"steering": "value", "min_advantage": bar}
+    rate = preference_rate([np.array([1.0, 1.0, 0.0])])
+    return GateOutcome(DecodingConfig(**steering), rate, gain, 0.1, interventions, perplexity=3.21)
+
+
+@pytest.mark.parametrize(
+    ("tried", "limit", "first", "more"),
+    [
+        ([outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "use it with:", True),
+        ([outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.05)], 2, "use it with:", False),
+        ([outcome(0.4, 0.2), outcome(0.0, 0.0, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "none that steps", True),
+        ([outcome(0.4, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "none that steps in at all", False),
+        ([outcome(0.0, 0.0), outcome(0.9, 0.3, 0.05)], 0.5, "use it with:", False),
+        ([outcome(0.0, 0.0), outcome(-0.2, 0.3, 0.05)], 0.5, "none gains anything", False),
+        ([outcome(0.05, 0.2), outcome(0.02, 0.1, 0.2)], 1, "none is named: 8 prompts cannot", False),
+    ],
+)
+def test_a_calibration_says_what_to_use_and_what_its_limit_shuts_out(tried, limit, first, more):
+    lines = list(findings(tried, choose_gate(tried, limit), DecodingConfig(), 8))
+    assert lines[0].startswith(first)
+    shut_out = "more is gained beyond the limit: +0.90 with steering=value, min_advantage=0.05, at 1.50 times"
+    assert [line.startswith(shut_out) for line in lines].count(True) == more
+    assert more or not any("beyond" in line for line in lines)
+
+
+def test_a_critic_of_somebody_else_is_none(tiny_run):
+    folder, _ = tiny_run
+    place = folder / AGENT_FOLDER
+    card = json.loads((place / CARD_FILE).read_text())
+    assert has_critic(place)
+    seal = hashlib.sha256((place / WEIGHTS_FILE).read_bytes()).hexdigest()
+    (place / CARD_FILE).write_text(json.dumps(card | {"weights_sha256": seal}))
+    assert not has_critic(place)
+    given = ["calibrate", str(folder), "--num-prompts", "8"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    settings = [row["settings"]["steering"] for row in json.loads((folder / GATES_FILE).read_text())["tried"]]
+    assert set(settings) == {"policy"}
+
+
 def test_calibrating_tells_what_the_limit_shuts_out_and_needs_no_critic(tiny_run):
     folder, config = tiny_run
     by_value = config.decoding.model_copy(update={"steering": "value"})
@@ -312,9 +356,8 @@ def test_calibrating_tells_what_the_limit_shuts_out_and_needs_no_critic(tiny_run
     given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions"]
     result = CliRunner().invoke(app, [*given, "0"])
     assert "raise --max-interventions" in result.output, result.output
-    rows = json.loads((folder / GATES_FILE).read_text())["tried"]
-    is_more = max(row["gain"] for row in rows) > 0
-    assert ("more is gained beyond the limit" in result.output) == is_more
+    result = CliRunner().invoke(app, [*given, "inf"])
+    assert result.exit_code == 2 and "--max-interventions=inf is no number of times" in result.output
     (folder / AGENT_FOLDER / CRITIC_FILE).unlink()
     result = CliRunner().invoke(app, [*given, "9"])
     assert result.exit_code == 0, result.output

@@ -62,7 +62,8 @@ def test_the_table_says_how_the_agent_was_used(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by policy)" in shown and "5% of the decided tokens were forced" in shown
     assert "17.6% of all tokens are not the LLM's first candidate" in shown
-    print_report(make_report(), decoding(5, steering="value", min_advantage=0.2), num_samples=0)
+    by_value = replace(make_report(), forced_share=None)
+    print_report(by_value, decoding(5, steering="value", min_advantage=0.2), num_samples=0)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by value, bar 0.2)" in shown and "1.40 candidates compared a token" in shown
     assert "forced" not in shown

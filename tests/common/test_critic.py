@@ -1,9 +1,13 @@
 """The stacked critic against two plain networks."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
-from mara.common.critic import TwinCritic
+from mara.common.critic import TwinCritic, load_critic, save_critic
+from mara.common.errors import UserError
 
 
 def plain_head(critic: TwinCritic, head: int) -> nn.Module:
@@ -29,6 +33,18 @@ def test_the_stacked_heads_equal_two_plain_networks_behind_one_norm() -> None:
     for head in range(2):
         torch.testing.assert_close(q[head], plain_head(critic, head)(states))
     assert not torch.allclose(q[0], q[1])
+
+
+def test_a_saved_critic_comes_back_and_one_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    critic = TwinCritic(16, (8, 4))
+    save_critic(critic, tmp_path)
+    states = torch.randn(5, 16)
+    assert torch.equal(load_critic(tmp_path, 16)(states), critic(states))
+    with torch.no_grad():
+        critic.ln.weight[3] = torch.nan
+    save_critic(critic, tmp_path)
+    with pytest.raises(UserError, match=r"ln\.weight is not finite; train it again"):
+        load_critic(tmp_path)
 
 
 def test_an_untrained_critic_prefers_neither_action() -> None:

@@ -334,6 +334,8 @@ class Engine:
         # The compiler takes minutes for each shape: one is enough unless rows by value are among others.
         while not self.config.compile and rows // ROWS_STEP >= num_rows:
             rows //= ROWS_STEP
+        if goes_by_value(self.policy) and not self.config.compile:
+            width = 1 if num_Q == 1 else self._widest  # One where plain answers are all that is left.
         while width < num_Q:
             width *= 2
         return rows, min(width, self._widest)

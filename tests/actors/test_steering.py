@@ -197,6 +197,22 @@ def test_an_engine_for_the_plain_llm_has_no_room_to_compare_in(llama):
         engine.admit([replace(request, policy=ValuePolicy(make_critic(llama.config.hidden_size), 0.1))])
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_where_nothing_is_compared_passes_have_one_candidate(llama, repeats, monkeypatch):
+    monkeypatch.setattr(engine_module, "repeats_shapes", lambda model: repeats)
+    config = DecodingConfig(truncation=TruncationConfig(top_k=5, top_p=1.0), max_new_tokens=8)
+    by_value = ValuePolicy(make_critic(llama.config.hidden_size), 0.05)
+    engine = Engine(llama, [], config, by_value, 2, 5)
+    requests = make_requests(3, [5, 5])
+    positions = {}
+    for policy in ("greedy", by_value):
+        before = engine.num_positions
+        assert len(list(engine.generate([replace(request, policy=policy) for request in requests]))) == 2
+        positions[policy] = engine.num_positions - before
+    assert positions["greedy"] == 2 * (5 + 8)  # both prompts, and each of the tokens once
+    assert positions[by_value] > 3 * positions["greedy"]
+
+
 def test_equal_values_leave_the_likelier_candidate():
     policy = ValuePolicy(make_critic(8), 0.0)
     assert policy.choose([1.0, 1.0, 0.5]) == 0

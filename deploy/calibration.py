@@ -112,7 +112,7 @@ def findings(
             f"it is the best of {len(outcomes)} on these {num_prompts} prompts, so it flatters itself: see "
             "what `mara eval` makes of it on held-out ones"
         )
-    if best is not None and top.gain > best.gain:
+    if outcomes[0].interventions and top.gain > (0.0 if best is None else best.gain):
         times = top.interventions / outcomes[0].interventions
         yield (
             f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {times:.2f} "

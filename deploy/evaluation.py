@@ -315,7 +315,7 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
             "So many are a sign of too little training: train it longer (learner.num_episodes).",
             highlight=False,
         )
-    if report.accepted_ranks[0] == 1.0:
+    if report.interventions == 0:
         console.print(
             "The LLM's first candidate was taken everywhere: the answers are the LLM's own. Train the agent "
             "longer (learner.num_episodes), or by value lower decoding.min_advantage.",

@@ -57,6 +57,8 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     warn_of_untrained(card)
     warn_of_losing(run)
     _warn_of_local_llm(config.llm.model)
+    if critic is None and config.decoding.steering == "value":
+        warn("the run goes by value and has no critic; use the export with decoding.steering=policy")
     settings = config.model_dump(mode="json", include={"shaping", "learner"})
     _write(agent, critic, {**card, "run": run.resolve().name, **settings}, out)
 

@@ -144,8 +144,14 @@ def test_only_places_that_a_candidate_can_have_are_shown(capsys):
 def test_an_agent_that_changes_nothing_is_said_to(capsys):
     told = "the answers are the LLM's own"
     report = make_report()
-    for ranks, is_told in (([1.0, 0, 0, 0, 0, 0], True), (report.accepted_ranks, False)):
-        print_report(replace(report, accepted_ranks=ranks), decoding(5), num_samples=0)
+    # First candidates alone, and nothing that was decided.
+    for ranks, share, is_told in (
+        ([1.0, 0, 0, 0, 0, 0], 0.0, True),
+        ([0.0] * 6, 0.0, True),
+        (None, 0.1, False),
+    ):
+        changed = replace(report, accepted_ranks=ranks or report.accepted_ranks, interventions=share)
+        print_report(changed, decoding(5), num_samples=0)
         assert (told in capsys.readouterr().out) == is_told
 
 

@@ -127,7 +127,15 @@ def load_critic(
         critic = TwinCritic(len(tensors["ln.weight"]), (first, second))
         critic.load_state_dict(tensors)
         check_digest(folder, CRITIC_FILE, card)
-    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"agent: {path} cannot be read ({reason}); export or train it again, or remove it and go by "

@@ -61,7 +61,7 @@ def test_the_table_says_how_the_agent_was_used(capsys):
     print_report(make_report(), decoding(5), num_samples=0)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by policy)" in shown and "5% of the decided tokens were forced" in shown
-    assert "17.6% of all tokens are not the LLM's first candidate" in shown
+    assert "17.6% of all tokens, with and without a choice, are not the LLM's first candidate" in shown
     by_value = replace(make_report(), forced_share=None)
     print_report(by_value, decoding(5, steering="value", min_advantage=0.2), num_samples=0)
     shown = " ".join(capsys.readouterr().out.split())

@@ -300,10 +300,8 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     console.print(_fluency_table(report))
     places = ", ".join(_places(report.accepted_ranks, decoding.truncation.top_k))
     asked = f"{report.decisions_per_token:.2f}"
-    console.print(
-        f"{report.interventions:.1%} of all tokens, with and without a choice, are not the LLM's first candidate.",
-        highlight=False,
-    )
+    changed = f"{report.interventions:.1%} of all tokens, with and without a choice,"
+    console.print(f"{changed} are not the LLM's first candidate.", highlight=False)
     if report.forced_share is None:
         console.print(f"Candidate taken by its place: {places}; {asked} candidates compared a token.")
     else:

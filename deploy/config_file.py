@@ -315,19 +315,6 @@ def _fields_at(model: type[BaseModel], parts: Sequence[str]) -> Iterator[FieldIn
             yield _fields(of)[name]
 
 
-_NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
-_USUAL_RANGE = re.compile(rf"Usual\s+range\s+{_NUMBER}–{_NUMBER}[.;:]")
-"""Not where a unit, a condition or another range follows."""
-
-
-def _usual_range(model: type[BaseModel], parts: Sequence[str]) -> str | None:
-    """The usual range of a setting, where its documentation names one by two plain numbers."""
-    for field in _fields_at(model, parts):
-        if found := _USUAL_RANGE.search(field.description or ""):
-            return f"{found[1]} to {found[2]}"
-    return None
-
-
 def _values(kind: Any) -> list[type[BaseModel]]:
     """The groups of settings that a ``dict`` of them may have as values; none if it holds something else."""
     values = _flatten(typing.get_args(kind)[1])
@@ -386,6 +373,19 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
                 usual = _usual_range(model, [str(part) for part in location])
                 remedy = "" if usual is None else f"; usual is {usual}"
                 yield f"{path}={_show(path, detail['input'])}: {_expected(detail)}{remedy}"
+
+
+_NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+_USUAL_RANGE = re.compile(rf"Usual\s+range\s+{_NUMBER}–{_NUMBER}[.;:]")
+"""Not where a unit, a condition or another range follows."""
+
+
+def _usual_range(model: type[BaseModel], parts: Sequence[str]) -> str | None:
+    """The usual range of a setting, where its documentation names one by two plain numbers."""
+    for field in _fields_at(model, parts):
+        if found := _USUAL_RANGE.search(field.description or ""):
+            return f"{found[1]} to {found[2]}"
+    return None
 
 
 def _without_tag(

@@ -109,8 +109,8 @@ def findings(
         settings = " ".join(steering_settings(best.decoding, decoding))
         yield f"use it with: {settings or 'the settings that it has'}"
         yield (
-            f"it is the best within the limit, of {len(outcomes)} on these {num_prompts} prompts, so it flatters "
-            "itself: see what `mara eval` makes of it on held-out ones"
+            f"it is the best within the limit, of {len(outcomes)} on these {num_prompts} prompts, so it "
+            "flatters itself: see what `mara eval` makes of it on held-out ones"
         )
     if outcomes[0].interventions and top.gain > (0.0 if best is None else best.gain):
         times = top.interventions / outcomes[0].interventions

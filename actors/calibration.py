@@ -60,13 +60,17 @@ class GateOutcome:
 
 
 def ways_to_try(decoding: DecodingConfig, *, has_critic: bool) -> list[DecodingConfig]:
-    """The paper's way first, where the agent decides everywhere; then by value with each of ``ADVANTAGES``,
-    or without a critic behind each of ``GATES``. All else is as in ``decoding``."""
+    """The paper's way first, where the agent decides everywhere; then ``decoding`` itself, if it is none of
+    the rest; then by value with each of ``ADVANTAGES``, or without a critic behind each of ``GATES``. Else
+    all are as ``decoding``."""
     dense = decoding.model_copy(update={"steering": "policy", "gate": GateConfig()})
     changes: list[dict[str, Any]] = [{"gate": gate} for gate in GATES]
     if has_critic:
         changes = [{"steering": "value", "min_advantage": advantage} for advantage in ADVANTAGES]
-    return [dense, *(dense.model_copy(update=change) for change in changes)]
+    ways = [dense, *(dense.model_copy(update=change) for change in changes)]
+    if decoding.how not in [way.how for way in ways] and (has_critic or decoding.steering == "policy"):
+        ways.insert(1, decoding)
+    return ways
 
 
 def try_ways(

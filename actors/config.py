@@ -73,9 +73,15 @@ class GateConfig(Config):
     0–0.5."""
 
     @property
+    def how(self) -> str:
+        """Its conditions in a few words; empty where it is open."""
+        changed = {name: value for name, value in self if value != type(self).model_fields[name].default}
+        return ", ".join(f"gate.{name} {value:g}" for name, value in changed.items())
+
+    @property
     def is_open(self) -> bool:
         """Whether it leaves every position to the agent."""
-        return self.max_first_probability == 1.0 and self.min_confidence == 0.0 and self.min_salience == 0.0
+        return not self.how
 
 
 class DecodingConfig(Config):
@@ -133,6 +139,16 @@ class DecodingConfig(Config):
                 "with steering=value; use min_advantage, or steering=policy"
             )
         return None
+
+    @property
+    def how(self) -> str:
+        """How an agent is used, in a few words: "by value, bar 0.12", "by policy, gate.min_salience 0.2"."""
+        if self.steering == "value":
+            parts = [f"by value, bar {self.min_advantage:g}"]
+        else:
+            is_paper = self.threshold == type(self).model_fields["threshold"].default
+            parts = ["by policy" if is_paper else f"by policy, threshold {self.threshold:g}"]
+        return ", ".join(filter(None, [*parts, self.gate.how]))
 
     @property
     def idle(self) -> tuple[str, ...]:

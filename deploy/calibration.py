@@ -79,7 +79,7 @@ def calibrate(
         models=parts.models,
     )
     best = choose_gate(outcomes, max_interventions)
-    print_gates(outcomes, best)
+    print_gates(outcomes, best, config.decoding)
     path = folder / GATES_FILE
     content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
     rows = [_row(outcome) for outcome in outcomes]
@@ -108,16 +108,33 @@ def findings(
     else:
         settings = " ".join(steering_settings(best.decoding, decoding))
         yield f"use it with: {settings or 'the settings that it has'}"
+        for now in _now(outcomes, decoding):
+            if now is not best:
+                yield f"with that:         {_figures(best)}"
+                yield f"as it is used now: {_figures(now)}"
         yield (
             f"it is the best within the limit, of {len(outcomes)} on these {num_prompts} prompts, so it "
             "flatters itself: see what `mara eval` makes of it on held-out ones"
         )
     if outcomes[0].interventions and top.gain > (0.0 if best is None else best.gain):
-        times = top.interventions / outcomes[0].interventions
+        # Rounded up: as a limit the number must let this one in.
+        times = math.ceil(round(100 * top.interventions / outcomes[0].interventions, 6)) / 100
         yield (
-            f"more is gained beyond the limit: {top.gain:+.2f} with {_name(top.decoding)}, at {times:.2f} "
-            f"times the interventions (--max-interventions) and a perplexity of {top.perplexity:.2f}"
+            f"more is gained beyond the limit, at {times:.2f} times the interventions (--max-interventions), "
+            f"{top.decoding.how}: {_figures(top)}"
         )
+
+
+def _now(outcomes: Sequence[GateOutcome], decoding: DecodingConfig) -> list[GateOutcome]:
+    """What the agent does as it is used already; nothing where that was not tried."""
+    return [outcome for outcome in outcomes if outcome.decoding.how == decoding.how]
+
+
+def _figures(outcome: GateOutcome) -> str:
+    return (
+        f"joint rate {outcome.joint.rate:+.1%}, gain {outcome.gain:+.2f} ± {outcome.gain_error:.2f}, "
+        f"interventions {outcome.interventions:.1%}, perplexity {outcome.perplexity:.2f}"
+    )
 
 
 def find_prompts(config: AgentUse, given: Path | None) -> Path:
@@ -134,13 +151,12 @@ def find_prompts(config: AgentUse, given: Path | None) -> Path:
     raise UserError("--prompts is missing: an exported agent brings none; give a file of prompts")
 
 
-def steering_settings(decoding: DecodingConfig, other: DecodingConfig) -> Sequence[str]:
-    """``key=value`` for each setting of how to use an agent that ``decoding`` has unlike ``other``."""
+def steering_settings(decoding: DecodingConfig, other: DecodingConfig, of: str = "decoding") -> Sequence[str]:
+    """``OF.key=value`` for each setting of how to use an agent that ``decoding`` has unlike ``other``."""
     own, others = _steering(decoding), _steering(other)
-    if decoding.steering == "policy":
-        del own["min_advantage"]
+    del own["threshold" if decoding.steering == "value" else "min_advantage"]
     return [
-        f"decoding.{name}={value:g}" if isinstance(value, float) else f"decoding.{name}={value}"
+        f"{of}.{name}={value:g}" if isinstance(value, float) else f"{of}.{name}={value}"
         for name, value in own.items()
         if value != others[name]
     ]
@@ -149,14 +165,8 @@ def steering_settings(decoding: DecodingConfig, other: DecodingConfig) -> Sequen
 def _steering(decoding: DecodingConfig) -> dict[str, Any]:
     """How an agent is used, by the name of the setting within ``decoding``."""
     gate = {f"gate.{name}": value for name, value in decoding.gate.model_dump().items()}
-    return {"steering": decoding.steering, "min_advantage": decoding.min_advantage, **gate}
-
-
-def _name(decoding: DecodingConfig) -> str:
-    """A way for people."""
-    settings = steering_settings(decoding, DecodingConfig(min_advantage=0.0))
-    short = [setting.removeprefix("decoding.").removeprefix("gate.") for setting in settings]
-    return ", ".join(short) or "by policy everywhere"
+    own = {name: getattr(decoding, name) for name in ("steering", "min_advantage", "threshold")}
+    return own | gate
 
 
 def _row(outcome: GateOutcome) -> dict[str, Any]:
@@ -166,19 +176,20 @@ def _row(outcome: GateOutcome) -> dict[str, Any]:
     return {"settings": _steering(outcome.decoding), **row}
 
 
-def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None) -> None:
-    """One row for each way; in the first the agent decides everywhere, the best has a star. Then what the
-    columns are."""
+def print_gates(outcomes: Sequence[GateOutcome], best: GateOutcome | None, decoding: DecodingConfig) -> None:
+    """One row for each way; in the first the agent decides everywhere. The best is marked, and the one that
+    is ``decoding``. Then what the columns are."""
+    now = _now(outcomes, decoding)
     table = Table(title="Agent in each way to use it, against the LLM alone")
-    for column in ("", "settings", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
-        is_text = column in ("", "settings")
+    for column in ("", "used", "interventions", "joint rate", "95 % interval", "gain", "perplexity"):
+        is_text = column in ("", "used")
         table.add_column(
             column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis"
         )
     for outcome in outcomes:
         table.add_row(
-            "*" if outcome is best else "",
-            _name(outcome.decoding),
+            " ".join(mark for mark, is_one in (("now", outcome in now), ("best", outcome is best)) if is_one),
+            outcome.decoding.how,
             f"{outcome.interventions:.1%}",
             f"{outcome.joint.rate:+.1%}",
             f"{outcome.joint.low:+.1%} to {outcome.joint.high:+.1%}",

@@ -294,9 +294,7 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     the last that ``decoding`` allows, and ``num_samples`` of the prompts with their answers, of every outcome
     in turn."""
     console = Console(width=None if Console().is_terminal else 110)
-    by_value = decoding.steering == "value"
-    how = f"by value, bar {decoding.min_advantage:g}" if by_value else "by policy"
-    console.print(_rates_table(report, how))
+    console.print(_rates_table(report, decoding.how))
     console.print(_fluency_table(report))
     places = ", ".join(_places(report.accepted_ranks, decoding.truncation.top_k))
     asked = f"{report.decisions_per_token:.2f}"

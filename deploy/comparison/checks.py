@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mara.actors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
-from mara.actors.config import LLMConfig
+from mara.actors.config import DecodingConfig, LLMConfig
 from mara.actors.decoding.policies import critic_used_in
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
 from mara.common.agent import CARD_FILE, CRITIC_FILE, WEIGHTS_FILE, load_agent
 from mara.common.errors import UserError
 from mara.deploy.agent_card import warn_of_other_use, warn_of_untrained
+from mara.deploy.calibration import steering_settings
 from mara.deploy.comparison.config import (
     AgentSystem,
     ComparisonConfig,
@@ -218,7 +220,26 @@ def _check_agent(name: str, system: AgentSystem, config: ComparisonConfig) -> st
     ):
         files.append(CRITIC_FILE)
     warn_of_other_use(card, AgentUse(llm=llm, decoding=decoding))
+    _warn_of_other_steering(name, system, config.decoding, card)
     return _digest(b"".join((folder / name).read_bytes() for name in files))
+
+
+def _warn_of_other_steering(
+    name: str, system: AgentSystem, decoding: DecodingConfig, card: Mapping[str, Any]
+) -> None:
+    """Say in one line that an agent is used otherwise than by itself, where its system does not ask for that.
+
+    A card that does not tell, or tells what no settings can be, is not compared.
+    """
+    try:
+        by_itself = system.used_in(DecodingConfig.model_validate(card.get("decoding")))
+    except ValidationError:
+        return
+    used = system.used_in(decoding)
+    if used.how != by_itself.how:
+        field = f"systems.{name}"
+        settings = " ".join(steering_settings(by_itself, used, of=field))
+        warn(f"{field} is used {used.how}, by itself it is used {by_itself.how}; for that add {settings}")
 
 
 def _check_judges(config: ComparisonConfig) -> dict[str, str]:

@@ -26,6 +26,7 @@ rate of a against b (a fraction) with its 95 % interval, wins, ties and losses, 
 ``verdicts``: of each LLM judge, pair and data set how many verdicts changed with the order or were unclear.
 ``refused``: of each judge, data set and what it was to judge how often its server refused, and what it said
 the first time. These prompts are left out of its rates and means.
+``agents``: how each agent was used, in a few words.
 ``systems``: data set → system → mean scores, fluency, speed.
 ``samples``: data set → prompts with every system's answer and scores.
 """
@@ -41,6 +42,11 @@ def make_report(config: ComparisonConfig, results: Results) -> Report:
         "categories": [],
         "verdicts": [],
         "refused": [],
+        "agents": {
+            name: system.used_in(config.decoding).how
+            for name, system in config.systems.items()
+            if isinstance(system, AgentSystem)
+        },
         "systems": {},
         "samples": {},
     }

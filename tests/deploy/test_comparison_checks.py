@@ -211,6 +211,36 @@ def test_another_adapter_makes_another_comparison(
     assert changes(before, check(config).identity) == ["the content of systems.tuned.adapter has changed"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["systems.mara.steering=value"], None),  # asked for
+        (["systems.mara.steering=policy", "decoding.steering=value"], None),
+        (
+            ["decoding.steering=value", "decoding.min_advantage=0.3"],
+            "systems.mara is used by value, bar 0.3, by itself it is used by policy; for that add "
+            "systems.mara.steering=policy",
+        ),
+        (
+            ["decoding.threshold=0.6", "decoding.gate.min_salience=0.2"],
+            "systems.mara is used by policy, threshold 0.6, gate.min_salience 0.2, by itself it is used by "
+            "policy; for that add systems.mara.threshold=0.5 systems.mara.gate.min_salience=0",
+        ),
+    ],
+)
+def test_another_use_of_an_agent_than_its_own_is_told(
+    dry_run: Invoke, overrides: list[str], said: str | None
+) -> None:
+    result = dry_run(*overrides)
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "by itself" in line]
+    assert told == ([] if said is None else [f"mara: warning: {said}"])
+    if said is not None:
+        followed = dry_run(*overrides, *said.partition("for that add ")[2].split())
+        assert followed.exit_code == 0 and "by itself" not in followed.stderr
+
+
 def test_what_makes_another_comparison_is_named(
     path: Path, tmp_path: Path, tiny_run: tuple[Path, RunConfig]
 ) -> None:

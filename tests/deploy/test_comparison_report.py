@@ -98,6 +98,29 @@ def counts(rate: dict) -> tuple[int, int, int]:
     return rate["wins"], rate["ties"], rate["losses"]
 
 
+@pytest.mark.parametrize(
+    ("own", "how"),
+    [
+        ({}, "by policy"),
+        ({"threshold": 0.7}, "by policy, threshold 0.7"),
+        (
+            {"steering": "value", "min_advantage": 0.3, "gate": {"min_salience": 0.2}},
+            "by value, bar 0.3, gate.min_salience 0.2",
+        ),
+    ],
+)
+def test_the_report_tells_how_agents_were_used(
+    config: ComparisonConfig, results: Results, own: dict, how: str
+) -> None:
+    mara = config.systems["mara"]
+    systems = config.systems | {"mara": type(mara).model_validate(mara.model_dump() | own)}
+    report = make_report(config.model_copy(update={"systems": systems}), results)
+    assert report["agents"] == {"mara": how}
+    escaped = how.replace("_", r"\_")
+    assert f"Equal answers tie. Agents: *mara* {escaped}.\n\n| data set" in markdown(report)
+    assert f"Agents: <em>mara</em> {how}." in html(report)
+
+
 def test_rates_are_wins_less_losses_by_each_judge_and_by_all(report: Report) -> None:
     assert [(pair["a"], pair["b"]) for pair in report["pairs"]] == [
         ("mara", "base"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -330,9 +331,35 @@ def outcome(gain: float, interventions: float, bar: float | None = None) -> Gate
 def test_a_calibration_says_what_to_use_and_what_its_limit_shuts_out(tried, limit, first, more):
     lines = list(findings(tried, choose_gate(tried, limit), DecodingConfig(), 8))
     assert lines[0].startswith(first)
-    shut_out = "more is gained beyond the limit: +0.90 with steering=value, min_advantage=0.05, at 1.50 times"
+    shut_out = (
+        "more is gained beyond the limit, at 1.50 times the interventions (--max-interventions), "
+        "by value, bar 0.05: joint rate +66.7%, gain +0.90 ± 0.10"
+    )
     assert [line.startswith(shut_out) for line in lines].count(True) == more
     assert more or not any("beyond" in line for line in lines)
+
+
+def test_a_calibration_says_what_its_settings_cost_against_those_of_now():
+    dense, less, now = outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.12)
+    by_value = DecodingConfig(steering="value", min_advantage=0.12)
+    lines = list(findings([dense, now, less], less, by_value, 8))
+    assert lines[0] == "use it with: decoding.min_advantage=0.2"
+    assert "gain +0.50 ± 0.10, interventions 9.0%" in lines[1] and lines[1].startswith("with that:")
+    assert "gain +0.90 ± 0.10, interventions 30.0%" in lines[2] and lines[2].startswith("as it is used now:")
+    lines = list(findings([dense, now, less], now, by_value, 8))
+    assert lines[0] == "use it with: the settings that it has"
+    assert not any(line.startswith(("with that", "as it is used")) for line in lines)
+
+
+def test_calibrating_tries_and_marks_the_settings_of_now(tiny_run):
+    folder, config = tiny_run
+    used = config.decoding.model_copy(update={"steering": "value", "min_advantage": 0.07})
+    (folder / "config.yaml").write_text(dump_config(config.model_copy(update={"decoding": used})))
+    result = CliRunner().invoke(app, ["calibrate", str(folder), "--num-prompts", "8"])
+    marked = re.search(r"│ now +│ by value, bar.*\n│ +│ 0\.07 ", result.output)  # The gain fills the row.
+    assert marked is not None and result.output.count("│ now") == 1, result.output
+    rows = json.loads((folder / GATES_FILE).read_text())["tried"]
+    assert rows[1]["settings"]["min_advantage"] == 0.07 and len(rows) == 2 + len(ADVANTAGES)
 
 
 def test_a_critic_of_somebody_else_is_none(tiny_run):

@@ -110,15 +110,15 @@ def try_ways(
 
 
 def choose_gate(outcomes: Sequence[GateOutcome], max_interventions: float) -> GateOutcome | None:
-    """The one with the largest gain among those that intervene at most ``max_interventions`` times as often
-    as the first of ``outcomes``, where the agent decides everywhere; of all if that never intervenes.
-    None: none intervenes so seldom."""
+    """The one with the largest gain among those :func:`within`; None if there is none."""
+    return max(within(outcomes, max_interventions), key=lambda outcome: outcome.gain, default=None)
+
+
+def within(outcomes: Sequence[GateOutcome], max_interventions: float) -> list[GateOutcome]:
+    """Those that intervene at most ``max_interventions`` times as often as the first of ``outcomes``, where
+    the agent decides everywhere; all if that never intervenes."""
     limit = max_interventions * outcomes[0].interventions if outcomes[0].interventions else np.inf
-    return max(
-        (outcome for outcome in outcomes if outcome.interventions <= limit),
-        key=lambda outcome: outcome.gain,
-        default=None,
-    )
+    return [outcome for outcome in outcomes if outcome.interventions <= limit]
 
 
 def is_proved(outcome: GateOutcome) -> bool:

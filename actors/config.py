@@ -125,7 +125,7 @@ class DecodingConfig(Config):
     or without."""
 
     @model_validator(mode="after")
-    def _gate_fits_steering(self) -> DecodingConfig:
+    def _fits_together(self) -> DecodingConfig:
         if self.conflict is not None:
             raise ValueError(self.conflict)
         return self
@@ -137,6 +137,16 @@ class DecodingConfig(Config):
             return (
                 f"gate.min_confidence={self.gate.min_confidence:g} asks the agent, which does not decide "
                 "with steering=value; use min_advantage, or steering=policy"
+            )
+        # The default is "all of them" where there are fewer.
+        most, is_given = (
+            self.truncation.top_k,
+            self.num_compared != type(self).model_fields["num_compared"].default,
+        )
+        if self.steering == "value" and is_given and self.num_compared > most:
+            return (
+                f"num_compared={self.num_compared} is more than the candidates that there are, "
+                f"truncation.top_k={most}; lower it, or raise that"
             )
         return None
 

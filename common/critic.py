@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,11 @@ def _read_card(folder: Path) -> dict[str, Any]:
 def has_critic(folder: Path) -> bool:
     """Whether the agent in ``folder`` has a critic. What lies beside an agent whose card was sealed without
     one is another agent's."""
-    card = _read_card(folder)
-    is_sealed_without = DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card
-    return (folder / CRITIC_FILE).is_file() and not is_sealed_without
+    return (folder / CRITIC_FILE).is_file() and not _is_sealed_without(_read_card(folder))
+
+
+def _is_sealed_without(card: Mapping[str, Any]) -> bool:
+    return DIGESTS[WEIGHTS_FILE] in card and DIGESTS[CRITIC_FILE] not in card
 
 
 def load_critic(
@@ -116,11 +119,22 @@ def load_critic(
             for an LLM of another hidden size than ``hidden_size``.
     """
     path, card = folder / CRITIC_FILE, _read_card(folder)
-    if not has_critic(folder):
+    remedy = f"add {setting}=policy, or export or train the agent again"
+    if path.is_file() and _is_sealed_without(card):
         raise UserError(
-            f"{setting}=value needs the agent's critic, and there is none in {folder}; add "
-            f"{setting}=policy, or export or train the agent again"
+            f"{setting}=value needs the agent's critic, and {path} is another agent's: the card knows of "
+            f"none; {remedy}"
         )
+    if not path.exists():
+        raise UserError(f"{setting}=value needs the agent's critic, and there is none in {folder}; {remedy}")
+    try:
+        with path.open("rb"):  # The library says of every such failure that there is no file.
+            pass
+    except OSError as error:
+        raise UserError(f"agent: {path}: {error.strerror or error}; make it readable") from error
+    without = (
+        f"train it again, or add {setting}=policy (export and calibrate do without once the file is removed)"
+    )
     try:
         tensors = load_file(path)
         _, first, second = tensors["linear2.weight_HIO"].shape
@@ -137,15 +151,12 @@ def load_critic(
         SafetensorError,
     ) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"agent: {path} cannot be read ({reason}); export or train it again, or remove it and go by "
-            "policy"
-        ) from error
+        raise UserError(f"agent: {path} cannot be read ({reason}); {without}") from error
     if hidden_size is not None and len(critic.ln.weight) != hidden_size:
         raise UserError(
             f"agent: {path} was trained for hidden size {len(critic.ln.weight)}, the LLM has {hidden_size}; "
             "use the LLM it was trained for"
         )
     if bad := not_finite(critic.state_dict()):
-        raise UserError(f"agent: {path}: {bad[0]} is not finite; train it again")
+        raise UserError(f"agent: {path}: {bad[0]} is not finite; {without}")
     return critic.eval()

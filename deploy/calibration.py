@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mara.actors.calibration import GateOutcome, choose_gate, is_proved, try_ways, ways_to_try
+from mara.actors.calibration import GateOutcome, choose_gate, is_proved, try_ways, ways_to_try, within
 from mara.actors.config import DecodingConfig
 from mara.common.errors import UserError
 from mara.common.files import write_whole
@@ -56,7 +56,8 @@ def calibrate(
     """
     if not math.isfinite(max_interventions):
         raise UserError(
-            f"--max-interventions={max_interventions} is no number of times; 100 shuts nothing out"
+            f"--max-interventions={max_interventions} is no number of times; a large one, such as 1e9, shuts "
+            "nothing out"
         )
     if not any(config.score_weights.values()):
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
@@ -65,6 +66,8 @@ def calibrate(
     # The critic is welcome, not needed: without it there are gates to try.
     as_asked = config.decoding.model_copy(update={"steering": "policy"})
     parts = load_parts(folder, config.model_copy(update={"decoding": as_asked}), wants_critic=True)
+    if parts.critic is None:
+        say("the agent has no critic of its own: it is tried by policy, behind gates")
     outcomes = try_ways(
         parts.llm,
         parts.agent,
@@ -85,21 +88,31 @@ def calibrate(
     rows = [_row(outcome) for outcome in outcomes]
     chosen = None if best is None or not is_proved(best) else _row(best)["settings"]
     write_whole(path, json.dumps(content | {"chosen": chosen, "tried": rows}, indent=2) + "\n")
-    for line in findings(outcomes, best, config.decoding, len(asked)):
+    for line in findings(outcomes, best, max_interventions, config.decoding, len(asked)):
         say(line)
     say(f"tried: {path}")
     return best
 
 
 def findings(
-    outcomes: Sequence[GateOutcome], best: GateOutcome | None, decoding: DecodingConfig, num_prompts: int
+    outcomes: Sequence[GateOutcome],
+    best: GateOutcome | None,
+    max_interventions: float,
+    decoding: DecodingConfig,
+    num_prompts: int,
 ) -> Iterator[str]:
-    """What to do with ``outcomes``, of which ``best`` was chosen, for an agent used as ``decoding``."""
-    top = max(outcomes, key=lambda outcome: outcome.gain)
-    if best is None or (best.interventions == 0 and top.gain > best.gain):
-        yield "none that steps in at all does so this seldom; raise --max-interventions"
-    elif best.interventions == 0:
+    """What to do with ``outcomes``, of which ``best`` was chosen within ``max_interventions``, for an agent
+    used as ``decoding``."""
+    dense, top = outcomes[0], max(outcomes, key=lambda outcome: outcome.gain)
+    if not dense.interventions:
+        yield "by policy it never steps in, so --max-interventions shuts nothing out"
+    if top.gain <= 0:
         yield "none gains anything on these prompts; train the agent longer"
+        return
+    if not any(outcome.interventions for outcome in within(outcomes, max_interventions)):
+        yield "none that steps in at all does so this seldom; raise --max-interventions"
+    elif best is None or best.gain <= 0:
+        yield "none that steps in so seldom gains anything; raise --max-interventions"
     elif not is_proved(best):
         yield (
             f"none is named: {num_prompts} prompts cannot tell the best gain, {best.gain:+.2f} ± "
@@ -112,13 +125,14 @@ def findings(
             if now is not best:
                 yield f"with that:         {_figures(best)}"
                 yield f"as it is used now: {_figures(now)}"
+        where = " within the limit" if dense.interventions else ""
         yield (
-            f"it is the best within the limit, of {len(outcomes)} on these {num_prompts} prompts, so it "
-            "flatters itself: see what `mara eval` makes of it on held-out ones"
+            f"it is the best{where}, of {len(outcomes)} on these {num_prompts} prompts, so it flatters "
+            "itself: see what `mara eval` makes of it on held-out ones"
         )
-    if outcomes[0].interventions and top.gain > (0.0 if best is None else best.gain):
+    if dense.interventions and (best is None or top.gain > best.gain):
         # Rounded up: as a limit the number must let this one in.
-        times = math.ceil(round(100 * top.interventions / outcomes[0].interventions, 6)) / 100
+        times = math.ceil(round(100 * top.interventions / dense.interventions, 6)) / 100
         yield (
             f"more is gained beyond the limit, at {times:.2f} times the interventions (--max-interventions), "
             f"{top.decoding.how}: {_figures(top)}"

@@ -221,29 +221,6 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
         complain(f"answers are cut at {limit} tokens; add decoding.max_new_tokens=NUMBER for longer ones")
 
 
-def check_used(overrides: Sequence[str], used: Sequence[str], decoding: DecodingConfig | None = None) -> None:
-    """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
-
-    Those that change nothing as ``decoding``, if given, steers the agent are refused as well.
-
-    Raises:
-        UserError: one line for each; names the key alone, for a value may be a password.
-    """
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    unused = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in used)]
-    if unused:
-        raise UserError(
-            "\n".join(f"{key} changes nothing here; settings that do: {', '.join(used)}" for key in unused)
-        )
-    if decoding is None:
-        return
-    if idle := [key for key in keys if key in {f"decoding.{name}" for name in decoding.idle}]:
-        other = "value" if decoding.steering == "policy" else "policy"
-        bar = "the bar is decoding.min_advantage; or " if "decoding.threshold" in idle else ""
-        remedy = f"{bar}add decoding.steering={other}"
-        raise UserError("\n".join(f"{key} changes nothing by {decoding.steering}; {remedy}" for key in idle))
-
-
 def used_settings(config: AgentUse) -> dict[str, Any]:
     """The settings that an evaluation depends on, nested as in the configuration."""
     content = config.model_dump(mode="json")
@@ -300,7 +277,11 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
     asked = f"{report.decisions_per_token:.2f}"
     changed = f"{report.interventions:.1%} of all tokens, with and without a choice,"
     console.print(f"{changed} are not the LLM's first candidate.", highlight=False)
-    if report.forced_share is None:
+    if not report.decisions_per_token:
+        console.print(
+            "The agent was asked nowhere: its gate let it decide no token, or each had one candidate."
+        )
+    elif report.forced_share is None:
         console.print(f"Candidate taken by its place: {places}; {asked} candidates compared a token.")
     else:
         console.print(
@@ -313,9 +294,14 @@ def print_report(report: EvaluationReport, decoding: DecodingConfig, num_samples
             highlight=False,
         )
     if report.interventions == 0:
+        remedy = "Train the agent longer (learner.num_episodes), or by value lower decoding.min_advantage."
+        if not report.decisions_per_token:
+            gate = decoding.gate.how
+            remedy = (
+                f"Loosen decoding.gate ({gate})." if gate else "Allow more candidates (decoding.truncation)."
+            )
         console.print(
-            "The LLM's first candidate was taken everywhere: the answers are the LLM's own. Train the agent "
-            "longer (learner.num_episodes), or by value lower decoding.min_advantage.",
+            "The LLM's first candidate was taken everywhere: the answers are the LLM's own. " + remedy,
             highlight=False,
         )
     for sample in of_each_outcome(report.samples, num_samples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 OK = 0
 FAILED = 1
 USER_ERROR = 2
+SIGNALLED = 128
 INTERRUPTED = 130
 
 

@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from mara.deploy import exit as exits
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -16,14 +18,22 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._first: int | None = None
         self._interrupts = False
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
-        return self._requested
+        return self._first is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What the shell gives a program that such a signal ends, 128 and its number; 0 if none has come.
+
+        A script must not go on with what was cut short, though it is saved.
+        """
+        return exits.OK if self._first is None else exits.SIGNALLED + self._first
 
     def interrupt_from_here(self) -> None:
         """From now on the first signal interrupts too: there is nothing left that must be saved.
@@ -32,7 +42,7 @@ class StopSignal:
             KeyboardInterrupt: here and now, if a signal has come already; later, when one comes.
         """
         self._interrupts = True
-        if self._requested:
+        if self.requested:
             raise KeyboardInterrupt
 
     def install(self) -> None:
@@ -54,10 +64,11 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         # A terminal that is closed is told twice, by the shell and by the system: nobody means it twice.
-        if number == signal.SIGHUP and self._requested and not self._interrupts:
+        if number == signal.SIGHUP and self.requested and not self._interrupts:
             return
         # Only sets a flag: a handler runs between any two instructions of the main thread, locks held.
-        interrupts = self._interrupts or self._requested
-        self._requested = True
+        interrupts = self._interrupts or self.requested
+        if self._first is None:
+            self._first = number
         if interrupts:
             raise KeyboardInterrupt

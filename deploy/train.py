@@ -59,12 +59,13 @@ WAITS = {
 """What is said of the processes in each phase before the last."""
 
 
-def train(config: RunConfig, resumed: Resumed | None = None) -> None:
+def train(config: RunConfig, resumed: Resumed | None = None) -> int:
     """Train an agent and, if configured, evaluate it. Returns when all is saved and every process is gone.
 
     With ``resumed`` that run goes on, with ``config`` as its settings, in its folder.
 
-    Ctrl-C, SIGTERM or SIGHUP ends it early, with the agent as it is then.
+    Ctrl-C, SIGTERM or SIGHUP ends it early, with the agent as it is then; the exit status that is returned
+    tells, else it is 0.
 
     Raises:
         UserError: the settings are wrong.
@@ -109,7 +110,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                         "stopped before training went on; agent and checkpoints are as the run had saved "
                         f"them, and `mara train --resume {resumed.folder}` goes on"
                     )
-                return
+                return stop.exit_status
             except OSError as error:  # The disk is full, most likely: nothing that was saved is touched.
                 if folder is None:
                     raise
@@ -133,6 +134,7 @@ def train(config: RunConfig, resumed: Resumed | None = None) -> None:
                 warn(doubt)
             if (remedy := how_to_go_on(summary, folder)) is not None:
                 say(remedy)
+    return stop.exit_status
 
 
 def _reason(error: OSError) -> str:
@@ -376,11 +378,11 @@ def why_doubtful(view: View, figures: Mapping[str, float]) -> str | None:
 
     Args:
         view: with the last metrics of the training, which count where the agent was not evaluated.
-        figures: of its evaluation.
+        figures: of its evaluation; empty where there was none. By value nothing is rejected.
     """
     # Without rollout actors the metrics are those of episodes that another agent made.
     trained = view.metrics.get("episode/forced_rate", 0.0) if view.has_actors else 0.0
-    share = figures.get(FORCED_SHARE, trained)
+    share = figures.get(FORCED_SHARE, 0.0) if figures else trained
     if share <= MUCH_FORCED:
         return None
     return (

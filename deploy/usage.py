@@ -11,6 +11,7 @@ from typing import Any
 from typer import BadParameter
 from typer.core import TyperGroup
 
+from mara.actors.config import DecodingConfig
 from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy.exit import OK, USER_ERROR
@@ -73,6 +74,54 @@ def given_once(overrides: Sequence[str] | None) -> list[str]:
             "\n".join(f"{key} is given {keys[key]} times; leave all but one of them out" for key in twice)
         )
     return list(overrides or [])
+
+
+def check_used(overrides: Sequence[str], used: Sequence[str]) -> None:
+    """Refuse ``key=value`` overrides of settings outside ``used``: they would change nothing.
+
+    Raises:
+        UserError: one line for each; names the key alone, for a value may be a password.
+    """
+    unused = [key for key in _keys(overrides) if not any(f"{key}.".startswith(f"{name}.") for name in used)]
+    if unused:
+        raise UserError(
+            "\n".join(f"{key} changes nothing here; settings that do: {', '.join(used)}" for key in unused)
+        )
+
+
+def check_steering(
+    overrides: Sequence[str],
+    ways: Sequence[DecodingConfig],
+    besides: Sequence[str] = (),
+    *,
+    remedy: str = "add decoding.steering={other}",
+) -> None:
+    """Refuse ``key=value`` overrides that change nothing in any of the ``ways`` in which agents are used.
+
+    Args:
+        besides: settings of ``decoding`` that are looked at for something else as well.
+        remedy: what to do, where ``{other}`` is the other way to steer.
+
+    Raises:
+        UserError: one line for each.
+    """
+    if len({way.steering for way in ways}) != 1:
+        return  # None, or both.
+    way = ways[0]
+    other = "value" if way.steering == "policy" else "policy"
+    lines = []
+    for key in _keys(overrides):
+        group, _, name = key.partition(".")
+        if group != "decoding" or name not in way.idle or name in besides:
+            continue
+        bar = "the bar is decoding.min_advantage; or " if name == "threshold" else ""
+        lines.append(f"{key} changes nothing by {way.steering}; {bar}{remedy.format(other=other)}")
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [override.partition("=")[0].strip() for override in overrides]
 
 
 def _in_words(error: Any) -> str:

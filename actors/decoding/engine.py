@@ -268,8 +268,10 @@ class Engine:
         if not rows:
             return []
         started_s = time.perf_counter()
+        compares = any(row.goes_by_value and row.undecided and row.num - row.rank > 1 for row in rows)
         if self._tuner is not None:
-            self._window = self._tuner.window(len(rows))
+            # Beside rows that compare a pass is as wide as that anyhow.
+            self._window = self._num_compared if compares else self._tuner.window(len(rows))
         for row in rows:
             row.num_examined = min(self._width(row), row.num - row.rank) if row.undecided else 1
         num_rows, num_Q = len(rows), max(row.num_examined for row in rows)
@@ -298,7 +300,7 @@ class Engine:
             self._propose([row for row, _ in going_on], states_BD)
         if self._tuner is not None:
             self._tuner.taken(ranks)
-        if self._tuner is not None and num_Q <= self._window:  # Rows by value may have made it wider.
+        if self._tuner is not None and not compares:
             self._tuner.measured(num_rows, self._window, time.perf_counter() - started_s)
         return self._release(finished)
 

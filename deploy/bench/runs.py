@@ -15,11 +15,11 @@ from mara.deploy.bench.decoding import Subject, bench_decode, bench_rollout
 from mara.deploy.bench.figures import check_json_path, report
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
-from mara.deploy.evaluation import check_used
 from mara.deploy.hub import load_source
 from mara.deploy.model_shape import find_hidden_size
 from mara.deploy.preflight import check_context
 from mara.deploy.run_folder import check_agent, load_run
+from mara.deploy.usage import check_steering, check_used
 from mara.learner.saving import AGENT_FOLDER
 
 BENCH_USES = ("llm", "decoding", "rollout.rows", "rollout.max_prompt_tokens", "prompts.evaluation")
@@ -55,21 +55,27 @@ def rollout(
     Raises:
         UserError: the run has no agent or too few prompts, or a setting is wrong.
     """
-    config = _settings(run, [NEW_TOKENS, BY_POLICY, *PAPER_SETS, *overrides], json_file)
+    config = _settings(run, [NEW_TOKENS, BY_POLICY, *PAPER_SETS, *overrides], json_file, is_rollout=True)
     if config.decoding.fallback != "last":
         raise UserError("decoding.fallback=first: the paper takes the last; set it to last")
-    if config.decoding.steering == "value":
-        raise UserError("decoding.steering=value: rollouts are sampled by the policy; leave it out")
     subject = _subject(run, config, peer_prompts)
     report(
         bench_rollout(subject, config.decoding, config.rollout.rows, num_rounds, peer_prompts, say), json_file
     )
 
 
-def _settings(run: Path, overrides: Sequence[str], json_file: Path | None) -> RunConfig:
+def _settings(
+    run: Path, overrides: Sequence[str], json_file: Path | None, *, is_rollout: bool = False
+) -> RunConfig:
     check_json_path(json_file)
     config = load_run(run, overrides)
-    check_used(overrides, BENCH_USES, config.decoding)
+    check_used(overrides, BENCH_USES)
+    if is_rollout and config.decoding.steering == "value":
+        raise UserError("decoding.steering=value: rollouts are sampled by the policy; leave it out")
+    if is_rollout:
+        check_steering(overrides, [config.decoding], remedy="leave it out")
+    else:
+        check_steering(overrides, [config.decoding])
     check_agent(run)
     return config
 

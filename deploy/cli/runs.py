@@ -12,7 +12,7 @@ import typer
 from mara.common.errors import UserError
 from mara.deploy.cli.options import RunFolder, reported_errors
 from mara.deploy.output import complain, steady_output
-from mara.deploy.usage import UsageError, given_once
+from mara.deploy.usage import UsageError, check_steering, check_used, given_once
 
 TrainOverrides = Annotated[
     list[str] | None,
@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Train an agent, then compare it with the LLM it steers.
 
-    Ctrl-C saves the agent and ends; --resume goes on from there, or after a crash.
+    Ctrl-C saves the agent and ends with status 130; --resume goes on from there, or after a crash.
     """
     with reported_errors():
         from mara.deploy.config_file import dump_config, find_config, load_config
@@ -76,7 +76,10 @@ def train(
         elif config is None:
             raise UsageError("missing argument 'CONFIG'")
         else:
-            settings = load_config(find_config(config), given_once(overrides))
+            changes = given_once(overrides)
+            settings = load_config(find_config(config), changes)
+            # Training samples with these either way.
+            check_steering(changes, [settings.decoding], besides=("fallback", "mode", "window"))
             if trust and settings.replay.from_run is None:
                 raise UsageError("--trust belongs to --resume or replay.from; leave it out")
         if settings.replay.from_run is not None:
@@ -98,7 +101,8 @@ def train(
         from mara.deploy.train import train as run
 
         with steady_output():
-            run(settings, resumed)
+            status = run(settings, resumed)
+        raise typer.Exit(status)
 
 
 def evaluate(
@@ -170,9 +174,10 @@ def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bo
     settings = load_use(run, overrides)
     check_agent(run)
     check_called(run, settings, is_trusted=trust)
-    from mara.deploy.evaluation import EVALUATION_USES, check_used, run_evaluation
+    from mara.deploy.evaluation import EVALUATION_USES, run_evaluation
 
-    check_used(overrides, EVALUATION_USES, settings.decoding)
+    check_used(overrides, EVALUATION_USES)
+    check_steering(overrides, [settings.decoding])
     if (process := who_runs(run)) is not None:
         warn(f"{run} goes on ({process}); what is judged is the agent that it saved last")
     with steady_output():
@@ -199,6 +204,8 @@ def _compare(
         settings = resumed_settings(resume, overrides, is_trusted=trust)
     else:
         settings = load_comparison(find_config(config, is_comparison=True), overrides)
+    remedy = "leave it out, or use an agent so: systems.NAME.steering={other}"
+    check_steering(overrides, settings.ways, remedy=remedy)
     if dry_run:
         from mara.deploy.comparison.checks import check
         from mara.deploy.comparison.results import Results
@@ -212,7 +219,8 @@ def _compare(
         complain("mara: all checks passed; nothing was started")
         return
     with steady_output():
-        compare(settings, Place(out, resume))
+        status = compare(settings, Place(out, resume))
+    raise typer.Exit(status)
 
 
 def generate(
@@ -227,10 +235,11 @@ def generate(
         overrides = given_once(overrides)
         settings = load_use(run, overrides)
         check_agent(run)
-        from mara.deploy.evaluation import GENERATION_USES, check_used
+        from mara.deploy.evaluation import GENERATION_USES
         from mara.deploy.evaluation import generate as answer
 
-        check_used(overrides, GENERATION_USES, settings.decoding)
+        check_used(overrides, GENERATION_USES)
+        check_steering(overrides, [settings.decoding])
         with steady_output():
             answer(run, settings, prompt)
 
@@ -258,7 +267,6 @@ def calibrate(
         check_called(run, settings, is_trusted=trust)
         from mara.deploy.calibration import CALIBRATION_USES, find_prompts
         from mara.deploy.calibration import calibrate as find_gate
-        from mara.deploy.evaluation import check_used
 
         check_used(overrides or [], CALIBRATION_USES)
         with steady_output():
@@ -287,9 +295,12 @@ def import_released(
 ) -> None:
     """Convert an agent that the paper's authors released into a folder as export writes it."""
     with reported_errors():
-        from mara.deploy.evaluation import GENERATION_USES, check_used
+        from mara.deploy.evaluation import GENERATION_USES
         from mara.deploy.exchange import import_agent, import_settings
 
         overrides = given_once(overrides)
         check_used(overrides, GENERATION_USES)
-        import_agent(file, import_settings(llm, overrides), out)
+        settings = import_settings(llm, overrides)
+        if settings.decoding.steering == "policy":  # The other is refused: it needs a critic.
+            check_steering(overrides, [settings.decoding], remedy="leave it out")
+        import_agent(file, settings, out)

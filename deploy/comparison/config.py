@@ -278,6 +278,12 @@ class ComparisonConfig(Config):
             waves[depth].append(name)
         return waves
 
+    @property
+    def ways(self) -> list[DecodingConfig]:
+        """How each agent is used."""
+        agents = [system for system in self.systems.values() if isinstance(system, AgentSystem)]
+        return [agent.used_in(self.decoding) for agent in agents]
+
     def llm_of(self, name: str) -> tuple[LLMConfig, Path | None]:
         """The LLM that a system answers with, and its adapter."""
         system = self.systems[name]

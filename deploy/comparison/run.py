@@ -34,7 +34,7 @@ from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.verdicts import Pair, Refusals, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
-from mara.deploy.exit import RunFailed
+from mara.deploy.exit import OK, RunFailed
 from mara.deploy.fleet import Rates
 from mara.deploy.preflight import check_out
 from mara.deploy.process import LOADING
@@ -103,10 +103,11 @@ def check_same(folder: Path, checked: Checked) -> None:
         )
 
 
-def compare(config: ComparisonConfig, place: Place) -> None:
+def compare(config: ComparisonConfig, place: Place) -> int:
     """Make the comparison, or what is left of it, and its report. Returns when every process is gone.
 
-    Ctrl-C, SIGTERM or SIGHUP ends it early; everything that was found is kept.
+    Ctrl-C, SIGTERM or SIGHUP ends it early, which the exit status that is returned tells; everything that was
+    found is kept. Else it is 0.
 
     Raises:
         UserError: the settings are wrong.
@@ -130,7 +131,7 @@ def compare(config: ComparisonConfig, place: Place) -> None:
                 progress.state("making the report")
         except StoppedEarly:
             say("stopped; nothing had been made" if folder is None else f"stopped; {_how_to_resume(folder)}")
-            return
+            return stop.exit_status
         except RunFailed as error:
             raise error if folder is None else RunFailed(f"{error}; {_how_to_resume(folder)}") from error
         except OSError as error:  # The disk is full, most likely.
@@ -144,6 +145,7 @@ def compare(config: ComparisonConfig, place: Place) -> None:
     say("report:")
     for path in files:
         say(f"  {path}")
+    return OK
 
 
 def _how_to_resume(folder: Path) -> str:

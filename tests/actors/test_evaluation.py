@@ -346,6 +346,12 @@ def test_ways_to_use_an_agent_are_judged_as_the_evaluation_judges_and_the_best_i
     dense, *gated = try_ways(llm, agent, critic, ways, prompts, HEADS, WEIGHTS, rows=7, max_prompt_tokens=60)
     policy = steered_by(agent, DECODING)
     report = evaluate(llm, policy, prompts, HEADS, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
+    assert report.forced_share is not None
+    by_value = steered_by(agent, ways[3], critic)
+    assert (
+        evaluate(llm, by_value, prompts, HEADS, WEIGHTS, ways[3], rows=7, max_prompt_tokens=60).forced_share
+        is None
+    )
     assert dense.joint == report.preference["joint"]
     assert dense.perplexity == pytest.approx(report.fluency["agent"].perplexity)
     answers = answer_prompts(

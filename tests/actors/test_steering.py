@@ -158,6 +158,33 @@ def test_a_higher_bar_steps_in_less_often_and_an_unreachable_one_never(llama):
     assert [g.response_ids for g in by_bar[2]] == [g.response_ids for g in answers("greedy")]
 
 
+def test_beside_rows_that_compare_the_others_examine_as_many_and_nothing_is_learnt_of_windows(
+    llama, monkeypatch
+):
+    asked, told = [], []
+    monkeypatch.setattr(
+        engine_module.WindowTuner, "window", lambda self, num_rows: asked.append(num_rows) or 1
+    )
+    monkeypatch.setattr(engine_module.WindowTuner, "measured", lambda self, *passed: told.append(passed))
+    config = DecodingConfig(
+        truncation=TruncationConfig(top_k=5, top_p=1.0), max_new_tokens=12, num_compared=5
+    )
+    value = ValuePolicy(make_critic(llama.config.hidden_size), 0.05)
+    by_policy = AgentPolicy(make_agent(llama.config.hidden_size), 0.5)
+
+    def passes(*policies):
+        engine = Engine(llama, [], config, most_demanding(policies), len(policies), 9)
+        requests = make_requests(4, [9] * len(policies))
+        list(engine.generate(replace(r, policy=p) for r, p in zip(requests, policies, strict=True)))
+        return engine.num_passes
+
+    alone = passes(by_policy, by_policy)
+    assert alone > 13 and len(asked) == len(told) == alone - 1
+    asked.clear()
+    told.clear()
+    assert passes(by_policy, by_policy, value) == 13 and asked == told == []
+
+
 @pytest.mark.parametrize("mode", ["auto", "wide"])
 def test_agents_of_several_critics_and_bars_answer_together_as_alone(llama, mode):
     hidden_size = llama.config.hidden_size

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mara.common.agent import CRITIC_FILE
 from mara.common.critic import TwinCritic, load_critic, save_critic
 from mara.common.errors import UserError
 
@@ -44,6 +45,21 @@ def test_a_saved_critic_comes_back_and_one_that_is_not_finite_is_refused(tmp_pat
         critic.ln.weight[3] = torch.nan
     save_critic(critic, tmp_path)
     with pytest.raises(UserError, match=r"ln\.weight is not finite; train it again"):
+        load_critic(tmp_path)
+
+
+def test_a_critic_that_is_missing_or_cannot_be_read_is_one_line_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="x.steering=value needs the agent's critic.*add x.steering=policy"):
+        load_critic(tmp_path, 16, "x.steering")
+    save_critic(TwinCritic(16, (8, 4)), tmp_path)
+    path = tmp_path / CRITIC_FILE
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    with pytest.raises(UserError, match=r"cannot be read \(.*add x.steering=policy"):
+        load_critic(tmp_path, 16, "x.steering")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="critic.safetensors: Is a directory; make it readable"):
         load_critic(tmp_path)
 
 

@@ -146,6 +146,14 @@ def test_rollouts_are_compared_with_the_papers_procedure(tiny_run, tmp_path):
         (["bench", "decode", "{tmp}/none"], "none does not exist; give the folder of a run"),
         (["bench", "rollout", "{run}", "decoding.fallback=first"], "the paper takes the last"),
         (["bench", "rollout", "{run}", "decoding.steering=value"], "rollouts are sampled by the policy"),
+        (
+            ["bench", "rollout", "{run}", "decoding.steering=value", "decoding.mode=lazy"],
+            "rollouts are sampled by the policy; leave it out",
+        ),
+        (
+            ["bench", "rollout", "{run}", "decoding.min_advantage=0.1"],
+            "decoding.min_advantage changes nothing by policy; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_a_line_before_the_llm_is_loaded(

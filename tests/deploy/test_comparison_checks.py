@@ -105,6 +105,13 @@ def test_a_mistake_is_one_line(dry_run: Invoke, override: str, parts: list[str])
     assert_one_line(dry_run(override), *parts)
 
 
+def test_an_agent_by_value_must_have_its_critic(dry_run: Invoke, tiny_run: tuple[Path, RunConfig]) -> None:
+    (tiny_run[0] / "agent" / "critic.safetensors").unlink()
+    by_value = "decoding.steering=value"
+    assert_one_line(dry_run(by_value), "systems.mara.path: ", "add systems.mara.steering=policy")
+    assert dry_run(by_value, "systems.mara.steering=policy").exit_code == 0
+
+
 def test_an_agent_must_fit_the_llm_that_it_is_put_on(
     dry_run: Invoke, path: Path, make_llm_folder: Callable[..., Path]
 ) -> None:
@@ -237,7 +244,9 @@ def test_another_use_of_an_agent_than_its_own_is_told(
     told = [line for line in result.stderr.splitlines() if "by itself" in line]
     assert told == ([] if said is None else [f"mara: warning: {said}"])
     if said is not None:
-        followed = dry_run(*overrides, *said.partition("for that add ")[2].split())
+        # By policy a bar would be refused.
+        kept = [override for override in overrides if "min_advantage" not in override]
+        followed = dry_run(*kept, *said.partition("for that add ")[2].split())
         assert followed.exit_code == 0 and "by itself" not in followed.stderr
 
 

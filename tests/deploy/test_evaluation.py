@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mara.actors.calibration import ADVANTAGES, GATES, GateOutcome, choose_gate
+from mara.actors.calibration import ADVANTAGES, GATES, GateOutcome, choose_gate, try_ways
 from mara.actors.config import DecodingConfig
 from mara.actors.evaluation import Sample, preference_rate
 from mara.actors.head_config import HeadShape
@@ -259,6 +260,11 @@ def test_calibrating_names_the_best_settings_and_they_can_be_used(
     folder, config = tiny_run
     if not has_critic:
         (folder / AGENT_FOLDER / CRITIC_FILE).unlink()
+    monkeypatch.setattr(
+        "mara.deploy.calibration.try_ways",
+        # A random agent loses.
+        lambda *args, **kwargs: [replace(tried, gain=abs(tried.gain)) for tried in try_ways(*args, **kwargs)],
+    )
     given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions", str(most)]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0 and "joint rate: answers better" in result.output, result.output
@@ -303,10 +309,51 @@ def test_calibrating_names_the_best_settings_and_they_can_be_used(
     ],
 )
 def test_settings_of_the_other_way_to_steer_are_refused(tiny_run, given, says):
-    for command in ("eval", "generate"):
-        words = [command, str(tiny_run[0]), *(["why"] if command == "generate" else []), *given]
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
+    run = str(tiny_run[0])
+    for words in (
+        ["eval", run],
+        ["generate", run, "why"],
+        ["train", "quickstart", "decoding.steering=policy", "--dry-run"],
+        ["eval", "compare", "decoding.steering=policy", f"systems.mara.path={run}", "--dry-run"],
+    ):
+        changes = {word.partition("=")[0]: word for word in [*words, *given]}
+        result = CliRunner().invoke(app, list(changes.values()))
+        assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1, words
+
+
+def test_settings_that_training_or_one_of_the_agents_uses_are_taken(tiny_run):
+    by_value = ["decoding.steering=value", "decoding.min_advantage=0.1"]
+    sampling = ["decoding.fallback=first", "decoding.mode=lazy", "decoding.window=2"]
+    result = CliRunner().invoke(app, ["train", "quickstart", *by_value, *sampling, "--dry-run"])
+    assert result.exit_code == 0, result.stderr
+    run, config = tiny_run
+    agents = [
+        f"systems.{name}={{kind: agent, path: {run}, steering: {name}}}" for name in ("policy", "value")
+    ]
+    content = {
+        "llm": {"model": config.llm.model},
+        "decoding": {"max_new_tokens": 4},
+        "systems": {"base": {"kind": "llm"}},
+        "datasets": {"some": {"path": config.prompts.evaluation}},
+        "baseline": "base",
+    }
+    path = run / "both.yaml"
+    path.write_text(json.dumps(content, default=str))
+    given = ["eval", str(path), "--dry-run", "decoding.threshold=0.6"]
+    result = CliRunner().invoke(app, [*given, *agents, "decoding.min_advantage=0.2"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, [*given, agents[1]])
+    assert result.exit_code == 2 and "decoding.threshold changes nothing by value" in result.stderr
+
+
+def test_more_candidates_cannot_be_compared_than_there_are(tiny_run):
+    given = ["decoding.truncation.top_k=5", "decoding.num_compared=6"]
+    result = CliRunner().invoke(app, ["train", "quickstart", *given, "--dry-run"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "num_compared=6 is more than the candidates that there are, truncation.top_k=5" in result.stderr
+    for fits in (["decoding.truncation.top_k=3"], ["decoding.truncation.top_k=6", given[1]]):
+        result = CliRunner().invoke(app, ["train", "quickstart", *fits, "--dry-run"])
+        assert result.exit_code == 0, result.stderr
 
 
 def outcome(gain: float, interventions: float, bar: float | None = None) -> GateOutcome:
@@ -320,33 +367,61 @@ def outcome(gain: float, interventions: float, bar: float | None = None) -> Gate
     [
         ([outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "use it with:", True),
         ([outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.05)], 2, "use it with:", False),
-        ([outcome(0.4, 0.2), outcome(0.0, 0.0, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "none that steps", True),
+        (
+            [outcome(0.4, 0.2), outcome(0.0, 0.0, 0.2), outcome(0.9, 0.3, 0.05)],
+            0.5,
+            "none that steps in at",
+            True,
+        ),
         ([outcome(0.4, 0.2), outcome(0.9, 0.3, 0.05)], 0.5, "none that steps in at all", True),
+        (
+            [outcome(0.2, 0.2), outcome(-0.1, 0.05, 0.2), outcome(0.9, 0.3, 0.6)],
+            0.5,
+            "none that steps in so",
+            True,
+        ),
         ([outcome(-0.4, 0.2), outcome(-0.1, 0.05, 0.2), outcome(0.0, 0.0, 0.9)], 0.5, "none gains", False),
-        ([outcome(0.0, 0.0), outcome(0.9, 0.3, 0.05)], 0.5, "use it with:", False),
-        ([outcome(0.0, 0.0), outcome(-0.2, 0.3, 0.05)], 0.5, "none gains anything", False),
+        ([outcome(-0.4, 0.2), outcome(-0.1, 0.15, 0.2)], 0.5, "none gains anything", False),
+        ([outcome(-0.4, 0.2), outcome(-0.3, 0.05, 0.2)], 0.5, "none gains anything", False),
+        ([outcome(0.0, 0.0), outcome(0.9, 0.3, 0.05)], 0.5, "by policy it never steps in", False),
         ([outcome(0.05, 0.2), outcome(0.02, 0.1, 0.2)], 1, "none is named: 8 prompts cannot", False),
     ],
 )
 def test_a_calibration_says_what_to_use_and_what_its_limit_shuts_out(tried, limit, first, more):
-    lines = list(findings(tried, choose_gate(tried, limit), DecodingConfig(), 8))
+    lines = list(findings(tried, choose_gate(tried, limit), limit, DecodingConfig(), 8))
     assert lines[0].startswith(first)
-    shut_out = (
-        "more is gained beyond the limit, at 1.50 times the interventions (--max-interventions), "
-        "by value, bar 0.05: joint rate +66.7%, gain +0.90 ± 0.10"
+    beyond = [line for line in lines if line.startswith("more is gained beyond the limit, at 1.50 times")]
+    assert len(beyond) == more == any("beyond" in line for line in lines)
+    assert all(
+        "by value, bar 0." in line and "joint rate +66.7%, gain +0.90 ± 0.10" in line for line in beyond
     )
-    assert [line.startswith(shut_out) for line in lines].count(True) == more
-    assert more or not any("beyond" in line for line in lines)
+
+
+def test_where_an_agent_never_steps_in_by_policy_no_limit_is_named():
+    tried = [outcome(0.0, 0.0), outcome(0.9, 0.6, 0.03), outcome(0.5, 0.2, 0.2)]
+    first, second, third, *others = findings(tried, choose_gate(tried, 0.0), 0.0, DecodingConfig(), 8)
+    assert "--max-interventions shuts nothing out" in first and "min_advantage=0.03" in second
+    assert "the limit" not in third and not any("limit" in line for line in others)
+
+
+def test_a_limit_taken_from_the_advice_lets_that_way_in():
+    tried = [outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3008, 0.05)]
+    (line,) = [
+        line
+        for line in findings(tried, choose_gate(tried, 0.5), 0.5, DecodingConfig(), 8)
+        if line.startswith("more is gained beyond the limit, at ")
+    ]
+    assert choose_gate(tried, float(re.search(r"at ([\d.]+) times", line)[1])) is tried[2]
 
 
 def test_a_calibration_says_what_its_settings_cost_against_those_of_now():
     dense, less, now = outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3, 0.12)
     by_value = DecodingConfig(steering="value", min_advantage=0.12)
-    lines = list(findings([dense, now, less], less, by_value, 8))
+    lines = list(findings([dense, now, less], less, 0.5, by_value, 8))
     assert lines[0] == "use it with: decoding.min_advantage=0.2"
     assert "gain +0.50 ± 0.10, interventions 9.0%" in lines[1] and lines[1].startswith("with that:")
     assert "gain +0.90 ± 0.10, interventions 30.0%" in lines[2] and lines[2].startswith("as it is used now:")
-    lines = list(findings([dense, now, less], now, by_value, 8))
+    lines = list(findings([dense, now, less], now, 2.0, by_value, 8))
     assert lines[0] == "use it with: the settings that it has"
     assert not any(line.startswith(("with that", "as it is used")) for line in lines)
 
@@ -383,7 +458,7 @@ def test_calibrating_tells_what_the_limit_shuts_out_and_needs_no_critic(tiny_run
     (folder / "config.yaml").write_text(dump_config(config.model_copy(update={"decoding": by_value})))
     given = ["calibrate", str(folder), "--num-prompts", "8", "--max-interventions"]
     result = CliRunner().invoke(app, [*given, "0"])
-    assert "raise --max-interventions" in result.output, result.output
+    assert "none gains anything on these prompts" in result.output, result.output
     result = CliRunner().invoke(app, [*given, "inf"])
     assert result.exit_code == 2 and "--max-interventions=inf is no number of times" in result.output
     (folder / AGENT_FOLDER / CRITIC_FILE).unlink()

@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mara.actors.config import DecodingConfig, TruncationConfig
+from mara.actors.config import DecodingConfig, GateConfig, TruncationConfig
 from mara.actors.evaluation import CategoryRates, EvaluationReport, Fluency, Sample, preference_rate
 from mara.deploy.evaluation import headline, print_report, report_json
+from mara.deploy.finished_run import FORCED_SHARE
 
 
 def decoding(top_k: int, **settings: object) -> DecodingConfig:
@@ -67,6 +68,27 @@ def test_the_table_says_how_the_agent_was_used(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Agent (by value, bar 0.2)" in shown and "1.40 candidates compared a token" in shown
     assert "forced" not in shown
+    assert FORCED_SHARE in headline(make_report()) and FORCED_SHARE not in headline(by_value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "remedy"),
+    [
+        (1.4, {}, "Train the agent longer (learner.num_episodes)"),
+        (
+            0.0,
+            {"gate": GateConfig(max_first_probability=0.01)},
+            "Loosen decoding.gate (gate.max_first_probability 0.01)",
+        ),
+        (0.0, {}, "Allow more candidates (decoding.truncation)"),
+    ],
+)
+def test_answers_that_are_the_llms_own_are_told_with_what_may_change_that(capsys, asked, settings, remedy):
+    nothing = replace(make_report(), interventions=0.0, decisions_per_token=asked)
+    print_report(nothing, decoding(5, **settings), num_samples=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"the answers are the LLM's own. {remedy}" in shown
+    assert ("by its place" in shown) == (asked > 0) != ("was asked nowhere" in shown)
 
 
 def test_many_forced_tokens_are_told_with_the_remedy(capsys):

@@ -20,6 +20,7 @@ from mara.common.config import AgentConfig
 from mara.common.critic import TwinCritic, save_critic
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
+from mara.deploy.config_file import dump_config
 from mara.deploy.model_shape import find_identity
 from mara.deploy.run_folder import load_run
 from mara.deploy.run_lock import hold_run
@@ -187,7 +188,24 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     del card["critic_sha256"]
     (exported / "agent.json").write_text(json.dumps(card))
     _, lines = mara("generate", exported, "why", "decoding.steering=value", status=2)
-    assert len(lines) == 1 and "needs the agent's critic" in lines[0]
+    assert len(lines) == 1 and "is another agent's: the card knows of none" in lines[0]
+
+
+def test_an_agent_that_has_no_critic_of_its_own_is_exported_without(
+    tiny_run: Run, exported: Path, tmp_path: Path
+) -> None:
+    run, config = tiny_run
+    by_value = config.decoding.model_copy(update={"steering": "value"})
+    (run / "config.yaml").write_text(dump_config(config.model_copy(update={"decoding": by_value})))
+    agent = run / AGENT_FOLDER
+    card = json.loads((exported / "agent.json").read_text())
+    sealed = {"weights_sha256": card["weights_sha256"]}  # without a critic: the file is somebody else's
+    own = json.loads((agent / "agent.json").read_text())
+    (agent / "agent.json").write_text(json.dumps(own | sealed))
+    out = tmp_path / "without"
+    _, lines = mara("export", run, "--out", out)
+    assert any("the run goes by value and has no critic" in line for line in lines)
+    assert sorted(path.name for path in out.iterdir()) == ["agent.json", "agent.safetensors"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"llm": "tiny"}', '{"llm": {}}'])

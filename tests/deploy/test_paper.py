@@ -14,11 +14,12 @@ from mara.deploy.cli import app
 from mara.deploy.comparison.config import ComparisonConfig, CorrectorSystem, fill_template
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import find_config, load_comparison, load_config
-from mara.deploy.evaluation import EVALUATION_USES, check_used
+from mara.deploy.evaluation import EVALUATION_USES
 from mara.deploy.paper import find_twin, lines
 from mara.deploy.paper.experiments import EXPERIMENTS, LLMS, Step
 from mara.deploy.paper.plan import BILLIONS, Rates, cost_of, settings_of
 from mara.deploy.paper.scaled import TWINS
+from mara.deploy.usage import check_used
 
 LISTS = [list(experiment.steps()) for experiment in EXPERIMENTS.values()]
 LISTS += [list(find_twin(name, seed=1).steps()) for name in TWINS]

@@ -17,11 +17,13 @@ def send(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_only_asks_and_the_second_interrupts(number: signal.Signals) -> None:
     with StopSignal() as stop:
-        assert not stop.requested
+        assert not stop.requested and stop.exit_status == 0
         send(number)
         assert stop.requested
+        assert stop.exit_status == 128 + number
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+        assert stop.exit_status == 128 + number
 
 
 def test_a_terminal_that_is_closed_asks_once_though_two_tell_of_it() -> None:

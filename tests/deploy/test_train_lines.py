@@ -59,6 +59,7 @@ def test_an_agent_that_rejects_nearly_all_is_doubted() -> None:
     assert "rejects all candidates for 42% of the tokens" in (why_doubtful(view, {}) or "")
     # Greedy answers tell more than those that were sampled in training.
     assert why_doubtful(view, {FORCED_SHARE: 0.02}) is None
+    assert why_doubtful(view, {"eval/preference/joint": 0.6}) is None  # by value nothing is rejected
     assert "learner.num_episodes" in (why_doubtful(View("t", num_episodes=10), {FORCED_SHARE: 0.5}) or "")
     view.has_actors = False  # the episodes are those of another agent
     assert why_doubtful(view, {}) is None

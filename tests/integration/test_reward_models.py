@@ -104,7 +104,7 @@ def test_a_reward_model_that_is_killed_comes_back_on_two_servers_and_the_agent_i
         assert connect(other.url).keys("mara:*:weights") == []
         command.signal_group(signal.SIGINT)
 
-        assert command.wait() == 0, command.text
+        assert command.wait() == 130, command.text
         assert command.left_running() == []
         folder = command.run_folder
         record = (folder / "replay.json").read_text()

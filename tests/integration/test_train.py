@@ -201,7 +201,7 @@ def test_a_signal_while_ray_starts_ends_the_run_without_waiting_for_it(mara: Sta
     command.wait_until(lambda: "starting Ray" in command.text, "starting Ray")
     command.signal_group(signal.SIGINT)
 
-    assert command.wait() == 0, command.text
+    assert command.wait() == 130, command.text
     assert command.left_running() == []
     assert command.text.splitlines()[-1] == "stopped before training began; there is no agent to save"
     assert not (command.run_folder.parent / "latest").exists()

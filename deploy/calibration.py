@@ -43,16 +43,17 @@ COLUMNS = (
 
 
 def calibrate(
-    folder: Path, config: AgentUse, prompts: Path, num_prompts: int, max_interventions: float
+    folder: Path, config: AgentUse, given: Path | None, num_prompts: int, max_interventions: float
 ) -> GateOutcome | None:
-    """Try ways to use the agent on the first ``num_prompts`` of ``prompts``, print and save what each does,
-    name the best.
+    """Try ways to use the agent on the first ``num_prompts`` of the prompts ``given``, else of those of its
+    training; print and save what each does, name the best.
 
     By value where the agent has its critic, else behind gates. It is named only if the interval of its gain
     is above 0.
 
     Raises:
-        UserError: there is no agent or reward model, a head does not fit, or a score is not finite.
+        UserError: there are no prompts, no agent or reward model, a head does not fit, or a score is not
+            finite.
     """
     if not math.isfinite(max_interventions):
         raise UserError(
@@ -61,7 +62,8 @@ def calibrate(
         )
     if not any(config.score_weights.values()):
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
-    asked = load_source(prompts, "prompts")[:num_prompts]
+    prompts, field = _find_prompts(config, given)
+    asked = load_source(prompts, field)[:num_prompts]
     say(f"calibration: {len(asked)} prompts of {prompts}")
     # The critic is welcome, not needed: without it there are gates to try.
     as_asked = config.decoding.model_copy(update={"steering": "policy"})
@@ -151,17 +153,17 @@ def _figures(outcome: GateOutcome) -> str:
     )
 
 
-def find_prompts(config: AgentUse, given: Path | None) -> Path:
-    """The file ``given``, or that of the run's training prompts: thresholds fitted to held-out ones would
-    make these tell too much of the agent.
+def _find_prompts(config: AgentUse, given: Path | None) -> tuple[Path, str]:
+    """The file ``given``, or that of the run's training prompts, and what names it: thresholds fitted to
+    held-out ones would make these tell too much of the agent.
 
     Raises:
         UserError: neither is there, as with an exported agent.
     """
     if given is not None:
-        return given
+        return given, "--prompts"
     if isinstance(config, RunConfig):
-        return config.prompts.train
+        return config.prompts.train, "prompts.train"
     raise UserError("--prompts is missing: an exported agent brings none; give a file of prompts")
 
 

@@ -31,13 +31,17 @@ from mara.deploy.preflight import check_out
 from mara.deploy.run_folder import agent_folder
 from mara.deploy.run_lock import who_runs
 
+EXPORT_USES = tuple(
+    f"decoding.{name}" for name in ("steering", "min_advantage", "num_compared", "threshold", "gate")
+)
+
 
 def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``, with
     its critic if it has one.
 
-    Its card is that of the run's agent, with how it was trained (shaping and learner) and the SHA-256 of its
-    weights and the critic's.
+    Its card is that of the run's agent, with how ``config`` uses it (``EXPORT_USES``), how it was trained
+    (shaping and learner) and the SHA-256 of its weights and the critic's.
 
     Raises:
         UserError: the run's training goes on, its agent cannot be read, or ``out`` has something in it or
@@ -59,7 +63,9 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     _warn_of_local_llm(config.llm.model)
     if critic is None and config.decoding.steering == "value":
         warn("the run goes by value and has no critic; use the export with decoding.steering=policy")
-    settings = config.model_dump(mode="json", include={"shaping", "learner"})
+    settings = config.model_dump(mode="json", include={"shaping", "learner", "decoding"})
+    use = {name: settings["decoding"][name] for _, _, name in (key.partition(".") for key in EXPORT_USES)}
+    settings["decoding"] = card.get("decoding", {}) | use
     _write(agent, critic, {**card, "run": run.resolve().name, **settings}, out)
 
 

@@ -234,14 +234,20 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
             "give the folder of a run, or train one first"
         )
     if not folder.exists():
-        raise UserError(f"{folder} does not exist; give the folder of a run, which `mara train` makes")
+        example = f", such as {known}" if (known := Path("runs") / LATEST).exists() else ""
+        raise UserError(
+            f"{folder} does not exist; give the folder of a run, which `mara train` makes{example}"
+        )
     if (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} has the weights of an agent without its card ({CARD_FILE}), which says what LLM it is "
             "for; get all the files of the export"
         )
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made")
+        inner = f" in it, such as {latest}" if (latest := folder / LATEST).exists() else ""
+        raise UserError(
+            f"{folder} is not a run folder (no {CONFIG_FILE}); give one that `mara train` made{inner}"
+        )
     check_resolved(folder / CONFIG_FILE, read_content(folder / CONFIG_FILE))
     return load_config(folder / CONFIG_FILE, overrides)
 

@@ -26,6 +26,12 @@ GenerateOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.max_new_tokens=80."),
 ]
+ExportOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="How to use the agent, such as decoding.min_advantage=0.2 of calibrate."
+    ),
+]
 AgentOut = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the agent.")]
 Trusted = Annotated[
     bool,
@@ -167,6 +173,11 @@ def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bo
         raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
     if not run.exists() and (near := near_config(str(run))) is not None:
         raise UserError(f"there is no run {str(run)!r}, and no configuration; did you mean {near}?")
+    if not run.exists() and run.name == str(run):
+        raise UserError(
+            f"there is no run {str(run)!r}, and no configuration; give the folder of a run, such as "
+            "runs/latest, or a configuration, such as compare"
+        )
     if dry_run:
         raise UsageError(
             f"--dry-run belongs to a comparison; leave it out, or give a YAML file in place of {run}"
@@ -265,25 +276,31 @@ def calibrate(
         settings = load_use(run, overrides or [])
         check_agent(run)
         check_called(run, settings, is_trusted=trust)
-        from mara.deploy.calibration import CALIBRATION_USES, find_prompts
+        from mara.deploy.calibration import CALIBRATION_USES
         from mara.deploy.calibration import calibrate as find_gate
 
         check_used(overrides or [], CALIBRATION_USES)
         with steady_output():
-            find_gate(run, settings, find_prompts(settings, prompts), num_prompts, max_interventions)
+            find_gate(run, settings, prompts, num_prompts, max_interventions)
 
 
-def export(run: RunFolder, out: AgentOut) -> None:
-    """Write the agent of a run as a folder to hand on, which eval and generate take like a run."""
+def export(run: RunFolder, out: AgentOut, overrides: ExportOverrides = None) -> None:
+    """Write the agent of a run as a folder to hand on, which eval and generate take like a run.
+
+    Settings say how it is to be used, else it is as in its run.
+    """
     with reported_errors():
         from mara.deploy.run_folder import agent_folder, check_agent, load_run
 
         if agent_folder(run) == run:
             raise UserError(f"{run} is an exported agent; copy the folder")
-        settings = load_run(run)
+        changes = given_once(overrides)
+        settings = load_run(run, changes)
         check_agent(run)
-        from mara.deploy.exchange import export_agent
+        from mara.deploy.exchange import EXPORT_USES, export_agent
 
+        check_used(changes, EXPORT_USES)
+        check_steering(changes, [settings.decoding])
         export_agent(run, settings, out)
 
 

@@ -81,6 +81,8 @@ def check_resumed(folder: Path) -> None:
     Raises:
         UserError: none was.
     """
+    if not folder.exists():
+        raise UserError(f"--resume={folder} does not exist; give the folder of a comparison that ended early")
     for name in (CONFIG_FILE, RECORD):
         if not (folder / name).is_file():
             raise UserError(

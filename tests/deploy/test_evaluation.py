@@ -437,6 +437,25 @@ def test_calibrating_tries_and_marks_the_settings_of_now(tiny_run):
     assert rows[1]["settings"]["min_advantage"] == 0.07 and len(rows) == 2 + len(ADVANTAGES)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["calibrate", "{run}", "--prompts", "none.txt"], "--prompts: "),
+        (["eval", "nosuch"], "or a configuration, such as compare"),
+        (["generate", "nosuch", "why"], "nosuch does not exist; give the folder of a run, which"),
+        (["generate", "{runs}", "why"], "one that `mara train` made in it, such as {runs}/latest"),
+        (["eval", "--resume", "nosuch"], "--resume=nosuch does not exist"),
+    ],
+)
+def test_a_folder_that_is_not_what_is_needed_is_one_line(tiny_run, tmp_path, words, says):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(tiny_run[0])
+    places = {"run": tiny_run[0], "runs": tmp_path / "runs"}
+    result = CliRunner().invoke(app, [word.format(**places) for word in words])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert says.format(**places) in result.stderr
+
+
 def test_a_critic_of_somebody_else_is_none(tiny_run):
     folder, _ = tiny_run
     place = folder / AGENT_FOLDER

@@ -22,7 +22,7 @@ from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
 from mara.deploy.config_file import dump_config
 from mara.deploy.model_shape import find_identity
-from mara.deploy.run_folder import load_run
+from mara.deploy.run_folder import load_run, load_use
 from mara.deploy.run_lock import hold_run
 from mara.learner.saving import AGENT_FOLDER
 
@@ -189,6 +189,21 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     (exported / "agent.json").write_text(json.dumps(card))
     _, lines = mara("generate", exported, "why", "decoding.steering=value", status=2)
     assert len(lines) == 1 and "is another agent's: the card knows of none" in lines[0]
+
+
+def test_an_export_takes_the_settings_that_a_calibration_named(tiny_run: Run, tmp_path: Path) -> None:
+    run, out = tiny_run[0], tmp_path / "calibrated"
+    mara("export", run, "--out", out, "decoding.steering=value", "decoding.min_advantage=0.3")
+    decoding = load_use(out).decoding
+    assert decoding.how == "by value, bar 0.3" and decoding.truncation.top_k == 4
+    assert load_run(run).decoding.how == "by policy"
+    refused = {
+        "decoding.truncation.top_k=3": "decoding.truncation.top_k changes nothing here",
+        "decoding.min_advantage=0.3": "decoding.min_advantage changes nothing by policy",
+    }
+    for number, (setting, says) in enumerate(refused.items()):
+        _, lines = mara("export", run, "--out", tmp_path / str(number), setting, status=2)
+        assert len(lines) == 1 and says in lines[0] and not (tmp_path / str(number)).exists()
 
 
 def test_an_agent_that_has_no_critic_of_its_own_is_exported_without(

@@ -36,6 +36,10 @@ class LLMConfig(Config):
     (``rollout.num_gpus``, ``num_gpus`` of a comparison). Else ``cpu``, ``cuda``, ``cuda:1``, …"""
     system_prompt: str | None = None
     """Put before every prompt. None: what the chat template does by itself."""
+    chat_template: str | None = None
+    """Text of a Jinja template, as those of tokenizers, in place of the LLM's own. None: its own; an LLM that
+    has none, as one that was only pretrained, gets the plain prompts. Example for such a one:
+    ``{{ bos_token }}Question: {{ messages[-1].content }}`` and ``Answer:`` on a line of its own."""
     doubled_bos: bool = False
     """Have the tokenizer put its special tokens around the filled chat template, which gives two BOS tokens
     where the template has one already. So does the authors' code, to which their agents are fitted."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mara.actors.config import LLMConfig
-from mara.actors.llm import locate_model
+from mara.actors.llm import check_template, locate_model
 from mara.common.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
@@ -102,7 +102,7 @@ def find_identity(config: LLMConfig) -> LLMIdentity:
     """Commit and chat template of the LLM.
 
     Raises:
-        UserError: the model or its tokenizer cannot be read.
+        UserError: the model or its tokenizer cannot be read, or the template cannot be filled.
     """
     name, gguf_file = locate_model(config)
     folder, commit = Path(name), None
@@ -142,7 +142,9 @@ def find_digest(config: LLMConfig) -> str:
 
 def _template_digest(config: LLMConfig, folder: Path) -> str | None:
     name, gguf_file = locate_model(config)
-    if gguf_file is not None:
+    if config.chat_template is not None:
+        template: object = config.chat_template
+    elif gguf_file is not None:
         template = read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
     else:
         from transformers import AutoTokenizer
@@ -157,6 +159,7 @@ def _template_digest(config: LLMConfig, folder: Path) -> str | None:
             raise UserError(
                 f"llm.model: the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}"
             ) from error
+    check_template(config, template)
     if template is None:
         return None
     # A tokenizer with several templates has them by name.

@@ -33,7 +33,7 @@ from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
 from mara.deploy.console import warn
 from mara.deploy.hub import digest_of_prompts
-from mara.deploy.model_shape import find_digest, find_hidden_size
+from mara.deploy.model_shape import find_digest, find_hidden_size, find_identity
 from mara.deploy.preflight import check_cache, check_context, check_writable
 from mara.deploy.reward_models import WITHOUT_MEANING
 from mara.deploy.run_folder import agent_folder, check_agent
@@ -199,6 +199,7 @@ def _check_model(name: str, config: ComparisonConfig) -> dict[str, str]:
 def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> None:
     """The LLM is there and can read answers of this length."""
     find_hidden_size(llm)
+    find_identity(llm)
     check_context(AgentUse(llm=llm, decoding=config.decoding))
 
 

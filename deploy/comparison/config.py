@@ -291,7 +291,7 @@ class ComparisonConfig(Config):
             return self.llm, None
         if system.model is None or system.model == self.llm.model:
             return self.llm, system.adapter
-        other = {"model": system.model, "gguf_file": None, "revision": None}
+        other = {"model": system.model, "gguf_file": None, "revision": None, "chat_template": None}
         return self.llm.model_copy(update=other), system.adapter
 
 

@@ -191,6 +191,28 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     assert len(lines) == 1 and "is another agent's: the card knows of none" in lines[0]
 
 
+def test_a_chat_template_of_the_settings_goes_with_the_agent(tiny_run: Run, tmp_path: Path) -> None:
+    run, config = tiny_run
+    template = "Q: {{ messages[-1].content }}\nA:"
+    own = config.model_copy(update={"llm": config.llm.model_copy(update={"chat_template": template})})
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    assert find_identity(own.llm).template_digest == digest != find_identity(config.llm).template_digest
+    (run / "config.yaml").write_text(dump_config(own))
+    assert load_run(run).llm.chat_template == template
+    _, lines = mara("generate", run, "why")
+    assert any("the LLM's chat template is SHA-256" in line for line in lines)
+    agent = run / AGENT_FOLDER / "agent.json"
+    card = json.loads(agent.read_text())
+    card["llm"]["chat_template"], card["chat_template_sha256"] = template, digest
+    agent.write_text(json.dumps(card))
+    mara("export", run, "--out", tmp_path / "out")
+    assert load_use(tmp_path / "out").llm.chat_template == template
+    _, lines = mara("generate", tmp_path / "out", "why")
+    assert lines == []
+    _, lines = mara("generate", tmp_path / "out", "why", "llm.chat_template=Answer:", status=2)
+    assert len(lines) == 1 and "llm.chat_template leaves out the prompt" in lines[0]
+
+
 def test_an_export_takes_the_settings_that_a_calibration_named(tiny_run: Run, tmp_path: Path) -> None:
     run, out = tiny_run[0], tmp_path / "calibrated"
     mara("export", run, "--out", out, "decoding.steering=value", "decoding.min_advantage=0.3")

@@ -400,12 +400,14 @@ def _report(
         system: {name: np.array([answer.scores[name] for answer in of_system]) for name in weights}
         for system, of_system in answers.items()
     }
-    # Batches of other shapes round differently: the same tokens must not win or lose by that.
     differs_N = np.array(
         [a.response_ids != b.response_ids for a, b in zip(answers["agent"], answers["base"], strict=True)]
     )
+    # Batches of other shapes round differently: the same tokens must not win or lose by that, nor look so.
+    for name, base_N in scores["base"].items():
+        scores["agent"][name] = np.where(differs_N, scores["agent"][name], base_N)
     differences = {
-        name: np.sign(weight) * (scores["agent"][name] - scores["base"][name]) * differs_N
+        name: np.sign(weight) * (scores["agent"][name] - scores["base"][name])
         for name, weight in weights.items()
         if weight != 0
     }

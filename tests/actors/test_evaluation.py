@@ -280,6 +280,8 @@ def test_answers_of_the_same_tokens_are_ties_however_their_scores_were_rounded(l
     report = evaluate(llm, policy, prompts, heads, WEIGHTS, DECODING, rows=7, max_prompt_tokens=60)
     for name, rate in report.preference.items():
         assert rate.ties == (num_same if name != "joint" else len(prompts))
+    for sample in report.samples:
+        assert (sample.scores["base"] == sample.scores["agent"]) == (sample.outcome == "same")
 
 
 def test_a_score_that_is_no_number_is_never_a_tie(llm):

@@ -118,7 +118,8 @@ def within(outcomes: Sequence[GateOutcome], max_interventions: float) -> list[Ga
     """Those that intervene at most ``max_interventions`` times as often as the first of ``outcomes``, where
     the agent decides everywhere; all if that never intervenes."""
     limit = max_interventions * outcomes[0].interventions if outcomes[0].interventions else np.inf
-    return [outcome for outcome in outcomes if outcome.interventions <= limit]
+    # A share that is the limit must not be beyond it by rounding.
+    return [outcome for outcome in outcomes if outcome.interventions <= limit * (1 + 1e-9)]
 
 
 def is_proved(outcome: GateOutcome) -> bool:

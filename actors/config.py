@@ -142,23 +142,18 @@ class DecodingConfig(Config):
                 f"gate.min_confidence={self.gate.min_confidence:g} asks the agent, which does not decide "
                 "with steering=value; use min_advantage, or steering=policy"
             )
-        # The default is "all of them" where there are fewer.
-        most, is_given = (
-            self.truncation.top_k,
-            self.num_compared != type(self).model_fields["num_compared"].default,
-        )
-        if self.steering == "value" and is_given and self.num_compared > most:
-            return (
-                f"num_compared={self.num_compared} is more than the candidates that there are, "
-                f"truncation.top_k={most}; lower it, or raise that"
-            )
         return None
 
     @property
     def how(self) -> str:
-        """How an agent is used, in a few words: "by value, bar 0.12", "by policy, gate.min_salience 0.2"."""
+        """How an agent is used, in a few words: "by value, bar 0.12", "by policy, gate.min_salience 0.2".
+
+        "by value of 3": so many candidates are compared, where that is not the default.
+        """
         if self.steering == "value":
-            parts = [f"by value, bar {self.min_advantage:g}"]
+            is_usual = self.num_compared == type(self).model_fields["num_compared"].default
+            best = "" if is_usual else f" of {self.num_compared}"
+            parts = [f"by value{best}, bar {self.min_advantage:g}"]
         else:
             is_paper = self.threshold == type(self).model_fields["threshold"].default
             parts = ["by policy" if is_paper else f"by policy, threshold {self.threshold:g}"]

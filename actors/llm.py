@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mara.actors import packing
 from mara.actors.config import LLMConfig
@@ -39,9 +38,6 @@ CASTS = "MatMul8bitLt: inputs will be cast"
 The cast is part of its method and loses nothing that 8 bits would keep."""
 PARTIAL = "partial-"
 """Begins the name of a folder of the cache while it is written; the name that it will have follows."""
-_PROBE = "why?"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-"""What templates know of a tokenizer."""
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Names that torch gives to a processor's instructions for bfloat16 (x86, ARM)."""
 
@@ -101,13 +97,22 @@ class LLM:
         """Token ids of ``prompt`` in the model's chat template, ready for the answer.
 
         A model without a chat template gets the plain text with its usual special tokens.
+
+        Raises:
+            UserError: the template cannot be filled.
         """
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # Templates raise what they like.
+            raise UserError(
+                f"llm.model: the chat template of {self.name} cannot be filled ({_first_line(error)}); give "
+                "llm.chat_template"
+            ) from error
         return list(self.tokenizer(text, add_special_tokens=self.doubled_bos)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -322,7 +327,6 @@ def load_llm(config: LLMConfig, pack: bool = True, weights: bool = True) -> LLM:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if config.chat_template is not None:
             tokenizer.chat_template = config.chat_template
-        check_template(config, tokenizer.chat_template)
         if not weights:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **options))
@@ -334,8 +338,6 @@ def load_llm(config: LLMConfig, pack: bool = True, weights: bool = True) -> LLM:
                 "device_map": {"": device},
             }
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except UserError:
-        raise
     except Exception as error:
         # Damaged weights, settings and tokenizers each fail with an error of the library that reads them.
         raise UserError(f"llm.model: {config.model!r} cannot be loaded: {_first_line(error)}") from error
@@ -345,46 +347,6 @@ def load_llm(config: LLMConfig, pack: bool = True, weights: bool = True) -> LLM:
     if pack and device.type == "cpu" and config.quantization == "none" and dtype in packing.TOLERANCE:
         packing.pack_linears(model)
     return LLM(model, tokenizer, config.model, config.system_prompt, config.doubled_bos)
-
-
-def check_template(config: LLMConfig, template: Any) -> None:
-    """Fill the chat template of the LLM, its own or that of ``config``, to see what it leaves out.
-
-    Args:
-        template: text; or several by name, of which the tokenizer takes one; None: there is none.
-
-    Raises:
-        UserError: it cannot be filled, or prompt or system prompt would be lost.
-    """
-    if template is None:
-        if config.system_prompt is not None:
-            raise UserError(
-                f"llm.system_prompt: {config.model} has no chat template to put it in; leave it out, or give "
-                "llm.chat_template"
-            )
-        return
-    setting = f"the chat template of {config.model}" if config.chat_template is None else "llm.chat_template"
-    contents = {"prompt": _PROBE, "llm.system_prompt": (config.system_prompt or "").strip()}
-    if isinstance(template, Mapping):
-        template = template.get("default", next(iter(template.values())))
-    messages = [{"role": "user", "content": _PROBE}]
-    if config.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": config.system_prompt})
-    try:
-        (text,), _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **dict.fromkeys(_SPECIAL, "")
-        )
-    except Exception as error:
-        # Templates raise what they like.
-        remedy = "correct it" if config.chat_template is not None else "give llm.chat_template"
-        if config.system_prompt is not None and config.chat_template is None:
-            remedy = "leave out llm.system_prompt, or give llm.chat_template"
-        raise UserError(f"{setting} cannot be filled: {_first_line(error)}; {remedy}") from error
-    for what, content in contents.items():
-        if content not in text:
-            raise UserError(
-                f"{setting} leaves out the {what}; have it use {{{{ messages }}}}, or leave that out"
-            )
 
 
 def _is_no_cast(record: logging.LogRecord) -> bool:

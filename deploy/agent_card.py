@@ -15,7 +15,7 @@ import transformers
 from mara.actors.evaluation import PreferenceRate
 from mara.actors.llm import FINAL_NORM
 from mara.deploy.config import AgentUse, RunConfig, portable_name
-from mara.deploy.console import warn
+from mara.deploy.console import shown, warn
 from mara.deploy.model_shape import LLMIdentity, find_identity, is_same_llm
 from mara.deploy.preflight import Checked, warn_of_another_llm
 from mara.deploy.reward_models import reward_settings
@@ -32,8 +32,6 @@ LIKE_IN_TRAINING = (
     "decoding.truncation.temperature",
 )
 """Settings on which the agent's states and candidates depend."""
-SHOWN = 60
-"""Characters of a value in a message."""
 
 
 def use_card(config: AgentUse, llm: LLMIdentity) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def warn_of_left_out(card: Mapping[str, Any], config: AgentUse) -> None:
     rewards = card.get("rewards")
     if isinstance(rewards, dict) and (missing := sorted(map(str, rewards.keys() - config.rewards.keys()))):
         warn(
-            f"the agent was trained by {', '.join(map(_shown, missing))} as well, which its card only names; "
+            f"the agent was trained by {', '.join(map(shown, missing))} as well, which its card only names; "
             "give rewards.NAME.kind and its settings to compare by them"
         )
 
@@ -164,29 +162,30 @@ def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool)
         names.remove(REVISION)  # A branch may have moved, and two names may mean one commit.
         if llm.commit != commit:
             yield (
-                f"{config.llm.model} is at commit {llm.commit}, the agent was trained with {_shown(commit)}; "
-                f"give {REVISION}={_shown(commit)}, or look at `mara eval` before you rely on its answers"
+                f"{config.llm.model} is at commit {llm.commit}, the agent was trained with {shown(commit)}; "
+                f"give {REVISION}={shown(commit)}, or look at `mara eval` before you rely on its answers"
             )
     for name in names:
         for theirs in _at(card, name):
             for ours in _at(settings, name):
                 if theirs != ours:
                     yield (
-                        f"{name}={_shown(ours)}, the agent was trained with {_shown(theirs)}; give "
-                        f"{name}={_shown(theirs)}, or look at `mara eval` before you rely on its answers"
+                        f"{name}={shown(ours)}, the agent was trained with {shown(theirs)}; give "
+                        f"{name}={shown(theirs)}, or look at `mara eval` before you rely on its answers"
                     )
     for norm in _at(card, "states.final_norm"):
         if norm != FINAL_NORM:
             yield (
-                f"the agent was trained on hidden states with the LLM's final norm {_shown(norm)}, here it "
+                f"the agent was trained on hidden states with the LLM's final norm {shown(norm)}, here it "
                 f"is {FINAL_NORM}; train an agent on these, its answers mean little"
             )
     for theirs in _at(card, "chat_template_sha256"):
         if theirs != llm.template_digest:
+            given = _at(card, "llm.chat_template")
+            remedy = "give llm.chat_template of its card" if any(given) else "use the LLM's files of then"
             yield (
                 f"the LLM's chat template is {_digest(llm.template_digest)}, the agent was trained with "
-                f"{_digest(theirs)}; use the LLM's files of then, or look at `mara eval` before you rely on "
-                "its answers"
+                f"{_digest(theirs)}; {remedy}, or look at `mara eval` before you rely on its answers"
             )
 
 
@@ -198,11 +197,6 @@ def _at(content: Mapping[str, Any], name: str) -> list[Any]:
             return []
         value = value[part]
     return [value]
-
-
-def _shown(value: object) -> str:
-    text = "null" if value is None else " ".join(str(value).split())
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
 def _digest(value: object) -> str:

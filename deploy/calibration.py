@@ -20,6 +20,7 @@ from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.console import say
 from mara.deploy.evaluation import AnswerProgress, load_parts
 from mara.deploy.hub import load_source
+from mara.deploy.run_folder import load_use
 
 CALIBRATION_USES = (
     "llm",
@@ -84,13 +85,15 @@ def calibrate(
         models=parts.models,
     )
     best = choose_gate(outcomes, max_interventions)
-    print_gates(outcomes, best, config.decoding)
+    # Without the changes of this command.
+    now = load_use(folder).decoding
+    print_gates(outcomes, best, now)
     path = folder / GATES_FILE
     content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
     rows = [_row(outcome) for outcome in outcomes]
     chosen = None if best is None or not is_proved(best) else _row(best)["settings"]
     write_whole(path, json.dumps(content | {"chosen": chosen, "tried": rows}, indent=2) + "\n")
-    for line in findings(outcomes, best, max_interventions, config.decoding, len(asked)):
+    for line in findings(outcomes, best, max_interventions, now, len(asked)):
         say(line)
     say(f"tried: {path}")
     return best
@@ -143,7 +146,7 @@ def findings(
 
 def _now(outcomes: Sequence[GateOutcome], decoding: DecodingConfig) -> list[GateOutcome]:
     """What the agent does as it is used already; nothing where that was not tried."""
-    return [outcome for outcome in outcomes if outcome.decoding.how == decoding.how]
+    return [outcome for outcome in outcomes if _used(outcome.decoding) == _used(decoding)]
 
 
 def _figures(outcome: GateOutcome) -> str:
@@ -167,22 +170,27 @@ def _find_prompts(config: AgentUse, given: Path | None) -> tuple[Path, str]:
     raise UserError("--prompts is missing: an exported agent brings none; give a file of prompts")
 
 
-def steering_settings(decoding: DecodingConfig, other: DecodingConfig, of: str = "decoding") -> Sequence[str]:
-    """``OF.key=value`` for each setting of how to use an agent that ``decoding`` has unlike ``other``."""
-    own, others = _steering(decoding), _steering(other)
-    del own["threshold" if decoding.steering == "value" else "min_advantage"]
+def steering_settings(decoding: DecodingConfig, other: DecodingConfig) -> list[str]:
+    """``decoding.key=value`` for each setting of an agent's use that ``decoding`` has unlike ``other``."""
+    others = _steering(other)
     return [
-        f"{of}.{name}={value:g}" if isinstance(value, float) else f"{of}.{name}={value}"
-        for name, value in own.items()
+        f"decoding.{name}={value:g}" if isinstance(value, float) else f"decoding.{name}={value}"
+        for name, value in _used(decoding).items()
         if value != others[name]
     ]
 
 
 def _steering(decoding: DecodingConfig) -> dict[str, Any]:
     """How an agent is used, by the name of the setting within ``decoding``."""
-    gate = {f"gate.{name}": value for name, value in decoding.gate.model_dump().items()}
-    own = {name: getattr(decoding, name) for name in ("steering", "min_advantage", "threshold")}
-    return own | gate
+    names = ("steering", "min_advantage", "num_compared", "threshold", "fallback")
+    groups = {"gate": decoding.gate, "truncation": decoding.truncation}
+    within = {f"{group}.{name}": value for group, settings in groups.items() for name, value in settings}
+    return {name: getattr(decoding, name) for name in names} | within
+
+
+def _used(decoding: DecodingConfig) -> dict[str, Any]:
+    """The same without what changes nothing."""
+    return {name: value for name, value in _steering(decoding).items() if name not in decoding.idle}
 
 
 def _row(outcome: GateOutcome) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from rich.text import Text
 from mara.deploy.output import complain
 
 PLAIN_PERIOD_S = 10.0
+SHOWN = 60
+"""Characters of a setting's value in a message."""
 HISTORY = 40
 LEAST_S, STEADY_SHARE, STEADY_S = 10.0, 0.1, 60.0
 """The remaining time is told this long after the first episodes and after this share of all; or, without the
@@ -164,6 +166,12 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Write a warning to standard error, at once: what is on standard output stays what was asked for."""
     complain(f"mara: warning: {line}")
+
+
+def shown(value: object) -> str:
+    """A setting's value in a message: one line, not too long."""
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
 def plain_line(view: View) -> str:

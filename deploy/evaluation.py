@@ -35,7 +35,7 @@ from mara.deploy.config import AgentUse, is_of_hub
 from mara.deploy.console import clock, say, warn
 from mara.deploy.finished_run import FORCED_SHARE, MUCH_FORCED
 from mara.deploy.hub import load_source
-from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.model_shape import check_llm_template, find_hidden_size
 from mara.deploy.output import complain
 from mara.deploy.plots import draw_positions_by_candidates
 from mara.deploy.preflight import check_context, check_head, check_out, check_writable, warn_of_head
@@ -170,6 +170,7 @@ def load_parts(folder: Path, config: AgentUse, *, is_told: bool = False, wants_c
     """
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
+    check_llm_template(config.llm)
     agent, critic, card = _read_agent(folder, config, hidden_size, wants_critic=wants_critic)
     heads = {name: check_head(name, head.path, hidden_size) for name, head in config.heads.items()}
     models: dict[str, Callable[[], RewardModel]] = {}
@@ -200,6 +201,7 @@ def generate(folder: Path, config: AgentUse, prompt: str) -> None:
     check_unicode(prompt, "PROMPT")
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
+    check_llm_template(config.llm)
     agent, critic, card = _read_agent(folder, config, hidden_size)
     warn_of_untrained(card)
     warn_of_losing(folder)

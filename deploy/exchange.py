@@ -52,6 +52,9 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     folder = agent_folder(run)
     agent, card = load_agent(folder)
     critic = load_critic(folder) if has_critic(folder) else None
+    by_value = config.decoding.steering == "value"
+    if critic is None and by_value and card.get("decoding", {}).get("steering") == "policy":
+        raise UserError(f"decoding.steering=value needs a critic, and {folder} has none; leave it out")
     # A run replaces weights and card one after the other. Once it has trained, the evaluation alone is left;
     # one that was complete and goes on has the card of before.
     training = card.get("training") or {}
@@ -61,7 +64,7 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     warn_of_untrained(card)
     warn_of_losing(run)
     _warn_of_local_llm(config.llm.model)
-    if critic is None and config.decoding.steering == "value":
+    if critic is None and by_value:
         warn("the run goes by value and has no critic; use the export with decoding.steering=policy")
     settings = config.model_dump(mode="json", include={"shaping", "learner", "decoding"})
     use = {name: settings["decoding"][name] for _, _, name in (key.partition(".") for key in EXPORT_USES)}

@@ -24,7 +24,7 @@ from mara.buffer.shards import open_reader
 from mara.common.addresses import HIDDEN
 from mara.common.errors import ReplayUnavailable, UserError
 from mara.deploy.config import RunConfig
-from mara.deploy.console import warn
+from mara.deploy.console import shown, warn
 from mara.deploy.model_shape import is_same_llm
 from mara.deploy.plots import read_metrics
 from mara.deploy.recorder import EPISODES, METRICS_FILE
@@ -36,6 +36,9 @@ MADE_WITH = (
     "llm.gguf_file",
     "llm.revision",
     "llm.quantization",
+    "llm.system_prompt",
+    "llm.chat_template",
+    "llm.doubled_bos",
     "decoding.truncation.top_k",
     "decoding.truncation.top_p",
     "decoding.truncation.temperature",
@@ -243,7 +246,7 @@ def _differences(config: RunConfig, run: RunConfig) -> Iterator[str]:
     for name in MADE_WITH:
         theirs, ours = _value(run, name), _value(config, name)
         if theirs != ours:
-            yield f"{name}={theirs}, this is {ours}"
+            yield f"{name}={shown(theirs)}, this is {shown(ours)}"
 
 
 def _value(config: RunConfig, name: str) -> object:

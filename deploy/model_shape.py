@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mara.actors.config import LLMConfig
-from mara.actors.llm import check_template, locate_model
+from mara.actors.llm import locate_model
 from mara.common.errors import UserError
 
 HUB_TIMEOUT_S = 5.0
@@ -102,15 +102,81 @@ def find_identity(config: LLMConfig) -> LLMIdentity:
     """Commit and chat template of the LLM.
 
     Raises:
-        UserError: the model or its tokenizer cannot be read, or the template cannot be filled.
+        UserError: the model or its tokenizer cannot be read.
     """
+    folder, commit = _find_commit(config)
+    template = _find_template(config, folder)
+    if template is None:
+        return LLMIdentity(commit, None)
+    # A tokenizer with several templates has them by name.
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return LLMIdentity(commit, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _find_commit(config: LLMConfig) -> tuple[Path, str | None]:
+    """The folder with the description of the model, and the commit of a Hub model."""
     name, gguf_file = locate_model(config)
-    folder, commit = Path(name), None
-    if not folder.is_dir():
-        folder = _from_hub(config, gguf_file or "config.json").parent
-        # The Hub's cache keeps a model in NAME/snapshots/COMMIT.
-        commit = next((at.name for at in (folder, *folder.parents) if at.parent.name == "snapshots"), None)
-    return LLMIdentity(commit, _template_digest(config, folder))
+    if Path(name).is_dir():
+        return Path(name), None
+    folder = _from_hub(config, gguf_file or "config.json").parent
+    # The Hub's cache keeps a model in NAME/snapshots/COMMIT.
+    return folder, next((at.name for at in (folder, *folder.parents) if at.parent.name == "snapshots"), None)
+
+
+def check_llm_template(config: LLMConfig, *, is_settable: bool = True) -> None:
+    """Fill the LLM's chat template to see whether it can be, and whether it leaves anything out.
+
+    Args:
+        is_settable: whether ``llm.chat_template`` can be given for it.
+
+    Raises:
+        UserError: it cannot be filled, or the prompt or the system prompt would be lost.
+    """
+    template = _find_template(config, _find_commit(config)[0])
+    is_own = config.chat_template is None
+    name = f"llm.model: the chat template of {config.model}" if is_own else "llm.chat_template"
+    without = "leave out llm.system_prompt"
+    give = [] if not is_own else ["give llm.chat_template"] if is_settable else ["use another model"]
+    if template is None:
+        if config.system_prompt is not None:
+            remedy = ", or ".join([without, *(give if is_settable else [])])
+            raise UserError(f"llm.system_prompt: {config.model} has no chat template to put it in; {remedy}")
+        return
+    if isinstance(template, dict):
+        template = template.get("default")
+        if template is None:
+            raise UserError(f"{name} is one of several, none of them the default; {', or '.join(give)}")
+    # As it is asked, for what a template refuses; then with a word that none interprets, for what it loses.
+    for system in [config.system_prompt] if config.system_prompt is None else [config.system_prompt, _TOLD]:
+        try:
+            text = _fill(template, system)
+        except Exception as error:  # Templates raise what they like.
+            ways = [*([without] if system is not None else []), *(give or ["correct it"])]
+            reason = _first_line(error)
+            raise UserError(f"{name} cannot be filled ({reason}); {', or '.join(ways)}") from error
+        if _ASKED not in text:
+            remedy = ", or ".join(give) or "have it use {{ messages }}"
+            raise UserError(f"{name} leaves out the prompt; {remedy}")
+        if system is _TOLD and _TOLD not in text:
+            remedy = ", or ".join([without, *(give or ["have it use {{ messages }}"])])
+            raise UserError(f"{name} leaves out the system prompt; {remedy}")
+
+
+_ASKED, _TOLD = "asked", "told"
+_SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+"""What templates know of any tokenizer; which texts these are decides nothing here."""
+
+
+def _fill(template: str, system: str | None) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": _ASKED}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    (text,), _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, **_SPECIAL
+    )
+    return str(text)
 
 
 def find_digest(config: LLMConfig) -> str:
@@ -124,7 +190,7 @@ def find_digest(config: LLMConfig) -> str:
     """
     name, gguf_file = locate_model(config)
     if not Path(name).is_dir():
-        return find_identity(config).commit or ""
+        return _find_commit(config)[1] or ""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
         if path.suffix == ".md" or path.name.startswith("."):  # nothing that is loaded
@@ -140,31 +206,25 @@ def find_digest(config: LLMConfig) -> str:
     return digest.hexdigest()
 
 
-def _template_digest(config: LLMConfig, folder: Path) -> str | None:
+def _find_template(config: LLMConfig, folder: Path) -> Any:
+    """Text, or several by name; None: there is none."""
     name, gguf_file = locate_model(config)
     if config.chat_template is not None:
-        template: object = config.chat_template
-    elif gguf_file is not None:
-        template = read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
-    else:
-        from transformers import AutoTokenizer
+        return config.chat_template
+    if gguf_file is not None:
+        return read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
+    from transformers import AutoTokenizer
 
-        try:
-            options: dict[str, Any] = {"trust_remote_code": False}
-            if config.revision is not None:
-                options["revision"] = config.revision
-            template = AutoTokenizer.from_pretrained(name, **options).chat_template
-        except Exception as error:
-            # As of the description: each library fails in ways of its own.
-            raise UserError(
-                f"llm.model: the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}"
-            ) from error
-    check_template(config, template)
-    if template is None:
-        return None
-    # A tokenizer with several templates has them by name.
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    try:
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if config.revision is not None:
+            options["revision"] = config.revision
+        return AutoTokenizer.from_pretrained(name, **options).chat_template
+    except Exception as error:
+        # As of the description: each library fails in ways of its own.
+        raise UserError(
+            f"llm.model: the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def _check_weights(folder: Path, prefix: str) -> None:

@@ -23,6 +23,7 @@ from mara.deploy.finished_run import FinishedLog, find_log, warn_of_forced
 from mara.deploy.hub import digest_of, load_source
 from mara.deploy.model_shape import (
     LLMIdentity,
+    check_llm_template,
     find_digest,
     find_hidden_size,
     find_identity,
@@ -94,6 +95,7 @@ def preflight(
     say("checking the LLM and the rewards")
     hidden_size = find_hidden_size(config.llm)
     check_context(config)
+    check_llm_template(config.llm)
     llm = find_identity(config.llm)
     llm_digest = llm.commit or find_digest(config.llm)
     digests, base_scores = {}, {}

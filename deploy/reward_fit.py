@@ -48,10 +48,12 @@ def fit(settings: FitSettings, out: Path) -> FitReport:
     """
     from mara.actors.head_fit import fit_from_files
     from mara.actors.llm import resolve_device
+    from mara.deploy.model_shape import check_llm_template
     from mara.deploy.preflight import check_writable
 
     check_writable("--out", out.absolute())
     resolve_device(settings.llm.device)
+    check_llm_template(settings.llm)
     config = FitConfig.model_validate(settings.model_dump(exclude={"llm"}))
     report = fit_from_files(settings.llm, config, out, _Progress().tell)
     print_report(report)

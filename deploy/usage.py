@@ -96,7 +96,8 @@ def check_steering(
     *,
     remedy: str = "add decoding.steering={other}",
 ) -> None:
-    """Refuse ``key=value`` overrides that change nothing in any of the ``ways`` in which agents are used.
+    """Refuse ``key=value`` overrides that change nothing in any of the ``ways`` in which agents are used, and
+    more candidates to compare than there are.
 
     Args:
         besides: settings of ``decoding`` that are looked at for something else as well.
@@ -105,12 +106,20 @@ def check_steering(
     Raises:
         UserError: one line for each.
     """
+    keys = _keys(overrides)
+    for way in ways:
+        most = way.truncation.top_k
+        if "decoding.num_compared" in keys and way.steering == "value" and way.num_compared > most:
+            raise UserError(
+                f"decoding.num_compared={way.num_compared} is more than the candidates that there are, "
+                f"decoding.truncation.top_k={most}; lower it, or raise that"
+            )
     if len({way.steering for way in ways}) != 1:
         return  # None, or both.
     way = ways[0]
     other = "value" if way.steering == "policy" else "policy"
     lines = []
-    for key in _keys(overrides):
+    for key in keys:
         group, _, name = key.partition(".")
         if group != "decoding" or name not in way.idle or name in besides:
             continue

@@ -16,7 +16,7 @@ from mara.deploy.bench.figures import check_json_path, report
 from mara.deploy.config import RunConfig
 from mara.deploy.console import say
 from mara.deploy.hub import load_source
-from mara.deploy.model_shape import find_hidden_size
+from mara.deploy.model_shape import check_llm_template, find_hidden_size
 from mara.deploy.preflight import check_context
 from mara.deploy.run_folder import check_agent, load_run
 from mara.deploy.usage import check_steering, check_used
@@ -90,6 +90,7 @@ def _subject(run: Path, config: RunConfig, least_prompts: int) -> Subject:
             f"{least_prompts}; give more, or a smaller --batch or --peer-prompts"
         )
     check_context(config)
+    check_llm_template(config.llm)
     hidden_size = find_hidden_size(config.llm)
     agent, card = load_agent(run / AGENT_FOLDER, hidden_size)
     critic = critic_used_in(config.decoding, run / AGENT_FOLDER, hidden_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from mara.actors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
-from mara.actors.config import DecodingConfig, LLMConfig
+from mara.actors.config import DecodingConfig, GateConfig, LLMConfig
 from mara.actors.decoding.policies import critic_used_in
 from mara.actors.llm import check_quantization, resolve_device
 from mara.actors.prompts import Prompt
@@ -33,7 +33,7 @@ from mara.deploy.comparison.sources import GivenAnswers, load_dataset
 from mara.deploy.config import AgentUse
 from mara.deploy.console import warn
 from mara.deploy.hub import digest_of_prompts
-from mara.deploy.model_shape import find_digest, find_hidden_size, find_identity
+from mara.deploy.model_shape import check_llm_template, find_digest, find_hidden_size
 from mara.deploy.preflight import check_cache, check_context, check_writable
 from mara.deploy.reward_models import WITHOUT_MEANING
 from mara.deploy.run_folder import agent_folder, check_agent
@@ -186,7 +186,9 @@ def _check_model(name: str, config: ComparisonConfig) -> dict[str, str]:
     llm, adapter = config.llm_of(name)
     field, digests = f"systems.{name}", {}
     if llm != config.llm:
-        _in_field(f"{field}.model", lambda: _check_llm(llm, config))
+        system = config.systems[name]
+        uses_template = not (isinstance(system, CorrectorSystem) and not system.chat_template)
+        _in_field(f"{field}.model", lambda: _check_llm(llm, config, uses_template=uses_template))
         digests[f"{field}.model"] = find_digest(llm)
     if adapter is not None:
         check_adapter(adapter, f"{field}.adapter")
@@ -196,10 +198,12 @@ def _check_model(name: str, config: ComparisonConfig) -> dict[str, str]:
     return digests
 
 
-def _check_llm(llm: LLMConfig, config: ComparisonConfig) -> None:
+def _check_llm(llm: LLMConfig, config: ComparisonConfig, *, uses_template: bool = True) -> None:
     """The LLM is there and can read answers of this length."""
     find_hidden_size(llm)
-    find_identity(llm)
+    if uses_template:
+        # A system's own model has the template that it comes with.
+        check_llm_template(llm, is_settable=llm.model == config.llm.model)
     check_context(AgentUse(llm=llm, decoding=config.decoding))
 
 
@@ -238,9 +242,25 @@ def _warn_of_other_steering(
         return
     used = system.used_in(decoding)
     if used.how != by_itself.how:
-        field = f"systems.{name}"
-        settings = " ".join(steering_settings(by_itself, used, of=field))
-        warn(f"{field} is used {used.how}, by itself it is used {by_itself.how}; for that add {settings}")
+        settings = " ".join(_settings_for(by_itself, used, f"systems.{name}"))
+        warn(
+            f"systems.{name} is used {used.how}, by itself it is used {by_itself.how}; for that add "
+            f"{settings}"
+        )
+
+
+def _settings_for(wanted: DecodingConfig, used: DecodingConfig, field: str) -> Iterator[str]:
+    """``key=value`` for the system at ``field`` to be used as ``wanted``, which is now used as ``used``."""
+    changed = [setting.removeprefix("decoding.") for setting in steering_settings(wanted, used)]
+    for setting in changed:
+        if setting.startswith(("steering=", "min_advantage=", "threshold=")):
+            yield f"{field}.{setting}"
+        elif setting.startswith("num_compared="):
+            yield f"decoding.{setting}"  # The same for all systems.
+    if wanted.gate != used.gate:
+        # A system's gate takes the place of the whole other one.
+        parts = [f"{name}={value:g}" for name, value in wanted.gate if value != getattr(GateConfig(), name)]
+        yield from (f"{field}.gate.{part}" for part in parts or ["min_salience=0"])
 
 
 def _check_judges(config: ComparisonConfig) -> dict[str, str]:

@@ -34,7 +34,7 @@ from mara.deploy.comparison.results import Results
 from mara.deploy.comparison.verdicts import Pair, Refusals, Refused, Verdicts
 from mara.deploy.config_file import dump_comparison, load_comparison, read_content
 from mara.deploy.console import View, open_display, say
-from mara.deploy.exit import OK, RunFailed
+from mara.deploy.exit import RunFailed
 from mara.deploy.fleet import Rates
 from mara.deploy.preflight import check_out
 from mara.deploy.process import LOADING
@@ -147,7 +147,7 @@ def compare(config: ComparisonConfig, place: Place) -> int:
     say("report:")
     for path in files:
         say(f"  {path}")
-    return OK
+    return stop.exit_status
 
 
 def _how_to_resume(folder: Path) -> str:

@@ -105,6 +105,35 @@ def test_a_mistake_is_one_line(dry_run: Invoke, override: str, parts: list[str])
     assert_one_line(dry_run(override), *parts)
 
 
+def test_a_use_of_its_own_is_named_with_all_of_its_gate(
+    dry_run: Invoke, tiny_run: tuple[Path, RunConfig]
+) -> None:
+    card = tiny_run[0] / "agent" / "agent.json"
+    content = json.loads(card.read_text())
+    content["decoding"] |= {"steering": "value", "num_compared": 3}
+    content["decoding"]["gate"] |= {"max_first_probability": 0.7, "min_salience": 0.2}
+    card.write_text(json.dumps(content))
+    overrides = ["decoding.gate.max_first_probability=0.7"]
+    (line,) = [line for line in dry_run(*overrides).stderr.splitlines() if "by itself" in line]
+    assert "by value of 3, bar 0.12, gate.max_first_probability 0.7, gate.min_salience 0.2" in line
+    settings = line.partition("for that add ")[2].split()
+    assert "systems.mara.gate.max_first_probability=0.7" in settings
+    followed = dry_run(*overrides, *settings)
+    assert followed.exit_code == 0 and "by itself" not in followed.stderr
+
+
+def test_a_corrector_that_uses_no_chat_template_may_have_a_bad_one(
+    dry_run: Invoke, make_llm_folder: Callable[..., Path]
+) -> None:
+    folder = make_llm_folder(seed=5)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    corrector = (
+        "systems.fixed={kind: corrector, of: base, model: %s, template: '{response}', chat_template: %s}"
+    )
+    assert dry_run(corrector % (folder, "false")).exit_code == 0
+    assert_one_line(dry_run(corrector % (folder, "true")), "systems.fixed.model: ", "(no); use another model")
+
+
 def test_an_agent_by_value_must_have_its_critic(dry_run: Invoke, tiny_run: tuple[Path, RunConfig]) -> None:
     (tiny_run[0] / "agent" / "critic.safetensors").unlink()
     by_value = "decoding.steering=value"

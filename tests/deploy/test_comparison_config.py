@@ -117,11 +117,13 @@ def test_systems_are_answered_in_waves_and_compared_with_the_baseline_and_as_ask
     assert (tuned, adapter) == (other, Path("/tuned"))
 
 
-def test_another_llm_has_neither_the_revision_nor_the_file_of_the_base(path: Path) -> None:
-    config = load_comparison(path, ["llm.model=a/b", "llm.revision=v1", "llm.gguf_file=x.gguf"])
+def test_another_llm_has_nothing_that_belongs_to_the_base_alone(path: Path) -> None:
+    own = ["llm.revision=v1", "llm.gguf_file=x.gguf", "llm.chat_template={{ messages }}"]
+    config = load_comparison(path, ["llm.model=a/b", *own])
     assert config.llm_of("fixed")[0] == config.llm and config.llm.revision == "v1"
     other, _ = config.llm_of("fixed_again")
     assert (other.model, other.revision, other.gguf_file) == ("other/llm", None, None)
+    assert other.chat_template is None
 
 
 def test_an_agent_may_have_a_threshold_and_a_gate_of_its_own(path: Path) -> None:

@@ -350,7 +350,8 @@ def test_more_candidates_cannot_be_compared_than_there_are(tiny_run):
     given = ["decoding.truncation.top_k=5", "decoding.num_compared=6"]
     result = CliRunner().invoke(app, ["train", "quickstart", *given, "--dry-run"])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert "num_compared=6 is more than the candidates that there are, truncation.top_k=5" in result.stderr
+    says = "decoding.num_compared=6 is more than the candidates that there are, decoding.truncation.top_k=5"
+    assert says in result.stderr
     for fits in (["decoding.truncation.top_k=3"], ["decoding.truncation.top_k=6", given[1]]):
         result = CliRunner().invoke(app, ["train", "quickstart", *fits, "--dry-run"])
         assert result.exit_code == 0, result.stderr
@@ -404,8 +405,9 @@ def test_where_an_agent_never_steps_in_by_policy_no_limit_is_named():
     assert "the limit" not in third and not any("limit" in line for line in others)
 
 
-def test_a_limit_taken_from_the_advice_lets_that_way_in():
-    tried = [outcome(0.4, 0.2), outcome(0.5, 0.09, 0.2), outcome(0.9, 0.3008, 0.05)]
+@pytest.mark.parametrize(("dense", "top"), [(0.2, 0.3008), (0.03, 0.33), (0.1, 0.3)])
+def test_a_limit_taken_from_the_advice_lets_that_way_in(dense, top):
+    tried = [outcome(0.4, dense), outcome(0.5, 0.4 * dense, 0.2), outcome(0.9, top, 0.05)]
     (line,) = [
         line
         for line in findings(tried, choose_gate(tried, 0.5), 0.5, DecodingConfig(), 8)
@@ -424,6 +426,19 @@ def test_a_calibration_says_what_its_settings_cost_against_those_of_now():
     lines = list(findings([dense, now, less], now, 2.0, by_value, 8))
     assert lines[0] == "use it with: the settings that it has"
     assert not any(line.startswith(("with that", "as it is used")) for line in lines)
+
+
+def test_calibrating_with_a_change_names_it_in_what_to_use(tiny_run, monkeypatch):
+    monkeypatch.setattr("mara.deploy.calibration.is_proved", lambda outcome: True)
+    monkeypatch.setattr("mara.deploy.calibration.choose_gate", lambda outcomes, most: outcomes[0])
+    monkeypatch.setattr(
+        "mara.deploy.calibration.try_ways",
+        lambda *args, **kwargs: [replace(tried, gain=abs(tried.gain)) for tried in try_ways(*args, **kwargs)],
+    )
+    given = ["calibrate", str(tiny_run[0]), "--num-prompts", "8", "--max-interventions", "9"]
+    result = CliRunner().invoke(app, [*given, "decoding.threshold=0.6", "decoding.truncation.top_k=3"])
+    assert "use it with: decoding.threshold=0.6 decoding.truncation.top_k=3\n" in result.output, result.output
+    assert "│ now" not in result.output
 
 
 def test_calibrating_tries_and_marks_the_settings_of_now(tiny_run):

@@ -223,6 +223,8 @@ def test_an_export_takes_the_settings_that_a_calibration_named(tiny_run: Run, tm
         "decoding.truncation.top_k=3": "decoding.truncation.top_k changes nothing here",
         "decoding.min_advantage=0.3": "decoding.min_advantage changes nothing by policy",
     }
+    (run / AGENT_FOLDER / "critic.safetensors").unlink()
+    refused["decoding.steering=value"] = "decoding.steering=value needs a critic"
     for number, (setting, says) in enumerate(refused.items()):
         _, lines = mara("export", run, "--out", tmp_path / str(number), setting, status=2)
         assert len(lines) == 1 and says in lines[0] and not (tmp_path / str(number)).exists()
@@ -237,8 +239,9 @@ def test_an_agent_that_has_no_critic_of_its_own_is_exported_without(
     agent = run / AGENT_FOLDER
     card = json.loads((exported / "agent.json").read_text())
     sealed = {"weights_sha256": card["weights_sha256"]}  # without a critic: the file is somebody else's
-    own = json.loads((agent / "agent.json").read_text())
-    (agent / "agent.json").write_text(json.dumps(own | sealed))
+    own = json.loads((agent / "agent.json").read_text()) | sealed
+    own["decoding"]["steering"] = "value"
+    (agent / "agent.json").write_text(json.dumps(own))
     out = tmp_path / "without"
     _, lines = mara("export", run, "--out", out)
     assert any("the run goes by value and has no critic" in line for line in lines)
@@ -366,6 +369,8 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
     assert "run.seed changes nothing here" in line
     _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, "decoding.steering=value", status=2)
     assert "needs a critic, and the authors released none" in line
+    _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, "decoding.min_advantage=1", status=2)
+    assert "decoding.min_advantage changes nothing by policy; leave it out" in line
     pth.write_bytes(b"not torch at all")
     _, (line,) = mara("import", pth, "--out", out, "--llm", llm_folder, status=2)
     assert "fetch it again" in line

@@ -140,6 +140,8 @@ def test_a_folder_that_is_no_run_is_named(config_path: Path, tmp_path: Path) -> 
         ("decoding.truncation.top_k=7", r"decoding.truncation.top_k=7, this is 40"),
         ("decoding.fallback=first", r"decoding.fallback=first, this is last"),
         ("llm.quantization=8bit", r"llm.quantization=8bit, this is none"),
+        ("llm.system_prompt=be good", r"llm.system_prompt=be good, this is null"),
+        ("llm.chat_template={{ messages }}", r"llm.chat_template={{ messages }}, this is null"),
         ("llm.model=another/model", r"llm.model=another/model, this is .*llm"),
     ],
 )

@@ -32,7 +32,12 @@ from mara.buffer.server import EmbeddedServer
 from mara.common.errors import UserError
 from mara.deploy.cli import app
 from mara.deploy.config_file import load_config
-from mara.deploy.model_shape import find_hidden_size, find_num_positions, read_gguf_hidden_size
+from mara.deploy.model_shape import (
+    check_llm_template,
+    find_hidden_size,
+    find_num_positions,
+    read_gguf_hidden_size,
+)
 from mara.deploy.preflight import check_cache, preflight, settled, warn_of_few_cores
 
 HIDDEN_SIZE = 32
@@ -616,3 +621,68 @@ def test_reward_models_that_can_be_used_are_known_by_what_their_scores_depend_on
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"url=http://127.0.0.1:{listening.getsockname()[1]}/"
         assert digest("kind=http", url).keys() == {"settings"}
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content.replace('/no_think', '').strip() }}\n{% endfor %}"
+    "{{ eos_token }}"
+)
+"""As some published ones, which take words out of the system prompt."""
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ messages[-1].content }}"
+)
+PROMPT_ALONE = "{{ messages[-1].content }}"
+GOOD = {"system_prompt": "be good"}
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "says"),
+    [
+        (THINKING, {}, None),
+        (THINKING, {"system_prompt": "Be brief. /no_think"}, None),
+        (NO_SYSTEM, {}, None),
+        (
+            NO_SYSTEM,
+            GOOD,
+            "cannot be filled (no system); leave out llm.system_prompt, or give llm.chat_template",
+        ),
+        ("{{ messages[-1].content[0].text }}", {}, "leaves out the prompt; give llm.chat_template"),
+        (
+            PROMPT_ALONE,
+            GOOD,
+            "leaves out the system prompt; leave out llm.system_prompt, or give llm.chat_template",
+        ),
+        (None, {}, None),
+        (
+            None,
+            GOOD,
+            "has no chat template to put it in; leave out llm.system_prompt, or give llm.chat_template",
+        ),
+        (NO_SYSTEM, GOOD | {"chat_template": THINKING}, None),
+        (None, {"chat_template": "{{ bad"}, "llm.chat_template cannot be filled (unexpected end of template"),
+        (
+            None,
+            {"chat_template": "Answer:"},
+            "llm.chat_template leaves out the prompt; have it use {{ messages",
+        ),
+        (
+            None,
+            GOOD | {"chat_template": PROMPT_ALONE},
+            "llm.chat_template leaves out the system prompt; leave out llm.system_prompt, or have it use",
+        ),
+    ],
+)
+def test_a_chat_template_that_loses_what_is_asked_is_refused(
+    make_llm_folder: Callable[..., Path], own: str | None, settings: dict, says: str | None
+) -> None:
+    folder = make_llm_folder(seed=3)
+    file = folder / "chat_template.jinja"
+    file.unlink() if own is None else file.write_text(own)
+    config = LLMConfig(model=str(folder), dtype="float32", device="cpu", **settings)
+    if says is None:
+        check_llm_template(config)
+        return
+    with pytest.raises(UserError) as caught:
+        check_llm_template(config)
+    assert says in str(caught.value) and "\n" not in str(caught.value)

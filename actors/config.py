@@ -140,7 +140,7 @@ class DecodingConfig(Config):
         if self.steering == "value" and self.gate.min_confidence > 0:
             return (
                 f"gate.min_confidence={self.gate.min_confidence:g} asks the agent, which does not decide "
-                "with steering=value; use min_advantage, or steering=policy"
+                "by value; use min_advantage instead, or steer by policy"
             )
         return None
 

@@ -207,12 +207,7 @@ def _render(llm: LLM, turns: Sequence[Message]) -> list[int]:
         return llm.render(turns[0].content)
     if llm.tokenizer.chat_template is None:
         return list(llm.tokenizer("\n\n".join(turn.content for turn in turns))["input_ids"])
-    messages = [turn._asdict() for turn in turns]
-    if llm.system_prompt is not None and turns[0].role != "system":
-        messages.insert(0, {"role": "system", "content": llm.system_prompt})
-    return list(
-        llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
+    return llm.fill([turn._asdict() for turn in turns])
 
 
 def _add_pairs(

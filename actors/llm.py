@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,24 @@ class LLM:
         """
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return self.fill([{"role": "user", "content": prompt}])
+
+    def fill(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the chat template, ready for the answer; behind the system prompt if
+        it has none of its own.
+
+        Raises:
+            UserError: the template cannot be filled.
+        """
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # Templates raise what they like.
+            begin = " ".join(messages[-1]["content"].split())[:40]
             raise UserError(
-                f"llm.model: the chat template of {self.name} cannot be filled ({_first_line(error)}); give "
-                "llm.chat_template"
+                f"llm.model: the chat template of {self.name} cannot be filled for {begin!r} "
+                f"({_first_line(error)}); leave that prompt out, or give another llm.chat_template"
             ) from error
         return list(self.tokenizer(text, add_special_tokens=self.doubled_bos)["input_ids"])
 

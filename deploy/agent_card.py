@@ -169,9 +169,11 @@ def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool)
         for theirs in _at(card, name):
             for ours in _at(settings, name):
                 if theirs != ours:
+                    is_whole = shown(theirs) == theirs or not isinstance(theirs, str)
+                    wanted = f"{name}={shown(theirs)}" if is_whole else f"{name} of its card"
                     yield (
-                        f"{name}={shown(ours)}, the agent was trained with {shown(theirs)}; give "
-                        f"{name}={shown(theirs)}, or look at `mara eval` before you rely on its answers"
+                        f"{name}={shown(ours)}, the agent was trained with {shown(theirs)}; give {wanted}, "
+                        "or look at `mara eval` before you rely on its answers"
                     )
     for norm in _at(card, "states.final_norm"):
         if norm != FINAL_NORM:
@@ -182,7 +184,11 @@ def _differences(card: Mapping[str, Any], config: AgentUse, is_same_model: bool)
     for theirs in _at(card, "chat_template_sha256"):
         if theirs != llm.template_digest:
             given = _at(card, "llm.chat_template")
-            remedy = "give llm.chat_template of its card" if any(given) else "use the LLM's files of then"
+            remedy = "use the LLM's files of then"
+            if config.llm.chat_template is not None:
+                remedy = "leave out llm.chat_template"
+            if any(given):
+                remedy = "give llm.chat_template of its card"
             yield (
                 f"the LLM's chat template is {_digest(llm.template_digest)}, the agent was trained with "
                 f"{_digest(theirs)}; {remedy}, or look at `mara eval` before you rely on its answers"

@@ -18,9 +18,9 @@ from mara.common.errors import UserError
 from mara.common.files import write_whole
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.console import say
-from mara.deploy.evaluation import AnswerProgress, load_parts
+from mara.deploy.evaluation import AnswerProgress, load_parts, report_folder
 from mara.deploy.hub import load_source
-from mara.deploy.run_folder import load_use
+from mara.deploy.run_folder import load_use, make_unused
 
 CALIBRATION_USES = (
     "llm",
@@ -64,6 +64,7 @@ def calibrate(
     if not any(config.score_weights.values()):
         raise UserError("rewards has none to judge by; give rewards.NAME.path=FOLDER and rewards.NAME.weight")
     prompts, field = _find_prompts(config, given)
+    place = report_folder(folder, None)
     asked = load_source(prompts, field)[:num_prompts]
     say(f"calibration: {len(asked)} prompts of {prompts}")
     # The critic is welcome, not needed: without it there are gates to try.
@@ -88,7 +89,9 @@ def calibrate(
     # Without the changes of this command.
     now = load_use(folder).decoding
     print_gates(outcomes, best, now)
-    path = folder / GATES_FILE
+    if place != folder:
+        place = make_unused(place)
+    path = place / GATES_FILE
     content = {"prompts": prompts.name, "num_prompts": len(asked), "max_interventions": max_interventions}
     rows = [_row(outcome) for outcome in outcomes]
     chosen = None if best is None or not is_proved(best) else _row(best)["settings"]

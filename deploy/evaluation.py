@@ -86,7 +86,7 @@ def run_evaluation(
             "rewards is empty or has no weight but 0, there is nothing to compare by; give "
             "rewards.NAME.path=FOLDER and rewards.NAME.weight=NUMBER"
         )
-    place = _report_folder(folder, out)
+    place = report_folder(folder, out)
     prompts = load_source(config.prompts.evaluation, "prompts.evaluation")[: config.evaluation.num_prompts]
     say(
         f"evaluation: {len(prompts)} held-out prompts; the LLM alone, with the agent, and sampled (the "
@@ -129,7 +129,7 @@ def run_evaluation(
     return headline(report)
 
 
-def _report_folder(folder: Path, out: Path | None) -> Path:
+def report_folder(folder: Path, out: Path | None) -> Path:
     """Where the report on the agent in ``folder`` goes; it need not be there yet.
 
     Raises:

@@ -26,21 +26,19 @@ from mara.deploy.agent_card import use_card, warn_of_losing, warn_of_untrained
 from mara.deploy.config import AgentUse, RunConfig
 from mara.deploy.config_file import make_settings
 from mara.deploy.console import say, warn
-from mara.deploy.model_shape import find_hidden_size, find_identity
+from mara.deploy.model_shape import check_llm_template, find_hidden_size, find_identity
 from mara.deploy.preflight import check_out
 from mara.deploy.run_folder import agent_folder
 from mara.deploy.run_lock import who_runs
 
-EXPORT_USES = tuple(
-    f"decoding.{name}" for name in ("steering", "min_advantage", "num_compared", "threshold", "gate")
-)
+EXPORT_USES = ("decoding",)
 
 
-def export_agent(run: Path, config: RunConfig, out: Path) -> None:
+def export_agent(run: Path, config: AgentUse, out: Path) -> None:
     """Write the agent of the run in ``run``, whose settings are ``config``, into the new folder ``out``, with
-    its critic if it has one.
+    its critic if it has one. ``run`` may be an exported agent, which is to be used otherwise.
 
-    Its card is that of the run's agent, with how ``config`` uses it (``EXPORT_USES``), how it was trained
+    Its card is that of the run's agent, with how ``config`` uses it, how it was trained
     (shaping and learner) and the SHA-256 of its weights and the critic's.
 
     Raises:
@@ -58,7 +56,9 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     # A run replaces weights and card one after the other. Once it has trained, the evaluation alone is left;
     # one that was complete and goes on has the card of before.
     training = card.get("training") or {}
-    is_trained = training.get("complete") and training.get("episodes") == config.learner.num_episodes
+    is_trained = not isinstance(config, RunConfig) or (
+        training.get("complete") and training.get("episodes") == config.learner.num_episodes
+    )
     if process is not None and not is_trained:
         raise UserError(f"{run} is in use: its training goes on ({process}); wait for its end")
     warn_of_untrained(card)
@@ -67,9 +67,8 @@ def export_agent(run: Path, config: RunConfig, out: Path) -> None:
     if critic is None and by_value:
         warn("the run goes by value and has no critic; use the export with decoding.steering=policy")
     settings = config.model_dump(mode="json", include={"shaping", "learner", "decoding"})
-    use = {name: settings["decoding"][name] for _, _, name in (key.partition(".") for key in EXPORT_USES)}
-    settings["decoding"] = card.get("decoding", {}) | use
-    _write(agent, critic, {**card, "run": run.resolve().name, **settings}, out)
+    of_run = {"run": run.resolve().name} if isinstance(config, RunConfig) else {}
+    _write(agent, critic, {**card, **of_run, **settings}, out)
 
 
 def import_settings(llm: str, overrides: Sequence[str]) -> AgentUse:
@@ -99,6 +98,7 @@ def import_agent(file: Path, config: AgentUse, out: Path) -> None:
             f"import: {file} was trained for hidden size {agent.hidden_size}, {config.llm.model} has "
             f"{hidden_size}; name the LLM it was trained for with --llm"
         )
+    check_llm_template(config.llm)
     _warn_of_local_llm(config.llm.model)
     source = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     card = use_card(config, find_identity(config.llm)) | {"rewards": {}, "imported_from": source}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -105,7 +106,7 @@ def find_identity(config: LLMConfig) -> LLMIdentity:
         UserError: the model or its tokenizer cannot be read.
     """
     folder, commit = _find_commit(config)
-    template = _find_template(config, folder)
+    template, _ = _find_template(config, folder)
     if template is None:
         return LLMIdentity(commit, None)
     # A tokenizer with several templates has them by name.
@@ -132,24 +133,30 @@ def check_llm_template(config: LLMConfig, *, is_settable: bool = True) -> None:
     Raises:
         UserError: it cannot be filled, or the prompt or the system prompt would be lost.
     """
-    template = _find_template(config, _find_commit(config)[0])
+    template, special_tokens = _find_template(config, _find_commit(config)[0])
     is_own = config.chat_template is None
     name = f"llm.model: the chat template of {config.model}" if is_own else "llm.chat_template"
-    without = "leave out llm.system_prompt"
+    without = "give llm.system_prompt=null"
     give = [] if not is_own else ["give llm.chat_template"] if is_settable else ["use another model"]
     if template is None:
         if config.system_prompt is not None:
             remedy = ", or ".join([without, *(give if is_settable else [])])
             raise UserError(f"llm.system_prompt: {config.model} has no chat template to put it in; {remedy}")
         return
+    if not is_own and "{" not in template:
+        raise UserError(
+            f"llm.chat_template={template!r} has no {{{{…}}}}; give the text of a template, not its file: "
+            'llm.chat_template="$(cat FILE)"'
+        )
     if isinstance(template, dict):
         template = template.get("default")
         if template is None:
             raise UserError(f"{name} is one of several, none of them the default; {', or '.join(give)}")
-    # As it is asked, for what a template refuses; then with a word that none interprets, for what it loses.
-    for system in [config.system_prompt] if config.system_prompt is None else [config.system_prompt, _TOLD]:
+    # As it is asked, for what a template refuses; then with a word that none knows, for what it loses.
+    asks_more = config.system_prompt is not None and config.system_prompt.strip()
+    for system in [config.system_prompt, _TOLD] if asks_more else [config.system_prompt]:
         try:
-            text = _fill(template, system)
+            text = _fill(template, system, special_tokens)
         except Exception as error:  # Templates raise what they like.
             ways = [*([without] if system is not None else []), *(give or ["correct it"])]
             reason = _first_line(error)
@@ -162,19 +169,19 @@ def check_llm_template(config: LLMConfig, *, is_settable: bool = True) -> None:
             raise UserError(f"{name} leaves out the system prompt; {remedy}")
 
 
-_ASKED, _TOLD = "asked", "told"
-_SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-"""What templates know of any tokenizer; which texts these are decides nothing here."""
+_ASKED, _TOLD = "qzvxk", "jwqpf"
+"""Words that no template has by itself."""
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _fill(template: str, system: str | None) -> str:
+def _fill(template: str, system: str | None, special_tokens: Mapping[str, Any]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": _ASKED}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     (text,), _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, **_SPECIAL
+        [messages], chat_template=template, add_generation_prompt=True, **special_tokens
     )
     return str(text)
 
@@ -206,25 +213,28 @@ def find_digest(config: LLMConfig) -> str:
     return digest.hexdigest()
 
 
-def _find_template(config: LLMConfig, folder: Path) -> Any:
-    """Text, or several by name; None: there is none."""
+def _find_template(config: LLMConfig, folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """Text, or several by name, or None where there is none; and the special tokens that it may ask for.
+
+    Which ones a GGUF file has is not looked up: all are there.
+    """
     name, gguf_file = locate_model(config)
-    if config.chat_template is not None:
-        return config.chat_template
     if gguf_file is not None:
-        return read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE)
+        tokens = {token: f"<{token}>" for token in _SPECIAL_TOKENS}
+        return config.chat_template or read_gguf_value(folder / gguf_file, _GGUF_TEMPLATE), tokens
     from transformers import AutoTokenizer
 
     try:
         options: dict[str, Any] = {"trust_remote_code": False}
         if config.revision is not None:
             options["revision"] = config.revision
-        return AutoTokenizer.from_pretrained(name, **options).chat_template
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         # As of the description: each library fails in ways of its own.
         raise UserError(
             f"llm.model: the tokenizer of {config.model!r} cannot be loaded: {_first_line(error)}"
         ) from error
+    return config.chat_template or tokenizer.chat_template, tokenizer.special_tokens_map
 
 
 def _check_weights(folder: Path, prefix: str) -> None:

@@ -127,6 +127,11 @@ def name_latest(folder: Path) -> bool:
     return True
 
 
+def settled(folder: Path) -> Path:
+    """What ``folder`` names now: a link such as ``latest`` may move while a command goes on."""
+    return folder.parent / folder.readlink() if folder.is_symlink() else folder
+
+
 class RunRecord(NamedTuple):
     """What names a run elsewhere."""
 
@@ -238,6 +243,8 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(
             f"{folder} does not exist; give the folder of a run, which `mara train` makes{example}"
         )
+    if _is_exported(folder):
+        raise UserError(f"{folder} is an exported agent, not a run; give the folder of a run")
     if (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             f"{folder} has the weights of an agent without its card ({CARD_FILE}), which says what LLM it is "

@@ -94,7 +94,7 @@ def check_steering(
     ways: Sequence[DecodingConfig],
     besides: Sequence[str] = (),
     *,
-    remedy: str = "add decoding.steering={other}",
+    remedy: str = "leave it out, or give decoding.steering={other}",
 ) -> None:
     """Refuse ``key=value`` overrides that change nothing in any of the ``ways`` in which agents are used, and
     more candidates to compare than there are.

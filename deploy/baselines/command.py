@@ -167,8 +167,9 @@ def _on_pairs(config: PairsConfig) -> _Outcome:
     from mara.actors.llm import load_llm
     from mara.deploy.baselines.compute import count_logits, pairs_compute
     from mara.deploy.baselines.material import aligner_pairs, dpo_pairs, read_pairs
-    from mara.deploy.model_shape import find_identity
+    from mara.deploy.model_shape import check_llm_template, find_identity
 
+    check_llm_template(config.llm)
     read = read_pairs(config)
     _check_steps(len(read.pairs[: config.num_pairs]), config)
     say(f"{config.method}: loading {config.llm.model}")
@@ -212,11 +213,12 @@ def _rlhf(config: RLHFSettings) -> _Outcome:
     from mara.deploy.baselines.compute import count_logits, rlhf_compute
     from mara.deploy.config import portable_name
     from mara.deploy.hub import digest_of, load_source
-    from mara.deploy.model_shape import find_hidden_size, find_identity
+    from mara.deploy.model_shape import check_llm_template, find_hidden_size, find_identity
     from mara.deploy.preflight import check_head, warn_of_head
 
     prompts = load_source(config.prompts, "prompts")
     hidden_size = find_hidden_size(config.llm)
+    check_llm_template(config.llm)
     heads = {name: check_head(name, reward.path, hidden_size) for name, reward in config.rewards.items()}
     for name, reward in config.rewards.items():
         warn_of_head(name, reward.path, config.llm.model)

@@ -13,8 +13,18 @@ from mara.common.addresses import hide_passwords
 from mara.common.errors import UserError
 from mara.deploy import exit as exits
 from mara.deploy.output import complain
+from mara.deploy.signals import StopSignal
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.")]
+
+def _settled(folder: Path) -> Path:
+    from mara.deploy.run_folder import settled
+
+    return settled(folder)
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/latest.", callback=_settled)
+]
 
 
 @contextmanager
@@ -34,6 +44,18 @@ def reported_errors() -> Iterator[None]:
     except OSError as error:
         _complain(f"{error.filename or 'output'}: {error.strerror or error}")
         raise typer.Exit(exits.FAILED) from error
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """Say that nothing was saved where a signal ends what is within."""
+    with StopSignal() as stop:
+        stop.interrupt_from_here()
+        try:
+            yield
+        except KeyboardInterrupt:
+            _complain("interrupted; nothing was saved")
+            raise typer.Exit(stop.exit_status or exits.INTERRUPTED) from None
 
 
 def _complain(message: str) -> None:

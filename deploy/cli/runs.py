@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mara.common.errors import UserError
-from mara.deploy.cli.options import RunFolder, reported_errors
+from mara.deploy.cli.options import RunFolder, all_or_nothing, reported_errors
 from mara.deploy.output import complain, steady_output
 from mara.deploy.usage import UsageError, check_steering, check_used, given_once
 
@@ -25,6 +25,10 @@ EvalOverrides = Annotated[
 GenerateOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.max_new_tokens=80."),
+]
+CalibrateOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as decoding.truncation.top_k=8."),
 ]
 ExportOverrides = Annotated[
     list[str] | None,
@@ -166,9 +170,10 @@ def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bo
     from mara.deploy.comparison.config import RECORD
     from mara.deploy.config_file import near_config
     from mara.deploy.console import warn
-    from mara.deploy.run_folder import check_agent, check_called, load_use
+    from mara.deploy.run_folder import check_agent, check_called, load_use, settled
     from mara.deploy.run_lock import who_runs
 
+    run = settled(run)
     if (run / RECORD).is_file():
         raise UserError(f"{run} is the folder of a comparison; `mara eval --resume {run}` goes on with it")
     if not run.exists() and (near := near_config(str(run))) is not None:
@@ -191,7 +196,7 @@ def _evaluate_run(run: Path, overrides: list[str], out: Path | None, dry_run: bo
     check_steering(overrides, [settings.decoding])
     if (process := who_runs(run)) is not None:
         warn(f"{run} goes on ({process}); what is judged is the agent that it saved last")
-    with steady_output():
+    with steady_output(), all_or_nothing():
         run_evaluation(run, settings, out=out)
 
 
@@ -220,7 +225,10 @@ def _compare(
     if dry_run:
         from mara.deploy.comparison.checks import check
         from mara.deploy.comparison.results import Results
+        from mara.deploy.preflight import check_out
 
+        if out is not None:
+            check_out(out)
         checked = check(settings, kept=None if resume is None else Results(resume))
         if resume is not None:
             check_same(resume, checked)
@@ -257,7 +265,7 @@ def generate(
 
 def calibrate(
     run: RunFolder,
-    overrides: EvalOverrides = None,
+    overrides: CalibrateOverrides = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts to try on. By default those the agent was trained on."),
@@ -273,14 +281,18 @@ def calibrate(
     with reported_errors():
         from mara.deploy.run_folder import check_agent, check_called, load_use
 
-        settings = load_use(run, overrides or [])
+        changes = given_once(overrides)
+        settings = load_use(run, changes)
         check_agent(run)
         check_called(run, settings, is_trusted=trust)
         from mara.deploy.calibration import CALIBRATION_USES
         from mara.deploy.calibration import calibrate as find_gate
 
-        check_used(overrides or [], CALIBRATION_USES)
-        with steady_output():
+        check_used(changes, CALIBRATION_USES)
+        # Both ways are tried.
+        by_value = settings.decoding.model_copy(update={"steering": "value"})
+        check_steering(changes, [by_value, settings.decoding.model_copy(update={"steering": "policy"})])
+        with steady_output(), all_or_nothing():
             find_gate(run, settings, prompts, num_prompts, max_interventions)
 
 
@@ -290,13 +302,13 @@ def export(run: RunFolder, out: AgentOut, overrides: ExportOverrides = None) -> 
     Settings say how it is to be used, else it is as in its run.
     """
     with reported_errors():
-        from mara.deploy.run_folder import agent_folder, check_agent, load_run
+        from mara.deploy.run_folder import agent_folder, check_agent, load_use
 
-        if agent_folder(run) == run:
-            raise UserError(f"{run} is an exported agent; copy the folder")
         changes = given_once(overrides)
-        settings = load_run(run, changes)
+        settings = load_use(run, changes)
         check_agent(run)
+        if agent_folder(run) == run and not changes:
+            raise UserError(f"{run} is an exported agent; copy the folder, or say how to use it otherwise")
         from mara.deploy.exchange import EXPORT_USES, export_agent
 
         check_used(changes, EXPORT_USES)

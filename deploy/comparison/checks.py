@@ -241,12 +241,19 @@ def _warn_of_other_steering(
     except ValidationError:
         return
     used = system.used_in(decoding)
-    if used.how != by_itself.how:
-        settings = " ".join(_settings_for(by_itself, used, f"systems.{name}"))
-        warn(
-            f"systems.{name} is used {used.how}, by itself it is used {by_itself.how}; for that add "
-            f"{settings}"
+    # Beyond those that there are it is the same how many candidates are compared.
+    most = decoding.truncation.top_k
+    capped, wanted = (
+        way.model_copy(update={"num_compared": min(way.num_compared, most)}) for way in (used, by_itself)
+    )
+    if capped.how != wanted.how:
+        settings = " ".join(_settings_for(wanted, capped, f"systems.{name}"))
+        # Of the system's own settings some may be none of that way.
+        is_possible = by_itself.conflict is None and not any(
+            getattr(system, setting, None) is not None for setting in by_itself.idle
         )
+        remedy = f"; for that add {settings}" if is_possible else ""
+        warn(f"systems.{name} is used {used.how}, by itself it is used {by_itself.how}{remedy}")
 
 
 def _settings_for(wanted: DecodingConfig, used: DecodingConfig, field: str) -> Iterator[str]:

@@ -40,7 +40,7 @@ def test_a_chat_template_of_ones_own_is_used(llm_folder):
 def test_a_template_that_cannot_be_filled_is_one_line(llm_folder):
     given = {"chat_template": "{{ raise_exception(messages[0].content) }}"}
     llm = load_llm(LLMConfig(model=str(llm_folder), dtype="float32", device="cpu", **given))
-    with pytest.raises(UserError, match=r"cannot be filled \(why\); give llm.chat_template$"):
+    with pytest.raises(UserError, match=r"cannot be filled for 'why' \(why\); leave that prompt out, or"):
         llm.render("why")
 
 

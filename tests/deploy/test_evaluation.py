@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from mara.common.agent import CARD_FILE, CRITIC_FILE, WEIGHTS_FILE, Agent, save_
 from mara.common.config import AgentConfig
 from mara.common.critic import TwinCritic, has_critic, save_critic
 from mara.common.errors import UserError
+from mara.deploy import calibration, evaluation
 from mara.deploy.calibration import GATES_FILE, findings
 from mara.deploy.cli import app
 from mara.deploy.config import RunConfig
@@ -436,9 +438,18 @@ def test_calibrating_with_a_change_names_it_in_what_to_use(tiny_run, monkeypatch
         lambda *args, **kwargs: [replace(tried, gain=abs(tried.gain)) for tried in try_ways(*args, **kwargs)],
     )
     given = ["calibrate", str(tiny_run[0]), "--num-prompts", "8", "--max-interventions", "9"]
-    result = CliRunner().invoke(app, [*given, "decoding.threshold=0.6", "decoding.truncation.top_k=3"])
-    assert "use it with: decoding.threshold=0.6 decoding.truncation.top_k=3\n" in result.output, result.output
+    changed = ["decoding.threshold=0.6", "decoding.truncation.top_k=3"]
+    result = CliRunner().invoke(app, [*given, *changed])
+    assert f"use it with: {' '.join(changed)}\n" in result.output, result.output
     assert "│ now" not in result.output
+    for words in (
+        ["export", str(tiny_run[0]), "--out", str(tiny_run[0] / "out")],
+        ["eval", str(tiny_run[0])],
+    ):
+        result = CliRunner().invoke(app, [*words, *changed])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, [*given, "decoding.num_compared=5", "decoding.truncation.top_k=4"])
+    assert result.exit_code == 2 and "more than the candidates" in result.output
 
 
 def test_calibrating_tries_and_marks_the_settings_of_now(tiny_run):
@@ -469,6 +480,51 @@ def test_a_folder_that_is_not_what_is_needed_is_one_line(tiny_run, tmp_path, wor
     result = CliRunner().invoke(app, [word.format(**places) for word in words])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.stderr
     assert says.format(**places) in result.stderr
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_what_is_found_belongs_to_the_run_that_a_link_named_at_first(
+    tiny_run, tmp_path, monkeypatch, command
+):
+    run, _ = tiny_run
+    latest = tmp_path / "latest"
+    latest.symlink_to(run.name)
+    other = tmp_path / "other"
+    other.mkdir()
+    loaded = evaluation.load_parts
+
+    def load(*args, **kwargs):
+        latest.unlink()
+        latest.symlink_to(other.name)
+        return loaded(*args, **kwargs)
+
+    for module in (evaluation, calibration):
+        monkeypatch.setattr(module, "load_parts", load)
+    result = CliRunner().invoke(app, [command, str(latest)])
+    file = REPORT_FILE if command == "eval" else GATES_FILE
+    assert result.exit_code == 0 and (run / file).is_file() and not any(other.iterdir()), result.output
+    assert f"{run / file}" in result.output.replace("\n", "")
+
+
+def test_a_signal_that_ends_a_calibration_says_what_is_left(tiny_run, monkeypatch):
+    monkeypatch.setattr(
+        calibration, "load_parts", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM)
+    )
+    result = CliRunner().invoke(app, ["calibrate", str(tiny_run[0])])
+    assert result.exit_code == 143
+    assert result.stderr.splitlines()[-1] == "mara: error: interrupted; nothing was saved"
+
+
+def test_an_exported_agent_that_is_calibrated_stays_as_it_is(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "agent"
+    assert CliRunner().invoke(app, ["export", str(tiny_run[0]), "--out", str(out)]).exit_code == 0
+    heads = [f"rewards.{name}.path={tmp_path / name}" for name in ("helpful", "cost")]
+    prompts = ["--prompts", str(tmp_path / "held_out.jsonl"), "--num-prompts", "8"]
+    result = CliRunner().invoke(app, ["calibrate", str(out), *prompts, *heads])
+    assert result.exit_code == 0, result.output
+    assert len(list(out.iterdir())) == 3
+    assert [path.name for path in (tmp_path / "runs").glob("agent-*/*")] == [GATES_FILE]
 
 
 def test_a_critic_of_somebody_else_is_none(tiny_run):

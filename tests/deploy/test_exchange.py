@@ -191,6 +191,26 @@ def test_weights_that_are_not_those_of_the_card_are_refused(exported: Path) -> N
     assert len(lines) == 1 and "is another agent's: the card knows of none" in lines[0]
 
 
+def test_an_exported_agent_is_exported_again_for_another_use(exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    mara("export", exported, "--out", out, "decoding.threshold=0.3")
+    assert load_use(out).decoding.how == "by policy, threshold 0.3"
+    ours, theirs = (json.loads((folder / "agent.json").read_text()) for folder in (out, exported))
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "decoding"
+    } and ours.keys() == theirs.keys()
+    _, (line,) = mara("train", "--resume", exported, status=2)
+    assert f"{exported} is an exported agent, not a run" in line
+
+
+def test_an_import_with_a_template_that_loses_the_prompt_is_refused(
+    pth: Path, llm_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _, lines = mara("import", pth, "--out", out, "--llm", llm_folder, "llm.chat_template={#-#}:", status=2)
+    assert len(lines) == 1 and "llm.chat_template leaves out the prompt" in lines[0] and not out.exists()
+
+
 def test_a_chat_template_of_the_settings_goes_with_the_agent(tiny_run: Run, tmp_path: Path) -> None:
     run, config = tiny_run
     template = "Q: {{ messages[-1].content }}\nA:"
@@ -209,7 +229,7 @@ def test_a_chat_template_of_the_settings_goes_with_the_agent(tiny_run: Run, tmp_
     assert load_use(tmp_path / "out").llm.chat_template == template
     _, lines = mara("generate", tmp_path / "out", "why")
     assert lines == []
-    _, lines = mara("generate", tmp_path / "out", "why", "llm.chat_template=Answer:", status=2)
+    _, lines = mara("generate", tmp_path / "out", "why", "llm.chat_template={#-#}:", status=2)
     assert len(lines) == 1 and "llm.chat_template leaves out the prompt" in lines[0]
 
 
@@ -220,7 +240,7 @@ def test_an_export_takes_the_settings_that_a_calibration_named(tiny_run: Run, tm
     assert decoding.how == "by value, bar 0.3" and decoding.truncation.top_k == 4
     assert load_run(run).decoding.how == "by policy"
     refused = {
-        "decoding.truncation.top_k=3": "decoding.truncation.top_k changes nothing here",
+        "evaluation.rows=3": "evaluation.rows changes nothing here",
         "decoding.min_advantage=0.3": "decoding.min_advantage changes nothing by policy",
     }
     (run / AGENT_FOLDER / "critic.safetensors").unlink()

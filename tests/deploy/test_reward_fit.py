@@ -38,7 +38,7 @@ def fit(folder: Path, *arguments: str) -> Result:
 
 
 def test_options_and_overrides_reach_the_fit_and_its_figures_are_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 
@@ -48,10 +48,10 @@ def test_options_and_overrides_reach_the_fit_and_its_figures_are_printed(
         return REPORT
 
     monkeypatch.setattr("mara.actors.head_fit.fit_from_files", fake_fit)
-    result = fit(tmp_path, "--llm", "some/model", "llm.dtype=float32", "share=0,0.65", "ridge=1e-3")
+    result = fit(tmp_path, "--llm", str(llm_folder), "llm.dtype=float32", "share=0,0.65", "ridge=1e-3")
     assert result.exit_code == 0, result.output
     llm, config, out = asked
-    assert (llm.model, llm.dtype, out) == ("some/model", "float32", tmp_path / "head")
+    assert (llm.model, llm.dtype, out) == (str(llm_folder), "float32", tmp_path / "head")
     assert type(config) is FitConfig
     assert (config.pairs, config.share, config.ridge) == ("pairs.json", (0, 0.65), 1e-3)
     for part in ("accuracy 75.0%", "70.0% to 80.0%", "shuffled", "99.0%", "reading: 1/1"):

@@ -44,6 +44,8 @@ from mara.learner.loop import Learner, learner_device
 
 _RUN = "bench"
 _LOG_BYTES = 512 << 20
+_REAPED_S = 5.0
+"""Longest wait for the status of a process that has ended."""
 
 
 def bench_learner(sizes: LearnerSizes, num_rounds: int, json_file: Path | None, say: Say) -> None:
@@ -193,6 +195,9 @@ def _stop_after(learner: Learner, seconds: float, sentinel: int) -> None:
 
 
 def _check_alive(writer: BaseProcess) -> None:
+    # A process that ends closes its files, which the sentinel tells, a moment before it has a status.
+    if connection.wait([writer.sentinel], 0):
+        writer.join(_REAPED_S)
     if not writer.is_alive():
         raise UserError(
             f"bench learner: the process that writes to the log ended early, with status {writer.exitcode}; "

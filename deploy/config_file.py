@@ -357,7 +357,8 @@ def _describe(error: ValidationError, model: type[BaseModel], content: Mapping[A
             case "union_tag_invalid":
                 yield f"{path}.kind={_show(path, detail['ctx']['tag'])}: {_which_kind(detail['ctx'])}"
             case "extra_forbidden":
-                yield f"{path} is not a setting{_of_kind(tag)}; {_suggest(path, model, tag)}"
+                suggestion = _suggest(path, model, tag) + _begin_anew(path, model, tag)
+                yield f"{path} is not a setting{_of_kind(tag)}; {suggestion}"
             case "missing":
                 near = _near_name(location, model, content)
                 meant = "" if near is None else f"did you mean {near}? Otherwise "
@@ -453,6 +454,16 @@ def _suggest(path: str, model: type[BaseModel], tag: str | None) -> str:
     if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
         return f"did you mean {elsewhere[0]}?"
     return f"{parent or 'the top level'} has {', '.join(siblings)}"
+
+
+def _begin_anew(path: str, model: type[BaseModel], tag: str | None) -> str:
+    """How to get what an included configuration has by this name as another kind; empty where ``path`` is a
+    setting of no kind."""
+    parent, _, name = path.rpartition(".")
+    of_others = (key for key in _keys(model) if key.rpartition(".")[2] == name)
+    if tag is None or not any(_same_place(key.rpartition(".")[0], parent) for key in of_others):
+        return ""
+    return f"; if it was there before, give {parent}=null and this kind by another name"
 
 
 def _near_name(

@@ -293,7 +293,8 @@ def test_markdown_has_whole_tables_and_takes_nothing_in_answers_for_markup(confi
             assert lines[number - 2] == ""
     assert "| mine | mara | base | helpful | +25.0% | too few prompts | 2 | 1 | 1 |" in lines
     assert "| mine | calm | 3 | mara | base | joint |" in text
-    assert "*joint*: better by helpful, cost is a win" in text and "*thrifty*: better by cost is" in text
+    assert "*joint*: better by helpful and by cost is a win, worse by each of them a loss." in text
+    assert "*thrifty*: better by cost is a win, worse a loss." in text
     assert [line for line in lines if "<script>" in line] == [f"    {SCRIPT}"] * 2
     assert "    (empty)" in lines
     assert "Settings" not in markdown(make_report(config, results), is_summary=True)

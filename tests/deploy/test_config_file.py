@@ -404,7 +404,7 @@ def test_settings_are_read_without_torch_ray_or_transformers() -> None:
         (["kind=something"], ["rewards.cost.kind=", "allowed are head, beaver, ultrarm, sequence_cl"]),
         (["kind=beaver"], ["rewards.cost.model is missing; add it"]),
         (["kind=beaver", "model=m", "pth=x"], ["pth is not a setting of kind beaver; rewards.cost has"]),
-        (["kind=beaver", "model=m", "path=x"], ["rewards.cost.path is not a setting of kind beaver"]),
+        (["kind=beaver", "model=m", "path=x"], ["rewards.cost=null and this kind by another name"]),
         (["kind=beaver", "modle=m", "model=m"], ["did you mean rewards.cost.model?"]),
         (["kind=beaver", "model=m", "max_length=0"], ["rewards.cost.max_length=0: must be greater than"]),
         (["kind=sequence_classifier", "model=m", "template={x}"], ["cost: template '{x}' is not usable"]),

@@ -19,6 +19,10 @@ HUB_TIMEOUT_S = 5.0
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 _NUM_PARTS, _PART_BYTES = 17, 1 << 20
 """Parts of each file that are read to tell it from another, evenly spread, and their length."""
+_ASKED, _TOLD = "qzvxk", "jwqpf"
+"""Prompt and system prompt that a chat template is tried with: words that none has by itself."""
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""What a chat template may ask a tokenizer for."""
 
 
 def find_hidden_size(config: LLMConfig) -> int:
@@ -167,11 +171,6 @@ def check_llm_template(config: LLMConfig, *, is_settable: bool = True) -> None:
         if system is _TOLD and _TOLD not in text:
             remedy = ", or ".join([without, *(give or ["have it use {{ messages }}"])])
             raise UserError(f"{name} leaves out the system prompt; {remedy}")
-
-
-_ASKED, _TOLD = "qzvxk", "jwqpf"
-"""Words that no template has by itself."""
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def _fill(template: str, system: str | None, special_tokens: Mapping[str, Any]) -> str:
